@@ -1,0 +1,202 @@
+"""The pure core: `handle(event, now)` → instructions. It alone changes sequences and slots (design §3).
+
+No torch, no await, no clock, no I/O: the same events give the same instructions, byte for byte. What a step computes
+is decided in scheduler.py; here tokens become text, ends and accounts.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from engine.events import Account, Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.plan import Logprob, Plan, StepResult
+from engine.request import Delta, FinishReason, Request
+from engine.scheduler import Scheduled, Scheduler, SchedulerConfig
+from engine.sequence import Sequence
+from engine.text import OutputText
+from kvstore.block import root_key
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    scheduler: SchedulerConfig
+    model_context: int  # tokens the model can attend to
+    max_queue: int  # sequences that may wait
+    max_outstanding: int = 1  # steps launched and not collected: 2 lets a CUDA device run ahead
+    eos_token_ids: tuple[int, ...] = ()
+    fingerprint: str = ""  # of all that changes KV bytes, for block keys
+
+    @property
+    def context(self) -> int:
+        """The effective context: a request never needs more than the pool has (design §4.8)."""
+        return min(self.model_context, self.scheduler.blocks * self.scheduler.block_size)
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A step under way: its rows' sequences, each with the epoch it was in when the step was planned."""
+
+    scheduled: Scheduled
+    epochs: list[int]
+
+
+class Core:
+    """`vocabulary`: the bytes of each token id, empty for special tokens."""
+
+    def __init__(self, config: CoreConfig, vocabulary: tuple[bytes, ...]) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config.scheduler)
+        self.sequences: dict[str, list[Sequence]] = {}  # unfinished ones, by request
+        self._vocabulary = vocabulary
+        self._outstanding: deque[Outstanding] = deque()
+        self._arrivals = 0
+        self._steps = 0
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Changes the state by one event at time `now` (seconds, never falling). A next step comes first."""
+        match event:
+            case Arrived(request):
+                news = self._arrived(request, now)
+            case Cancelled(request_id):
+                news = self._cancelled(request_id, now)
+            case StepDone(result):
+                news = self._step_done(result, now)
+        return [*self._next_steps(now), *news]
+
+    # --- requests come and go -------------------------------------------------------------------------------------
+
+    def _arrived(self, request: Request, now: float) -> list[Instruction]:
+        if refusal := self._refusal(request):
+            return [refusal]
+        self.sequences[request.id] = [self._new_sequence(request, choice, now) for choice in range(request.n)]
+        for sequence in self.sequences[request.id]:
+            self.scheduler.enqueue(sequence, now)
+        return []
+
+    def _refusal(self, request: Request) -> Reject | None:
+        assert request.id not in self.sequences, f"request id {request.id} is in use"
+        assert request.prompt and request.stopping.max_tokens >= 1 and request.n >= 1
+        wanted = len(request.prompt) + request.stopping.max_tokens
+        if wanted > self.config.context:
+            message = (
+                f"This server's context is {self.config.context} tokens, but {wanted} were asked for: "
+                f"{len(request.prompt)} in the prompt and {request.stopping.max_tokens} to generate. "
+                "Shorten the prompt or lower max_tokens."
+            )
+            return Reject(request.id, "context_length_exceeded", message, "messages")
+        if self.scheduler.waiting + request.n > self.config.max_queue:
+            message = f"The queue is full: {self.scheduler.waiting} requests are waiting. Try again later."
+            return Reject(request.id, "queue_full", message, None)
+        return None
+
+    def _new_sequence(self, request: Request, choice: int, now: float) -> Sequence:
+        stopping = request.stopping
+        enders = stopping.stop_token_ids + (() if stopping.ignore_eos else self.config.eos_token_ids)
+        self._arrivals += 1
+        return Sequence(
+            request=request,
+            number=self._arrivals,
+            sampling=replace(
+                request.sampling,
+                choice=choice,
+                suppressed=enders if stopping.min_tokens else (),
+                suppressed_until=len(request.prompt) + stopping.min_tokens,
+            ),
+            text=OutputText(self._vocabulary, stopping.stop, stopping.include_stop_str),
+            root=root_key(self.config.fingerprint, request.salt),
+            arrived=now,
+            tokens=list(request.prompt),
+        )
+
+    def _cancelled(self, request_id: str, now: float) -> list[Instruction]:
+        sequences = list(self.sequences.get(request_id, ()))
+        return [i for sequence in sequences for i in self._end(sequence, FinishReason.CANCELLED, now)]
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def _next_steps(self, now: float) -> Iterable[Run]:
+        while len(self._outstanding) < self.config.max_outstanding:
+            scheduled = self.scheduler.schedule(now)
+            if scheduled is None:
+                return
+            self._outstanding.append(Outstanding(scheduled, [s.epoch for s in scheduled.sequences]))
+            self._steps += 1
+            yield Run(Plan(self._steps, tuple(scheduled.placements), tuple(scheduled.rows)))
+
+    def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
+        """Commits a step row by row. Rows of sequences that lost their place meanwhile are void."""
+        step = self._outstanding.popleft()
+        news: list[Instruction] = [_account(step.scheduled, result)]
+        drawn = zip(result.tokens, result.logprobs, strict=True)
+        for row, sequence, epoch in zip(step.scheduled.rows, step.scheduled.sequences, step.epochs, strict=True):
+            token, logprob = next(drawn) if row.samples else (None, None)
+            if sequence.epoch != epoch:
+                continue
+            if token is not None:
+                sequence.tokens.append(token)
+                sequence.pending -= 1
+            self.scheduler.computed(sequence, row.start + len(row.tokens))
+            if token is not None:
+                news += self._drawn(sequence, token, logprob, now)
+        assert next(drawn, None) is None, "more tokens drawn than rows sampled"
+        return news
+
+    def _drawn(self, sequence: Sequence, token: int, logprob: Logprob | None, now: float) -> list[Instruction]:
+        """One more token of a sequence: its text, and whether it is the last."""
+        stopping = sequence.request.stopping
+        sequence.token_times.append(now)
+        heeds_stops = sequence.output_tokens > stopping.min_tokens
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if token in stopping.stop_token_ids or (not stopping.ignore_eos and token in self.config.eos_token_ids):
+            reason, text = FinishReason.STOP, sequence.text.finish()
+            stop_reason = token if token in stopping.stop_token_ids else None
+        else:
+            piece = sequence.text.push(token, heeds_stops)
+            text = piece.text
+            if piece.stop is not None:
+                reason, stop_reason = FinishReason.STOP, piece.stop
+            elif sequence.output_tokens == stopping.max_tokens:
+                reason, text = FinishReason.LENGTH, text + sequence.text.finish()
+        logprobs = () if logprob is None else (logprob,)
+        delta = Delta(sequence.choice, text, (token,), logprobs, reason, stop_reason)
+        return [Emit(sequence.request.id, delta), *(self._retire(sequence, reason, now) if reason else ())]
+
+    def _end(self, sequence: Sequence, reason: FinishReason, now: float) -> list[Instruction]:
+        """Ends a sequence from outside, between tokens."""
+        delta = Delta(sequence.choice, sequence.text.finish(), (), (), reason)
+        return [Emit(sequence.request.id, delta), *self._retire(sequence, reason, now)]
+
+    def _retire(self, sequence: Sequence, reason: FinishReason, now: float) -> list[Instruction]:
+        self.scheduler.retire(sequence, now)
+        siblings = self.sequences[sequence.request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self.sequences[sequence.request.id]
+        return [Report(sequence.accounts(reason, now))]
+
+    # --- invariants -----------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        return not self.sequences and not self._outstanding
+
+    def check(self) -> None:
+        """Asserts that the books balance; when idle, that nothing is left (design §4.4)."""
+        self.scheduler.pool.check([sequence.table for sequence in self.scheduler.running])
+        self.scheduler.check()
+        if self.idle:
+            assert self.scheduler.pool.held == 0, f"{self.scheduler.pool.held} blocks leaked"
+
+
+def _account(scheduled: Scheduled, result: StepResult) -> Account:
+    decode = sum(len(row.tokens) == 1 and row.samples for row in scheduled.rows)
+    return Account(
+        step=result.step,
+        rows=len(scheduled.rows),
+        prefill_tokens=sum(len(row.tokens) for row in scheduled.rows) - decode,
+        decode_tokens=decode,
+        recomputed_tokens=scheduled.recomputed_tokens,
+        seconds=result.seconds,
+        gil_seconds=result.gil_seconds,
+    )

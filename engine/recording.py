@@ -1,0 +1,123 @@
+"""Recording a live run, and replaying it: the core is pure, so equal events must give equal instructions.
+
+A recording is JSON Lines: one header (the core's configuration), then for each event its time, the event, and the
+instructions it gave. It holds token ids of prompts and answers: treat it as you would the prompts. Timing and text
+are not approximated anywhere; a replay compares bytes. Replaying needs the same vocabulary (the model's tokenizer).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiofiles
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
+
+from engine.core import Core, CoreConfig
+from engine.events import Arrived, Cancelled, Event, Instruction, StepDone
+
+EVENTS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in (Arrived, Cancelled, StepDone)}
+CONFIG = TypeAdapter(CoreConfig)
+VERSION = 1
+
+
+class RecordingError(Exception):
+    """A recording that cannot be read, with the line at fault."""
+
+
+class Difference(Exception):
+    """A replay gave other instructions than the recorded run."""
+
+
+def header(config: CoreConfig) -> bytes:
+    return to_json({"sluice_recording": VERSION, "config": config})
+
+
+def line(now: float, event: Event, instructions: list[Instruction]) -> bytes:
+    """One event and what it gave, as canonical JSON."""
+    told = [[type(instruction).__name__, instruction] for instruction in instructions]
+    return to_json([now, type(event).__name__, event, told])
+
+
+def replay(path: Path, vocabulary: tuple[bytes, ...]) -> int:
+    """Feeds a recording's events to a fresh core. Returns how many agreed, byte for byte; raises Difference."""
+    with path.open("rb") as file:
+        lines = (raw.rstrip(b"\n") for raw in file)
+        core = Core(_config(next(lines, b"")), vocabulary)
+        count = 0
+        for count, (recorded, now, event) in enumerate(_events(lines), 1):
+            if (given := line(now, event, core.handle(event, now))) != recorded:
+                raise Difference(f"event {count} ({type(event).__name__}):\nrecorded {recorded!r}\nreplayed {given!r}")
+        return count
+
+
+def _config(raw: bytes) -> CoreConfig:
+    try:
+        head = from_json(raw)
+        if head["sluice_recording"] != VERSION:
+            raise RecordingError(f"this is version {head['sluice_recording']}; this Sluice replays version {VERSION}")
+        return CONFIG.validate_python(head["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordingError(f"line 1 is not a recording's header: {error}") from error
+
+
+def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, float, Event]]:
+    for number, raw in enumerate(lines, 2):
+        try:
+            now, kind, event, _ = from_json(raw)
+            yield raw, now, EVENTS[kind].validate_python(event)
+        except (ValueError, KeyError) as error:
+            raise RecordingError(f"line {number} is not an event: {error}") from error
+
+
+class FileRecorder:
+    """Appends lines to a file, off the event loop; `record` itself never waits.
+
+    Lines not yet written are held in memory; when the disk cannot keep up with `limit` of them, recording stops with
+    an error in `failure` rather than slow the engine down or leave a gap.
+    """
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self.failure: BaseException | None = None
+        self._lines: asyncio.Queue[bytes | None] = asyncio.Queue(limit)
+
+    def record(self, now: float, event: Event, instructions: list[Instruction]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            self._lines.put_nowait(line(now, event, instructions) + b"\n")
+        except asyncio.QueueFull:
+            self.failure = RecordingError("the disk cannot keep up with the recording: it ends here")
+
+    async def _write(self, path: Path, config: CoreConfig) -> None:
+        async with aiofiles.open(path, "wb") as file:
+            await file.write(header(config) + b"\n")
+            while None not in (batch := await self._batch()):
+                await file.write(b"".join(batch))
+            await file.write(b"".join(raw for raw in batch if raw is not None))
+
+    async def _batch(self) -> list[bytes | None]:
+        """All that waits, at least one; None, the end, comes last."""
+        batch = [await self._lines.get()]
+        while not self._lines.empty():
+            batch.append(self._lines.get_nowait())
+        return batch
+
+    @contextlib.asynccontextmanager
+    async def writing(self, path: Path, config: CoreConfig) -> AsyncIterator["FileRecorder"]:
+        """Writes to `path` while the context is open; closes with every line written."""
+        writer = asyncio.create_task(self._guard(path, config))
+        try:
+            yield self
+        finally:
+            if not writer.done():
+                await self._lines.put(None)
+            await writer
+
+    async def _guard(self, path: Path, config: CoreConfig) -> None:
+        try:
+            await self._write(path, config)
+        except OSError as error:
+            self.failure = error

@@ -1,0 +1,108 @@
+"""A sequence: the engine's state of one choice of a request. Only the core changes it.
+
+Three positions matter, always in this order: *computed* (KV is on the device), *scheduled* (computed, or told to be
+by a step under way), *known + pending* (all tokens there are, the one being sampled included).
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from engine.plan import PENDING, Sampling
+from engine.request import FinishReason, Finished, Request
+from engine.text import OutputText
+from kvstore.block import Key, extend_keys
+
+
+class State(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: Request
+    number: int  # order of arrival
+    sampling: Sampling  # of this choice
+    text: OutputText
+    root: Key  # parent of its first block's key
+    arrived: float
+    tokens: list[int]  # prompt and output, as far as known
+
+    state: State = State.WAITING
+    epoch: int = 0  # grows when it loses its place: rows of steps under way are then void
+    slot: int = -1  # of the runner, while running
+    table: list[int] = field(default_factory=list)  # device blocks, held
+    told: int = 0  # length of the table's part that the runner has and that is still true
+    keys: list[Key] = field(default_factory=list)  # of its full blocks, filled on demand
+    published: int = 0  # blocks of the table cached under their keys
+    scheduled: int = 0
+    computed: int = 0
+    pending: int = 0  # tokens being sampled, one a step under way at most
+
+    admissions: int = 0
+    preemptions: int = 0
+    admitted_as: int = -1
+    computed_before: int = 0  # highest position + 1 it ever had KV for: below this, work is done again
+    cached_tokens: int = 0  # of the prompt, at the first admission
+    recomputed_tokens: int = 0
+    admitted: float | None = None
+    waiting_since: float = 0.0
+    queued_seconds: float = 0.0
+    token_times: list[float] = field(default_factory=list)
+
+    @property
+    def choice(self) -> int:
+        return self.sampling.choice
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.computed
+
+    @property
+    def held_blocks(self) -> int:
+        return len(self.table)
+
+    @property
+    def remaining(self) -> int:
+        """Positions that a step could compute now. The last token allowed needs no KV: nobody reads it."""
+        if self.output_tokens + self.pending >= self.request.stopping.max_tokens:
+            return 0
+        return len(self.tokens) + self.pending - self.scheduled
+
+    def next_tokens(self, count: int) -> tuple[int, ...]:
+        """The ids at positions scheduled … scheduled + count - 1."""
+        if self.scheduled == len(self.tokens):
+            return (PENDING,)
+        return tuple(self.tokens[self.scheduled : self.scheduled + count])
+
+    def block_keys(self, block_size: int) -> list[Key]:
+        """Keys of all full blocks of the known tokens."""
+        extend_keys(self.keys, self.root, self.tokens, block_size)
+        return self.keys
+
+    def accounts(self, reason: FinishReason, now: float) -> Finished:
+        return Finished(
+            request=self.request.id,
+            choice=self.choice,
+            reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+            recomputed_tokens=self.recomputed_tokens,
+            arrived=self.arrived,
+            admitted=self.admitted,
+            first_token=self.token_times[0] if self.token_times else None,
+            finished=now,
+            queued_seconds=self.queued_seconds,
+            token_times=self.token_times,
+        )

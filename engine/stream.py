@@ -1,0 +1,74 @@
+"""What a client's handler reads: the deltas of one request, merged while nobody looks.
+
+A slow reader never holds the engine up: what it has not read is kept as one delta a choice, so it is bounded by the
+answer itself.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from engine.request import Delta, EngineDead, Finished, Request, Usage
+
+
+class Stream(AsyncIterator[Delta]):
+    """Ends after each choice's last delta. Raises EngineDead when the engine dies. For one reader, on the loop."""
+
+    def __init__(self, request: Request, cancel: Callable[[str], bool]) -> None:
+        self.request = request
+        self._cancel = cancel
+        self._news: dict[int, Delta] = {}  # by choice, in the order in which they came
+        self._arrival = asyncio.Event()
+        self._open = request.n  # choices that have not ended
+        self._failure: BaseException | None = None
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        """Complete once the stream has ended."""
+        return Usage(len(self.request.prompt), self._completion_tokens, self._cached_tokens)
+
+    @property
+    def ended(self) -> bool:
+        """Whether each choice's last delta has come (not: been read)."""
+        return not self._open
+
+    def cancel(self) -> bool:
+        """Ends the request, if it still runs. Safe to call at any time, any number of times."""
+        return self._cancel(self.request.id)
+
+    async def __anext__(self) -> Delta:
+        while not self._news:
+            if self._failure is not None:
+                raise EngineDead("the engine has died; the server is shutting down") from self._failure
+            if not self._open:
+                raise StopAsyncIteration
+            self._arrival.clear()
+            await self._arrival.wait()
+        return self._news.pop(next(iter(self._news)))
+
+    # --- the engine's side ----------------------------------------------------------------------------------------
+
+    def feed(self, delta: Delta) -> None:
+        self._completion_tokens += len(delta.token_ids)
+        self._open -= delta.finish_reason is not None
+        unread = self._news.get(delta.choice)
+        self._news[delta.choice] = delta if unread is None else _joined(unread, delta)
+        self._arrival.set()
+
+    def settle(self, finished: Finished) -> None:
+        self._cached_tokens = max(self._cached_tokens, finished.cached_tokens if finished.choice == 0 else 0)
+
+    def fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._arrival.set()
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+    )

@@ -1,0 +1,115 @@
+"""The device pool's books: who holds which block, which blocks are cached, which are free.
+
+A block is *held* by sequences (reference count), or *idle*: cached under its key and kept until its room is
+needed, or *free*. The bytes are the runner's; here are only numbers, so this is pure and cheap to test.
+
+Whoever holds a keyed block holds its parents too (block tables are prefixes), and tables are released from the
+tail, so idle blocks leave child before parent: no block stays cached that a prefix match cannot reach.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from kvstore.block import Key
+
+
+class DevicePool:
+    """`blocks` blocks, numbered from 0. Not thread-safe: the core alone changes it."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self._free = list(range(blocks - 1, -1, -1))
+        self._references = [0] * blocks
+        self._key_of: dict[int, Key] = {}
+        self._block_of: dict[Key, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently released first
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can give: the free and the idle ones."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def held(self) -> int:
+        """Blocks some sequence holds."""
+        return self.blocks - self.available
+
+    @property
+    def cached(self) -> int:
+        """Blocks that a prefix match can find, held or idle."""
+        return len(self._key_of)
+
+    def match(self, keys: Sequence[Key]) -> list[int]:
+        """The blocks of the longest cached prefix of `keys`. Changes nothing: `hold` them before the next call."""
+        found: list[int] = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """One more holder for each of these cached or held blocks."""
+        for block in blocks:
+            self._references[block] += 1
+            self._idle.pop(block, None)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks of unknown content, held once each; idle ones give way, the longest unused first."""
+        assert count <= self.available, f"{count} blocks asked, {self.available} available"
+        while len(self._free) < count:
+            self._evict()
+        taken = [self._free.pop() for _ in range(count)]
+        for block in taken:
+            self._references[block] = 1
+        return taken
+
+    def _evict(self) -> None:
+        block, _ = self._idle.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)]
+        self._free.append(block)
+
+    def release(self, table: Sequence[int]) -> None:
+        """One holder less for each block of a block table (or its tail). Keyed ones stay cached, idle."""
+        for block in reversed(table):
+            self._references[block] -= 1
+            assert self._references[block] >= 0, f"block {block} released more often than held"
+            if self._references[block] == 0:
+                if block in self._key_of:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def publish(self, block: int, key: Key) -> int:
+        """Caches a held, fully computed block under `key` and returns the block that stands for the key now.
+
+        When another block has the key already, that one is returned, with the caller's hold moved to it: equal
+        keys have equal bytes.
+        """
+        known = self._block_of.setdefault(key, block)
+        if known == block:
+            self._key_of[block] = key
+        else:
+            self.hold((known,))
+            self.release((block,))
+        return known
+
+    def clear_cache(self) -> int:
+        """Forgets every idle block; returns how many."""
+        count = len(self._idle)
+        while self._idle:
+            self._evict()
+        return count
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Asserts that the books balance, given the block tables of all sequences."""
+        holders = Counter(block for table in tables for block in table)
+        free, idle = set(self._free), set(self._idle)
+        assert len(free) == len(self._free), "a block is free twice"
+        for block in range(self.blocks):
+            assert self._references[block] == holders[block], f"block {block}: references and holders differ"
+            held, keyed = holders[block] > 0, block in self._key_of
+            assert (block in free) == (not held and not keyed), f"block {block}: free, or not?"
+            assert (block in idle) == (not held and keyed), f"block {block}: idle, or not?"
+        assert {block: key for key, block in self._block_of.items()} == self._key_of

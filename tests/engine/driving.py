@@ -1,0 +1,117 @@
+"""Drives a core by hand, with virtual time: the shell's part of the contract in thirty lines."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from engine.core import Core, CoreConfig
+from engine.events import Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.plan import Launched, Sampling
+from engine.request import Delta, FinishReason, Finished, Request, Stopping
+from engine.scheduler import SchedulerConfig
+from tests.fakes import ScriptedRunner, Script, hashed
+
+VOCABULARY = tuple(bytes([65 + i % 26]) for i in range(100))
+EOS = 99
+
+
+def core_config(
+    blocks: int = 64,
+    block_size: int = 4,
+    max_batch_tokens: int = 16,
+    max_sequences: int = 8,
+    model_context: int = 1000,
+    max_queue: int = 1000,
+    max_outstanding: int = 1,
+) -> CoreConfig:
+    return CoreConfig(
+        scheduler=SchedulerConfig(block_size, blocks, max_batch_tokens, max_sequences),
+        model_context=model_context,
+        max_queue=max_queue,
+        max_outstanding=max_outstanding,
+        eos_token_ids=(EOS,),
+    )
+
+
+def request(
+    id: str,
+    prompt: Sequence[int],
+    max_tokens: int = 8,
+    *,
+    seed: int = 0,
+    n: int = 1,
+    min_tokens: int = 0,
+    stop: tuple[str, ...] = (),
+    stop_token_ids: tuple[int, ...] = (),
+    ignore_eos: bool = False,
+    salt: str = "",
+    logprobs: int | None = None,
+) -> Request:
+    stopping = Stopping(max_tokens, min_tokens, stop, stop_token_ids, ignore_eos)
+    return Request(id, tuple(prompt), Sampling(seed=seed, logprobs=logprobs), stopping, n=n, salt=salt)
+
+
+class Driver:
+    """Feeds events, runs steps in order, keeps what came out, and checks the books after every event."""
+
+    def __init__(self, config: CoreConfig, script: Script | None = None) -> None:
+        self.core = Core(config, VOCABULARY)
+        self.runner = ScriptedRunner(
+            script or hashed(98),
+            block_size=config.scheduler.block_size,
+            max_sequences=config.scheduler.max_sequences,
+        )
+        self.now = 0.0
+        self.deltas: dict[tuple[str, int], list[Delta]] = {}
+        self.finished: dict[tuple[str, int], Finished] = {}
+        self.rejected: dict[str, Reject] = {}
+        self._under_way: deque[Launched] = deque()
+
+    def arrive(self, *requests: Request) -> None:
+        for each in requests:
+            self._feed(Arrived(each))
+
+    def cancel(self, request_id: str) -> None:
+        self._feed(Cancelled(request_id))
+
+    def step(self) -> bool:
+        """Ends the oldest step under way. False when there is none."""
+        if not self._under_way:
+            return False
+        self._feed(StepDone(self._under_way.popleft().collect()))
+        return True
+
+    def finish(self, limit: int = 100_000) -> None:
+        """Steps until nothing is left to do; the core must then be idle and empty."""
+        for _ in range(limit):
+            if not self.step():
+                break
+        assert self.core.idle, "work is left, but no step is told: the core is stuck"
+        self.core.check()
+
+    def tokens(self, request_id: str, choice: int = 0) -> tuple[int, ...]:
+        return tuple(token for delta in self.deltas[request_id, choice] for token in delta.token_ids)
+
+    def text(self, request_id: str, choice: int = 0) -> str:
+        return "".join(delta.text for delta in self.deltas[request_id, choice])
+
+    def reason(self, request_id: str, choice: int = 0) -> FinishReason | None:
+        return self.deltas[request_id, choice][-1].finish_reason
+
+    def _feed(self, event: Event) -> None:
+        self.now += 1.0
+        for instruction in self.core.handle(event, self.now):
+            self._carry_out(instruction)
+        self.core.check()
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Run(plan):
+                self._under_way.append(self.runner.launch(plan))
+            case Emit(request_id, delta):
+                self.deltas.setdefault((request_id, delta.choice), []).append(delta)
+            case Report(finished):
+                self.finished[finished.request, finished.choice] = finished
+            case Reject():
+                self.rejected[instruction.request_id] = instruction
+            case _:
+                pass

@@ -1,0 +1,165 @@
+"""The shell: streams, cancels, draining and death, with a scripted runner on a real worker thread."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.core import Core
+from engine.engine import Engine, StepRecord
+from engine.plan import Launched, Plan
+from engine.recording import Difference, FileRecorder, RecordingError, replay
+from engine.request import EngineDead, FinishReason, Finished, QueueFull, Refused
+from engine.stream import Stream
+from engine.worker import ThreadWorker
+from tests.engine.driving import VOCABULARY, Driver, core_config, request
+from tests.fakes import ScriptedRunner, hashed
+
+
+class BreakingRunner(ScriptedRunner):
+    """Fails at its third step."""
+
+    def launch(self, plan: Plan) -> Launched:
+        if plan.step == 3:
+            raise RuntimeError("the device is gone")
+        return super().launch(plan)
+
+
+@asynccontextmanager
+async def running(
+    runner: type[ScriptedRunner] = ScriptedRunner, recorder: FileRecorder | None = None, **config: int
+) -> AsyncIterator[Engine]:
+    core = Core(core_config(**config), VOCABULARY)
+    fake = runner(hashed(98), block_size=4, max_sequences=8)
+    overlap = config.get("max_outstanding", 1) > 1
+    engine = Engine(core, ThreadWorker(fake, overlap=overlap), exact=True, recorder=recorder)
+    try:
+        yield engine
+    finally:
+        await asyncio.to_thread(engine.stop)
+    core.check()
+
+
+async def read(stream: Stream) -> tuple[int, ...]:
+    return tuple([token async for delta in stream for token in delta.token_ids])
+
+
+@pytest.mark.parametrize("max_outstanding", [1, 2])
+async def test_streams_under_pressure_say_what_a_driven_core_says(max_outstanding: int) -> None:
+    asked = [request(f"r{i}", range(i, i + 5), max_tokens=30, seed=i) for i in range(16)]
+    driver = Driver(core_config(blocks=1000))
+    driver.arrive(*asked)
+    driver.finish()
+    async with running(blocks=20, max_outstanding=max_outstanding) as engine:
+        answers = await asyncio.gather(*(read(engine.submit(each)) for each in asked))
+        assert engine.core.scheduler.preemptions > 0
+    assert answers == [driver.tokens(each.id) for each in asked]
+
+
+async def test_a_slow_reader_gets_merged_deltas_and_all_of_them() -> None:
+    async with running() as engine:
+        slow, other = engine.submit(request("slow", [1, 2])), engine.submit(request("other", [3], max_tokens=30))
+        await read(other)
+        deltas = [delta async for delta in slow]
+        assert len(deltas) == 1
+        assert len(deltas[0].token_ids) == 8
+        assert deltas[0].finish_reason is FinishReason.LENGTH
+        assert (slow.usage.prompt_tokens, slow.usage.completion_tokens) == (2, 8)
+
+
+async def test_usage_tells_cached_tokens() -> None:
+    async with running() as engine:
+        for expected in (0, 16):
+            stream = engine.submit(request("a", range(20)))
+            await read(stream)
+            assert stream.usage.cached_tokens == expected
+
+
+async def test_cancel_ends_the_stream_and_frees_blocks_at_once() -> None:
+    async with running() as engine:
+        stream = engine.submit(request("a", range(20), max_tokens=200))
+        await anext(stream)
+        assert stream.cancel()
+        assert engine.core.scheduler.pool.held == 0
+        assert [delta.finish_reason async for delta in stream] == [FinishReason.CANCELLED]
+        assert not stream.cancel()
+
+
+async def test_refusals_are_raised_and_leave_nothing() -> None:
+    async with running(max_queue=2, model_context=50) as engine:
+        with pytest.raises(Refused, match="context is 50 tokens") as refused:
+            engine.submit(request("long", range(60)))
+        assert refused.value.code == "context_length_exceeded"
+        streams = [engine.submit(request("first", [1], max_tokens=40))]
+        with pytest.raises(QueueFull):
+            streams += [engine.submit(request(f"r{i}", [i])) for i in range(4)]
+        for stream in streams:
+            await read(stream)
+        assert engine.requests() == []
+
+
+async def test_a_dead_runner_ends_every_stream_and_refuses_more() -> None:
+    async with running(BreakingRunner) as engine:
+        stream = engine.submit(request("a", [1], max_tokens=30))
+        with pytest.raises(EngineDead):
+            await read(stream)
+        assert isinstance(await engine.dead, RuntimeError)
+        with pytest.raises(EngineDead):
+            engine.submit(request("b", [1]))
+
+
+async def test_drain_waits_for_those_at_hand_and_takes_no_more() -> None:
+    async with running() as engine:
+        stream = engine.submit(request("a", [1], max_tokens=30))
+        drained = asyncio.create_task(engine.drain(timeout=60))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="shutting down"):
+            engine.submit(request("b", [1]))
+        assert len(await read(stream)) == 30
+        assert await drained
+
+
+async def test_drain_cancels_what_takes_too_long() -> None:
+    async with running() as engine:
+        stream = engine.submit(request("a", [1], max_tokens=200))
+        assert not await engine.drain(timeout=0)
+        assert [delta.finish_reason async for delta in stream][-1] is FinishReason.CANCELLED
+
+
+async def test_observers_see_every_step_and_every_end() -> None:
+    steps: list[StepRecord] = []
+    ends: list[Finished] = []
+    async with running() as engine:
+        engine.on_step.append(steps.append)
+        engine.on_finished.append(ends.append)
+        await read(engine.submit(request("a", range(20), n=2)))
+    assert sum(step.computed_tokens for step in steps) == sum(step.prefill_tokens + step.decode_tokens for step in steps)
+    assert sum(step.prefix_hits for step in steps) == 16
+    assert [end.choice for end in ends] == [0, 1]
+    assert all(len(end.token_times) == 8 for end in ends)
+
+
+async def test_a_recorded_run_replays_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    async with FileRecorder().writing(path, core_config(blocks=20)) as recorder:
+        async with running(recorder=recorder, blocks=20) as engine:
+            streams = [engine.submit(request(f"r{i}", range(i, i + 5), max_tokens=20, seed=i)) for i in range(12)]
+            streams[3].cancel()
+            await asyncio.gather(*(read(stream) for stream in streams))
+            preemptions = engine.core.scheduler.preemptions
+    assert recorder.failure is None
+    assert preemptions > 0
+    assert replay(path, VOCABULARY) > 20
+    changed = path.read_bytes().replace(b'"max_tokens":20', b'"max_tokens":19', 1)
+    path.write_bytes(changed)
+    with pytest.raises(Difference, match="event"):
+        replay(path, VOCABULARY)
+
+
+def test_what_is_not_a_recording_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text("hello\n")
+    with pytest.raises(RecordingError, match="line 1"):
+        replay(path, VOCABULARY)

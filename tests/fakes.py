@@ -1,0 +1,87 @@
+"""Fakes: a runner without a model whose tokens are right only if every block it reads is.
+
+`ScriptedRunner` keeps in its paged pool, instead of KV, the token and the position that were computed there. A token
+is drawn from all that a row's block table leads to, so a block reused too early, a stale table or a skipped position
+changes the answer or fails an assertion at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from engine.plan import PENDING, Launched, Logprob, Plan, Row, Sampling, StepResult
+
+Script = Callable[[Sequence[int], Sampling], int]
+
+
+def hashed(vocabulary: int) -> Script:
+    """Draws below `vocabulary`, from all tokens so far, the seed and the choice."""
+
+    def draw(tokens: Sequence[int], sampling: Sampling) -> int:
+        text = f"{list(tokens)} {sampling.seed} {sampling.choice}"
+        token = int.from_bytes(sha256(text.encode()).digest()[:4], "little") % vocabulary
+        while len(tokens) < sampling.suppressed_until and token in sampling.suppressed:
+            token = (token + 1) % vocabulary
+        return token
+
+    return draw
+
+
+def saying(text: Sequence[int]) -> Script:
+    """Says `text` again and again, whatever the prompt; counted by absolute position."""
+    return lambda tokens, sampling: text[len(tokens) % len(text)]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    result: StepResult
+
+    def collect(self) -> StepResult:
+        return self.result
+
+
+class ScriptedRunner:
+    exact = True
+
+    def __init__(self, script: Script, *, block_size: int, max_sequences: int) -> None:
+        self.computed_positions = 0
+        self.plans: list[Plan] = []
+        self._script = script
+        self._block_size = block_size
+        self._pool: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset) -> (token, position)
+        self._tables: list[list[int]] = [[] for _ in range(max_sequences)]
+        self._samplings = [Sampling()] * max_sequences
+        self._last = [PENDING] * max_sequences
+
+    def launch(self, plan: Plan) -> Launched:
+        self.plans.append(plan)
+        for placement in plan.placements:
+            self._tables[placement.slot] = []
+            self._samplings[placement.slot] = placement.sampling
+            self._last[placement.slot] = PENDING
+        tokens = tuple(token for row in plan.rows if (token := self._compute(row)) is not None)
+        logprobs = tuple(
+            Logprob(-1.0, ()) if self._samplings[row.slot].logprobs is not None else None
+            for row in plan.rows
+            if row.samples
+        )
+        return Done(StepResult(plan.step, tokens, logprobs, seconds=0.001, gil_seconds=0.0005))
+
+    def _compute(self, row: Row) -> int | None:
+        table = self._tables[row.slot]
+        assert row.blocks_at <= len(table), "a block table has a hole"
+        table[row.blocks_at :] = row.blocks
+        tokens = (self._last[row.slot],) if row.tokens == (PENDING,) else row.tokens
+        assert PENDING not in tokens, "a pending token that nobody sampled"
+        for position, token in enumerate(tokens, row.start):
+            self._pool[self._place(table, position)] = (token, position)
+            self.computed_positions += 1
+        if not row.samples:
+            return None
+        context = [self._pool[self._place(table, position)] for position in range(row.start + len(tokens))]
+        assert [position for _, position in context] == list(range(len(context))), "a block holds other positions"
+        self._last[row.slot] = self._script([token for token, _ in context], self._samplings[row.slot])
+        return self._last[row.slot]
+
+    def _place(self, table: list[int], position: int) -> tuple[int, int]:
+        return table[position // self._block_size], position % self._block_size
