@@ -1,0 +1,176 @@
+"""The CPU's kernels: oneDNN for matrices, compiled code of ours for everything between them.
+
+Attention is in cpu_attention.py and cpu_amx.py, what is done row by row in cpu_rowwise.py, the linear layers in
+cpu_linear.py; here is who calls what with which addresses, and what is small enough for one thread.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from engine.kernels import cpu_attention, cpu_rowwise
+from engine.kernels.cpu_native import Clock, Native, threads
+from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear
+
+_ELEMENT = {torch.float32: 4, torch.bfloat16: 2}
+_STORE_TOKENS = 64  # a piece of work when keys and values are stored apart from attention
+_ALONE_NUMBERS = 16384  # elementwise work up to this many numbers is faster on one thread
+_ALONE_PRODUCTS = 32768  # and attention up to this many
+
+
+class UnsupportedOnCpu(Exception):
+    """The CPU's kernels cannot run this model or this pool as configured."""
+
+
+class CpuKernels:
+    """`engine.kernels.protocol.Kernels` for float32 and bfloat16. For one thread at a time."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in _ELEMENT:
+            raise UnsupportedOnCpu(f"{dtype} is not supported on a CPU; set model.dtype to float32 or bfloat16")
+        self.dtype = dtype
+        self.exact = True
+        self._element = _ELEMENT[dtype]
+        self._clock = Clock()
+        self._rows = cpu_rowwise.RowArguments(element=self._element)
+        self._rows.counter = ctypes.addressof(self._rows)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def released_seconds(self) -> float:
+        """Wall seconds spent so far in calls that released the interpreter lock."""
+        return self._clock.seconds
+
+    def new_pool(self, blocks: int, shape: KVShape) -> Tensor:
+        """[blocks, layers, 2, kv_heads, head_dim * block_size]; the inside is described in cpu_attention.py."""
+        if shape.block_size % 16:
+            raise UnsupportedOnCpu(f"engine.block_size = {shape.block_size} is not a multiple of 16")
+        if shape.head_dim % 16:
+            raise UnsupportedOnCpu(f"a head size of {shape.head_dim} is not a multiple of 16")
+        inside = (shape.layers, 2, shape.kv_heads, shape.head_dim * shape.block_size)
+        return torch.zeros((blocks, *inside), dtype=self.dtype)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        op = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: op(x, packed, bias, "none", [], "")
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        rows, width = len(tokens), table.shape[1]
+        stream = torch.empty((rows, width))
+        self._rows.left = table.data_ptr()
+        self._rows.right = tokens.data_ptr()
+        self._rows.stream = stream.data_ptr()
+        self._over_rows(cpu_rowwise.embed_rows, rows, width)
+        return stream
+
+    def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        rows, width = residual.shape
+        out = torch.empty((rows, width), dtype=self.dtype)
+        arguments = self._rows
+        arguments.left = 0 if delta is None else delta.data_ptr()
+        arguments.right = weight.data_ptr()
+        arguments.stream = residual.data_ptr()
+        arguments.out = out.data_ptr()
+        arguments.epsilon = eps
+        self._over_rows(cpu_rowwise.norm_rows, rows, width)
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, width = gate_up.shape
+        out = torch.empty((rows, width // 2), dtype=self.dtype)
+        self._rows.left = gate_up.data_ptr()
+        self._rows.out = out.data_ptr()
+        self._over_rows(cpu_rowwise.gate_rows, rows, width // 2)
+        return out
+
+    def _over_rows(self, kernel: Native, rows: int, width: int) -> None:
+        arguments = self._rows
+        arguments.next = 0
+        arguments.rows = rows
+        arguments.width = width
+        if rows * width > _ALONE_NUMBERS:
+            kernel.together(arguments, self._clock)
+        else:
+            kernel.alone(arguments)
+
+    def attend(
+        self, pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch
+    ) -> Tensor:
+        work = batch.scratch.get("attention") or self._prepare(pool, rope, shape, batch)
+        out = torch.empty((len(qkv), shape.heads * shape.head_dim), dtype=self.dtype)
+        arguments = work.arguments
+        arguments.pool = work.pool + layer * work.layer_bytes
+        arguments.qkv = qkv.data_ptr()
+        arguments.out = out.data_ptr()
+        for kernel, segments, pieces in work.phases:
+            arguments.next = arguments.thread = 0
+            arguments.segments = segments
+            arguments.pieces = pieces
+            if work.small:
+                kernel.alone(arguments)
+            else:
+                kernel.together(arguments, self._clock)
+        return out
+
+    def _prepare(self, pool: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch) -> "_Attention":
+        """What is the same in all layers of a step."""
+        share = shape.heads // shape.kv_heads
+        tokens = min(cpu_attention.tile_tokens(share), batch.longest_row)
+        room = cpu_attention.scratch_bytes(tokens * share, shape.head_dim)
+        if len(self._scratch) < room * threads():
+            self._scratch = torch.empty(room * threads(), dtype=torch.uint8)
+        work = batch.scratch["attention"] = _Attention(pool, rope, shape, batch, tokens)
+        work.arguments.scratch = self._scratch.data_ptr()
+        work.arguments.scratch_bytes = room
+        return work
+
+
+class _Attention:
+    """One step's attention: the arguments of its kernels, and which run on which segments."""
+
+    def __init__(self, pool: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch, tokens: int) -> None:
+        element = pool.element_size()
+        block_bytes, self.layer_bytes, values_bytes, head_bytes, _ = (n * element for n in pool.stride())
+        decode = batch.longest_row == 1
+        self.pool = pool.data_ptr()
+        self.arguments = cpu_attention.AttendArguments(
+            stores=decode,
+            block_bytes=block_bytes,
+            values_bytes=values_bytes,
+            head_bytes=head_bytes,
+            block_size=pool.shape[-1] // shape.head_dim,
+            tables=batch.tables.data_ptr(),
+            table_row=batch.tables.stride(0) * 4,
+            slots=batch.slots.data_ptr(),
+            positions=batch.positions.data_ptr(),
+            rope=rope.data_ptr(),
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            element=element,
+            scale=shape.scale * cpu_attention.LOG2_E,
+        )
+        self.arguments.counters = ctypes.addressof(self.arguments)
+        self._kept = (batch, rope)
+        products = len(batch.slots) * shape.heads * shape.head_dim * batch.longest_context * batch.longest_row
+        self.small = products < _ALONE_PRODUCTS
+        self.phases = [(cpu_attention.attend_lanes, *self._cut(batch, tokens))]
+        if not decode:
+            self.phases.insert(0, (cpu_attention.store_segments, *self._cut(batch, _STORE_TOKENS)))
+
+    def _cut(self, batch: Batch, length: int) -> tuple[int, int]:
+        """Address and count of the rows' segments of at most `length` tokens."""
+        most = len(batch.slots) * 2 + len(batch.positions) // length
+        segments = torch.empty((most, 3), dtype=torch.int32)
+        cut = cpu_attention.SegmentArguments(
+            row_starts=batch.row_starts.data_ptr(),
+            positions=batch.positions.data_ptr(),
+            rows=len(batch.slots),
+            length=length,
+            segments=segments.data_ptr(),
+        )
+        cpu_attention.cut_segments.alone(cut)
+        self._kept = (*self._kept, segments)
+        return segments.data_ptr(), cut.pieces

@@ -1,0 +1,360 @@
+"""Paged attention in compiled code: storing keys and values, and attending on vectors of 16 floats.
+
+Work is cut into *segments*, runs of one row's tokens, times KV heads; threads claim them. A tile is a segment's
+query rows: its tokens times the heads that share the KV head. Keys are taken 64 at a time from position 0 up, with a
+running maximum and sum (Milakov and Gimelshein 2018), so a query's order of reduction depends on its position alone:
+decode, prefill and any chunking give the same bits. Keys that a query may not see weigh exactly 0, and
+adding 0 changes nothing (the last step maps -0 to 0).
+
+Inside a block, one KV head's keys are panels of 16: [block / 16][head_dim][16] in float32,
+[block / 16][head_dim / 2][16][2] in bf16, so a load is 16 keys' scores to be and no sum runs across lanes; its
+values are [block][head_dim], or [block / 2][head_dim][2]. The pairs of bf16 are what AMX takes (cpu_amx.py).
+"""
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from engine.kernels.cpu_lanes import (
+    LANES,
+    as_bf16,
+    claim,
+    clear,
+    exp2,
+    first,
+    fma,
+    get_f32,
+    get_i32,
+    get_i64,
+    get_u16,
+    greater,
+    greatest,
+    load,
+    load_f32_some,
+    load_some,
+    only_first,
+    put_f32,
+    put_i32,
+    put_i64,
+    put_u16,
+    splat,
+    store,
+    store_bf16,
+    store_f32_some,
+    store_some,
+    total,
+)
+from engine.kernels.cpu_native import inner, native, structure
+from engine.kernels.cpu_product import multiply, multiply_packed
+
+UNIT = 128  # keys between two updates of the running maximum
+STATE_BYTES = 128  # of a query: its maximum, then its sum's lanes from byte 64
+LOG2_E = math.log2(math.e)
+_LOWEST = np.float32(-np.inf)
+_ONE = np.float32(1.0)
+_ZERO = np.float32(0.0)
+
+_i64 = ctypes.c_int64
+AttendArguments = structure(
+    "AttendArguments",
+    next=_i64,  # the counter of pieces claimed
+    thread=_i64,  # the counter of threads arrived
+    counters=_i64,  # where the two are
+    segments=_i64,  # int32 [pieces][3]: row, its first token, tokens
+    pieces=_i64,
+    stores=_i64,  # whether a piece also stores its keys and values (one token a row)
+    pool=_i64,  # of this layer: the first block's keys
+    block_bytes=_i64,  # from one block to the next
+    values_bytes=_i64,  # from a layer's keys to its values
+    head_bytes=_i64,  # from one KV head to the next
+    block_size=_i64,
+    tables=_i64,
+    table_row=_i64,  # bytes
+    slots=_i64,
+    positions=_i64,
+    qkv=_i64,
+    out=_i64,
+    rope=_i64,
+    heads=_i64,
+    kv_heads=_i64,
+    head_dim=_i64,
+    element=_i64,  # bytes of a number of the model's dtype
+    scratch=_i64,
+    scratch_bytes=_i64,  # of one thread
+    scale=ctypes.c_float,
+)
+SegmentArguments = structure(
+    "SegmentArguments", row_starts=_i64, positions=_i64, rows=_i64, length=_i64, segments=_i64, pieces=_i64
+)
+
+
+@native(SegmentArguments)
+def cut_segments(arguments: Any) -> None:
+    """Cuts every row at the positions that are multiples of `length`; writes segments and their count."""
+    a = carray(arguments, 1)[0]
+    pieces = 0
+    for row in range(a.rows):
+        token = get_i32(a.row_starts + 4 * row)
+        end = get_i32(a.row_starts + 4 * row + 4)
+        while token < end:
+            room = a.length - get_i32(a.positions + 4 * token) % a.length
+            count = min(room, end - token)
+            at = a.segments + 12 * pieces
+            put_i32(at, row)
+            put_i32(at + 4, token)
+            put_i32(at + 8, count)
+            token += count
+            pieces += 1
+    a.pieces = pieces
+
+
+@inner
+def rotate(source: int, rope: int, out: int, head_dim: int, element: int) -> None:
+    """One head's rotary embedding, rounded to the model's dtype, written to `out` as float32."""
+    half = head_dim // 2
+    for at in range(0, half, LANES):
+        count = min(LANES, half - at)
+        low = load_some(source + at * element, count, element)
+        high = load_some(source + (half + at) * element, count, element)
+        cosine = load_f32_some(rope + 4 * at, count)
+        sine = load_f32_some(rope + 4 * (half + at), count)
+        new_low = low * cosine - high * sine
+        new_high = high * cosine + low * sine
+        if element == 2:
+            new_low = as_bf16(new_low)
+            new_high = as_bf16(new_high)
+        store_f32_some(out + 4 * at, new_low, count)
+        store_f32_some(out + 4 * (half + at), new_high, count)
+
+
+@inner
+def store_token(a: Any, token: int, table: int, head: int, key: int) -> None:
+    """Stores one token's key and value of a KV head. `key`: a float32 buffer of head_dim.
+
+    The first token of a group of 16 clears the group, so that nothing of a former owner is ever read.
+    """
+    position = get_i32(a.positions + 4 * token)
+    block = get_i32(table + 4 * (position // a.block_size))
+    offset = position % a.block_size
+    keys = a.pool + block * a.block_bytes + head * a.head_bytes
+    values = keys + a.values_bytes
+    group_bytes = LANES * a.head_dim * a.element
+    group = offset // LANES * group_bytes
+    if offset % LANES == 0:
+        clear(keys + group, group_bytes)
+        clear(values + group, group_bytes)
+    row = a.qkv + token * (a.heads + 2 * a.kv_heads) * a.head_dim * a.element
+    source = row + (a.heads + head) * a.head_dim * a.element
+    rotate(source, a.rope + position * a.head_dim * 4, key, a.head_dim, a.element)
+    panel = keys + group + offset % LANES * 4
+    value = source + a.kv_heads * a.head_dim * a.element
+    if a.element == 4:
+        for d in range(a.head_dim):
+            put_f32(panel + 64 * d, get_f32(key + 4 * d))
+        for d in range(0, a.head_dim, LANES):
+            store(values + (offset * a.head_dim + d) * 4, load(value + 4 * d))
+    else:
+        for d in range(0, a.head_dim, 2):
+            low = get_u16(key + 4 * d + 2)
+            put_i32(panel + 32 * d, low | get_u16(key + 4 * d + 6) << 16)
+        pair = values + (offset // 2 * a.head_dim) * 4 + offset % 2 * 2
+        for d in range(a.head_dim):
+            put_u16(pair + 4 * d, get_u16(value + 2 * d))
+
+
+@native(AttendArguments)
+def store_segments(arguments: Any) -> None:
+    """Keys (rotated) and values of every segment into the pool."""
+    a = carray(arguments, 1)[0]
+    scratch = a.scratch + claim(a.counters + 8) * a.scratch_bytes
+    while True:
+        piece = claim(a.counters)
+        if piece >= a.pieces * a.kv_heads:
+            break
+        segment = a.segments + 12 * (piece // a.kv_heads)
+        table = a.tables + get_i32(a.slots + 4 * get_i32(segment)) * a.table_row
+        token = get_i32(segment + 4)
+        for t in range(token, token + get_i32(segment + 8)):
+            store_token(a, t, table, piece % a.kv_heads, scratch)
+
+
+@inner
+def soften(scores: int, groups: int, seen: int, scale: Any, state: int, weights: int, element: int) -> Any:
+    """Weighs one query's keys: 2**(scale * (score - maximum)), written to `weights`; keys from `seen` on weigh 0.
+
+    state: the highest score (float32), then, at 64 bytes, 16 lanes of the running sum; both are brought up to date.
+    `weights` (of `element` bytes) may be `scores`. Returns the factor for what was summed before.
+    """
+    before = get_f32(state)
+    highest = splat(_LOWEST)
+    for group in range(groups):
+        at = scores + 64 * group
+        score = load(at)
+        if seen < LANES * (group + 1):
+            score = only_first(score, seen - LANES * group)
+            store(at, score)
+        highest = greater(score, highest)
+    now = max(before, greatest(highest))
+    factor = _ONE
+    if now != before:
+        factor = first(exp2(splat((before - now) * scale)))
+    shift = splat(-now * scale)
+    summed = load(state + 64) * splat(factor)
+    for group in range(groups):
+        weight = exp2(fma(load(scores + 64 * group), splat(scale), shift))
+        summed = summed + weight
+        if element == 2:
+            store_bf16(weights + 32 * group, weight)
+        else:
+            store(weights + 64 * group, weight)
+    put_f32(state, now)
+    store(state + 64, summed)
+    return factor
+
+
+@inner
+def rescale(row: int, head_dim: int, factor: Any) -> None:
+    if factor != _ONE:
+        for d in range(0, head_dim, LANES):
+            store(row + 4 * d, load(row + 4 * d) * splat(factor))
+
+
+@inner
+def finish(a: Any, sums: int, state: int, token: int, head: int) -> None:
+    """Divides one query's sums by its weights' and writes it out in the model's dtype."""
+    weight = splat(_ONE) / splat(total(load(state + 64)))
+    out = a.out + (token * a.heads + head) * a.head_dim * a.element
+    for d in range(0, a.head_dim, LANES):
+        value = fma(load(sums + 4 * d), weight, splat(_ZERO))
+        store_some(out + d * a.element, value, LANES, a.element)
+
+
+@inner
+def key_panels(a: Any, table: int, head: int, start: int, groups: int, panels: int) -> None:
+    """Writes the addresses of `groups` panels of 16 keys, and of their values MAX_GROUPS further on."""
+    for group in range(groups):
+        position = start + LANES * group
+        block = get_i32(table + 4 * (position // a.block_size))
+        inside = position % a.block_size * a.head_dim * a.element
+        at = a.pool + block * a.block_bytes + head * a.head_bytes + inside
+        put_i64(panels + 8 * group, at)
+        put_i64(panels + 8 * (group + UNIT // LANES), at + a.values_bytes)
+
+
+@inner
+def _scores(a: Any, rows: int, groups: int, q: int, panels: int, scores: int) -> None:
+    """Products of `rows` queries with groups of 16 keys, written over `scores` [rows][UNIT]."""
+    for row in range(rows):
+        clear(scores + 4 * UNIT * row, 64 * groups)
+    if a.element == 4:
+        multiply(rows, groups, q, 4 * a.head_dim, panels, 64, scores, 4 * UNIT, a.head_dim)
+    else:
+        multiply_packed(rows, groups, q, 4 * a.head_dim, panels, 64, scores, 4 * UNIT, a.head_dim // 2)
+
+
+@inner
+def _weigh(a: Any, rows: int, keys: int, weights: int, panels: int, sums: int, columns: int) -> None:
+    """Adds weights [rows][UNIT] times the unit's values to sums [rows][head_dim]. `columns`: room for addresses."""
+    for group in range((keys + LANES - 1) // LANES):
+        values = get_i64(panels + 8 * (group + UNIT // LANES))
+        for d in range(a.head_dim // LANES):
+            put_i64(columns + 8 * d, values + 64 * d)
+        count = min(LANES, keys - LANES * group)
+        x = weights + 64 * group
+        width = 4 * a.head_dim
+        if a.element == 4:
+            multiply(rows, a.head_dim // LANES, x, 4 * UNIT, columns, width, sums, width, count)
+        else:
+            multiply_packed(rows, a.head_dim // LANES, x, 4 * UNIT, columns, width, sums, width, (count + 1) // 2)
+
+
+@inner
+def tile_height(left: int) -> int:
+    """Rows of the next tile when `left` remain: 8, or the smallest of 4, 2, 1 that holds them (rows of padding are free)."""
+    if left > 4:
+        return 8
+    return 4 if left > 2 else left
+
+
+@inner
+def begin(rows: int, head_dim: int, sums: int, states: int) -> None:
+    clear(sums, rows * head_dim * 4)
+    clear(states, rows * STATE_BYTES)
+    for row in range(rows):
+        put_f32(states + row * STATE_BYTES, _LOWEST)
+
+
+@inner
+def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int) -> None:
+    """Attention of `tokens` tokens' queries on one KV head. `q`: scratch, laid out as below."""
+    share = a.heads // a.kv_heads
+    rows = tokens * share
+    padded = (rows + 7) // 8 * 8
+    width = 4 * a.head_dim
+    scores = q + padded * width
+    sums = scores + padded * 4 * UNIT
+    states = sums + padded * width
+    panels = states + padded * STATE_BYTES
+    columns = panels + 16 * (UNIT // LANES)
+    clear(q, padded * width)
+    begin(rows, a.head_dim, sums, states)
+    for row in range(rows):
+        t = token + row // share
+        source = (t * (a.heads + 2 * a.kv_heads) + head * share + row % share) * a.head_dim * a.element
+        position = get_i32(a.positions + 4 * t)
+        rotate(a.qkv + source, a.rope + position * width, q + row * width, a.head_dim, a.element)
+    position = get_i32(a.positions + 4 * token)
+    end = position + tokens
+    for start in range(0, end, UNIT):
+        keys = min(UNIT, end - start)
+        groups = (keys + LANES - 1) // LANES
+        key_panels(a, table, head, start, groups, panels)
+        for row in range(0, rows, 8):
+            height = tile_height(rows - row)
+            _scores(a, height, groups, q + row * width, panels, scores + row * 4 * UNIT)
+        for row in range(rows):
+            seen = position + row // share + 1 - start
+            at = scores + row * 4 * UNIT
+            factor = soften(at, groups, seen, a.scale, states + row * STATE_BYTES, at, 4)
+            rescale(sums + row * width, a.head_dim, factor)
+        for row in range(0, rows, 8):
+            height = tile_height(rows - row)
+            _weigh(a, height, keys, scores + row * 4 * UNIT, panels, sums + row * width, columns)
+    for row in range(rows):
+        finish(a, sums + row * width, states + row * STATE_BYTES, token + row // share, head * share + row % share)
+
+
+@native(AttendArguments)
+def attend_lanes(arguments: Any) -> None:
+    """Attention of every segment on every KV head."""
+    a = carray(arguments, 1)[0]
+    scratch = a.scratch + claim(a.counters + 8) * a.scratch_bytes
+    while True:
+        piece = claim(a.counters)
+        if piece >= a.pieces * a.kv_heads:
+            break
+        segment = a.segments + 12 * (a.pieces - 1 - piece // a.kv_heads)  # long contexts first: shorter ends
+        head = piece % a.kv_heads
+        token = get_i32(segment + 4)
+        table = a.tables + get_i32(a.slots + 4 * get_i32(segment)) * a.table_row
+        if a.stores:
+            store_token(a, token, table, head, scratch)
+        _attend_tile(a, token, get_i32(segment + 8), head, table, scratch)
+
+
+def tile_tokens(share: int) -> int:
+    """Tokens of a segment: its tile has at least 32 query rows, a multiple of 8 (16, where that stays small)."""
+    step = 16 // math.gcd(16, share)
+    while step * share < 32:
+        step *= 2
+    return step
+
+
+def scratch_bytes(rows: int, head_dim: int) -> int:
+    """What one thread needs for a tile of `rows` query rows."""
+    padded = (rows + 15) // 16 * 16
+    numbers = padded * (3 * head_dim + 2 * UNIT) * 4 + UNIT * head_dim * 4
+    return numbers + padded * STATE_BYTES + 16 * UNIT + 8 * head_dim + 256

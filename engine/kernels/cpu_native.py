@@ -1,0 +1,143 @@
+"""Compiled functions behind one address: how the CPU kernels are built, cached, and run on torch's own threads.
+
+A kernel is a Python function of one argument, the address of a ctypes structure, compiled by numba (no compiler
+on the user's machine). It runs on one thread, or on all of torch's OpenMP team through the `GOMP_parallel` of the
+runtime torch itself brought: a second thread pool would fight the first one's spinning threads for the cores.
+A call costs 0.2 µs on one thread and 1.3 µs on two; a numba dispatcher with array arguments costs 3–10.
+
+Kernels share work by claiming numbered pieces from a counter (`claim`), so the result may not depend on who
+computes what. Nothing here knows what a kernel computes; vectors are in cpu_lanes.py.
+"""
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch  # loads the OpenMP runtime that `_openmp` looks up
+
+_Body = Callable[[Any], None]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _openmp() -> Any:
+    """`GOMP_parallel(function, argument, threads, flags)`, or None where torch was built on another runtime."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if function is not None:
+        function.restype = None
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return function
+
+
+_PARALLEL = _openmp()
+
+
+def has_threads() -> bool:
+    """Whether kernels can use more than one thread here (a fact for the start's log)."""
+    return _PARALLEL is not None
+
+
+class Clock:
+    """Adds up the wall seconds of calls that release the interpreter lock."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+class Native:
+    """A kernel, compiled on first use. Its one argument is a structure of type `arguments`."""
+
+    def __init__(self, body: _Body, arguments: type[ctypes.Structure]) -> None:
+        self._body = body
+        self._record = numba.from_dtype(np.dtype(arguments))
+        self._address = 0
+        self._alone: Any = None
+
+    def compile(self) -> None:
+        """Compiles, or loads from the cache: seconds, or milliseconds."""
+        if self._address:
+            return
+        signature = numba.types.void(numba.types.CPointer(self._record))
+        with _cache_directory():
+            self._compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._body)
+        self._address = self._compiled.address
+        self._alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self._address)
+
+    def alone(self, arguments: ctypes.Structure) -> None:
+        """Runs on this thread, the interpreter lock held: for work of some microseconds."""
+        if not self._address:
+            self.compile()
+        self._alone(ctypes.addressof(arguments))
+
+    def together(self, arguments: ctypes.Structure, clock: Clock) -> None:
+        """Runs on every thread of torch's team at once, the interpreter lock released."""
+        if not self._address:
+            self.compile()
+        start = perf_counter()
+        if _PARALLEL is None:
+            self._alone(ctypes.addressof(arguments))
+        else:
+            _PARALLEL(self._address, ctypes.addressof(arguments), 0, 0)  # 0: as many as torch was told
+            clock.seconds += perf_counter() - start
+
+
+def native(arguments: type[ctypes.Structure]) -> Callable[[_Body], Native]:
+    """Decorator: compiles the function below (when first used) as a kernel that takes `arguments`."""
+    return lambda body: Native(body, arguments)
+
+
+def inner(function: _F) -> _F:
+    """Decorator: a compiled function called by kernels, inlined into them. Typed as the Python function it is."""
+    compiled: _F = numba.njit(error_model="numpy")(function)
+    return compiled
+
+
+class _cache_directory:  # noqa: N801 (a context manager that reads as a phrase)
+    """Points numba's cache at a directory named after the content of all kernel sources, while it is entered.
+
+    numba notices a change of the kernel's own file only; a kernel is made of several.
+    """
+
+    def __enter__(self) -> None:
+        self._before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(_cache_root(self._before) / _sources_digest())
+
+    def __exit__(self, *_: object) -> None:
+        numba.config.CACHE_DIR = self._before
+
+
+def _cache_root(configured: str) -> Path:
+    """NUMBA_CACHE_DIR, else the user's cache, else (a home that cannot be written) the temporary directory."""
+    if configured:
+        return Path(configured)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parent = home if home.exists() else home.parent
+    return (home if os.access(parent, os.W_OK) else Path(tempfile.gettempdir())) / "sluice" / "kernels"
+
+
+_digest = ""
+
+
+def _sources_digest() -> str:
+    global _digest
+    if not _digest:
+        files = sorted(Path(__file__).parent.glob("cpu*.py"))
+        _digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return _digest
+
+
+def structure(name: str, **fields: type) -> type[ctypes.Structure]:
+    """A ctypes structure: the arguments of a kernel. Addresses and counts are c_int64, scalars c_float."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def threads() -> int:
+    return torch.get_num_threads() if _PARALLEL is not None else 1

@@ -1,0 +1,112 @@
+"""Row by row in compiled code: embedding, residual add with RMS norm, and the gated activation.
+
+The residual stream is float32 whatever the model's dtype; a result is rounded once. Sums run over 16 lanes and are
+reduced by a tree, so a row's bits depend on its numbers alone. Attention is in cpu_attention.py.
+"""
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from engine.kernels.cpu_lanes import (
+    LANES,
+    claim,
+    exp2,
+    fma,
+    get_i64,
+    load_f32_some,
+    load_some,
+    smaller,
+    splat,
+    store_f32_some,
+    store_some,
+    total,
+)
+from engine.kernels.cpu_native import native, structure
+
+PIECE = 16  # rows a thread takes at a time
+
+_MINUS_LOG2_E = np.float32(-math.log2(math.e))
+_ONE = np.float32(1.0)
+_ZERO = np.float32(0.0)
+_HIGHEST = np.float32(126.0)
+
+_i64 = ctypes.c_int64
+RowArguments = structure(
+    "RowArguments",
+    next=_i64,  # the counter of pieces claimed
+    counter=_i64,  # where it is
+    rows=_i64,
+    width=_i64,  # numbers a row of the result
+    element=_i64,  # bytes of a number of the model's dtype
+    left=_i64,  # embedding: the table; norm: delta, or 0; activation: gate and up
+    right=_i64,  # embedding: token ids (int64); norm: the weight
+    stream=_i64,  # the float32 residual stream
+    out=_i64,
+    epsilon=ctypes.c_float,
+)
+
+
+@native(RowArguments)
+def embed_rows(arguments: Any) -> None:
+    """stream[row] = table[tokens[row]]."""
+    a = carray(arguments, 1)[0]
+    while True:
+        start = claim(a.counter) * PIECE
+        if start >= a.rows:
+            break
+        for row in range(start, min(start + PIECE, a.rows)):
+            source = a.left + get_i64(a.right + 8 * row) * a.width * a.element
+            for at in range(0, a.width, LANES):
+                count = min(LANES, a.width - at)
+                value = load_some(source + at * a.element, count, a.element)
+                store_f32_some(a.stream + 4 * (row * a.width + at), value, count)
+
+
+@native(RowArguments)
+def norm_rows(arguments: Any) -> None:
+    """stream += delta; out = stream / sqrt(mean(stream**2) + epsilon) * weight."""
+    a = carray(arguments, 1)[0]
+    while True:
+        start = claim(a.counter) * PIECE
+        if start >= a.rows:
+            break
+        for row in range(start, min(start + PIECE, a.rows)):
+            stream = a.stream + 4 * row * a.width
+            squares = splat(_ZERO)
+            for at in range(0, a.width, LANES):
+                count = min(LANES, a.width - at)
+                value = load_f32_some(stream + 4 * at, count)
+                if a.left != 0:
+                    value = value + load_some(a.left + (row * a.width + at) * a.element, count, a.element)
+                    store_f32_some(stream + 4 * at, value, count)
+                squares = fma(value, value, squares)
+            mean = total(squares) / np.float32(a.width)
+            factor = splat(_ONE / np.float32(math.sqrt(mean + a.epsilon)))
+            for at in range(0, a.width, LANES):
+                count = min(LANES, a.width - at)
+                value = load_f32_some(stream + 4 * at, count) * factor
+                weight = load_some(a.right + at * a.element, count, a.element)
+                store_some(a.out + (row * a.width + at) * a.element, value * weight, count, a.element)
+
+
+@native(RowArguments)
+def gate_rows(arguments: Any) -> None:
+    """out = gate / (1 + exp(-gate)) * up, where a row of `left` is gate and up."""
+    a = carray(arguments, 1)[0]
+    while True:
+        start = claim(a.counter) * PIECE
+        if start >= a.rows:
+            break
+        for row in range(start, min(start + PIECE, a.rows)):
+            source = a.left + 2 * row * a.width * a.element
+            for at in range(0, a.width, LANES):
+                count = min(LANES, a.width - at)
+                gate = load_some(source + at * a.element, count, a.element)
+                up = load_some(source + (a.width + at) * a.element, count, a.element)
+                power = smaller(gate * splat(_MINUS_LOG2_E), splat(_HIGHEST))
+                value = gate / (splat(_ONE) + exp2(power)) * up
+                store_some(a.out + (row * a.width + at) * a.element, value, count, a.element)
