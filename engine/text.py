@@ -30,7 +30,7 @@ class TextState:
 
 
 class Detokenizer:
-    """Token ids in, text out. Invalid UTF-8 becomes U+FFFD, just as `bytes.decode(errors="replace")` of the whole."""
+    """Token ids in, text out. Invalid UTF-8 becomes U+FFFD, just as in a decode of all bytes at once."""
 
     __slots__ = ("_decoder", "_vocabulary")
 
@@ -95,7 +95,7 @@ class StopStrings:
     def push(self, text: str, *, heed: bool = True) -> tuple[str, str | None]:
         """(text that may leave, the stop string that completed or None); what follows a match is dropped.
 
-        Without `heed` a completed match is let through; one that completes later, on text that is heeded, counts.
+        Without `heed` a completed match is let through; one that completes later, in heeded text, counts.
         """
         node, root = self._node, self._root
         for index, character in enumerate(text):
@@ -145,7 +145,7 @@ class OutputText:
         return TextState(self._detokenizer.undecoded, self._stops.held if self._stops else "")
 
     def push(self, token_id: int, heed_stops: bool = True) -> Piece:
-        """What this token releases. Without `heed_stops` (min_tokens) a completed stop string is let through."""
+        """What this token releases. Without `heed_stops` (min_tokens) a stop string may complete and pass."""
         text = self._detokenizer.push(token_id)
         if self._stops is None:
             return Piece(text, None)
@@ -154,7 +154,7 @@ class OutputText:
     def finish(self) -> str:
         """The sequence ended otherwise than by a stop string: what was held back. Call it once, at the end.
 
-        For a code point left incomplete U+FFFD still comes; a stop string that ends in one is cut, not reported.
+        A code point left incomplete becomes U+FFFD; a stop string that this completes is cut, not reported.
         """
         text = self._detokenizer.flush()
         if self._stops is None:

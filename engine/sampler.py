@@ -1,0 +1,214 @@
+"""Draws each sequence's next token from its logits: a table of sampling parameters by slot, one batched draw.
+
+What is drawn, for a row of logits l at temperature T:
+
+1. At temperature 0 the largest logit wins (equal ones: the lowest id). Else d = (l - max l) / T.
+2. Of the tokens ordered by d (equal ones by id) are kept: the first top_k; of these the fewest whose
+   probabilities, made to sum to 1 again, reach top_p; of these the ones at least min_p times as likely
+   as the likeliest. This is the order of Hugging Face transformers. One token always stays; none below
+   2**-40 of the likeliest ever does.
+3. The token is argmax(d + g) over the kept, where g = -log(-log(u)) and u is a hash of (seed, choice,
+   position, token id): a draw from their softmax ("Gumbel max"), and a function of the request alone.
+
+Suppressed tokens (min_tokens) are as if their logits were -inf; log-probabilities are of the raw logits.
+A row gives the same token and the same log-probability bits in every batch. The CPU's loops and torch
+may draw differently where two sums of distance and noise are equal to about 1e-15, or a sum of masses
+and top_p to 1e-12.
+"""
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine import sampler_torch
+from engine.plan import Logprob, Sampling
+from engine.sampler_rows import FLOOR, MASS_BITS, Rows, Summary, noise_keys
+
+_HIGHEST_INVERSE_TEMPERATURE = 1e30  # distances stay finite; a colder request draws as one at 1e-30 does
+
+
+class Arithmetic(Protocol):
+    """What sampler_cpu and sampler_torch both are."""
+
+    def draw(self, logits: Tensor, rows: Rows, /) -> tuple[Tensor, Tensor]: ...
+
+    def summarise(
+        self, logits: Tensor, wanted: NDArray[np.int64], tokens: Tensor, top: int, /
+    ) -> Summary: ...
+
+    def released_seconds(self) -> float: ...
+
+
+class BrokenLogits(Exception):
+    """The model produced logits nothing can be drawn from: NaN, +inf, or nothing above -inf."""
+
+
+class Drawn:
+    """The tokens of one step. Nothing waits for the device until `check` or `logprobs` is called."""
+
+    def __init__(
+        self, tokens: Tensor, sound: Tensor, asked: NDArray[np.int64], summary: Summary | None
+    ) -> None:
+        """sound: bool [S]; asked: [S], how many likeliest tokens each row wants, -1: no log-probabilities.
+
+        Copies to the host are queued now: behind this draw, before the step that comes next.
+        """
+        self.tokens = tokens  # int64 [S], on the sampler's device
+        self._asked = asked
+        self._sound = sampler_torch.download(sound)
+        self._parts = [sampler_torch.download(part) for part in summary.parts()] if summary else []
+        self._copied = sampler_torch.mark(tokens.device)
+
+    def check(self) -> None:
+        """Waits for the draw; raises BrokenLogits. A broken row's token is a valid id, but means nothing."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        _check(self._sound)
+
+    def logprobs(self) -> tuple[Logprob | None, ...]:
+        """One for each row, None where the request did not ask. Waits and raises as `check` does."""
+        self.check()
+        if not self._parts:
+            return (None,) * len(self._asked)
+        summaries = zip(*(part.tolist() for part in self._parts), strict=True)
+        return tuple(None if top < 0 else _logprob(top, *next(summaries)) for top in self._asked.tolist())
+
+
+class Sampler:
+    """Sampling parameters by slot, on the host, and the draw on the device of the logits."""
+
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device | str) -> None:
+        """`vocab_size` is the width of the logits, which may be more than the tokenizer knows."""
+        self._vocab_size = vocab_size
+        self._arithmetic = _arithmetic(torch.device(device))
+        self._table = _Table(max_sequences, vocab_size)
+
+    def place(self, slot: int, sampling: Sampling) -> None:
+        """From now on rows of `slot` are drawn by `sampling`; the door has seen to its ranges."""
+        self._table.place(slot, sampling)
+
+    def sample(self, logits: Tensor, slots: NDArray[Any], positions: NDArray[Any]) -> Drawn:
+        """Draws a token for each row of logits: fp32 or bf16 [S, vocab_size], left as they are.
+
+        slots, positions: integers [S] on the host; positions[s] is the one that row s's token will take.
+        Unsound logits raise BrokenLogits: on a CPU here, elsewhere when the result is read.
+        """
+        assert logits.shape == (len(slots), self._vocab_size)
+        assert len(positions) == len(slots)
+        positions = positions.astype(np.int64)
+        rows = self._table.rows(slots, positions)
+        tokens, sound = self._arithmetic.draw(self._masked(logits, slots, positions), rows)
+        if logits.device.type == "cpu":
+            _check(sound)
+        asked = self._table.logprobs[slots]
+        return Drawn(tokens, sound, asked, self._summary(logits, tokens, asked))
+
+    @property
+    def released_seconds(self) -> float:
+        """Seconds spent so far with the interpreter lock released, by the samplers of this process."""
+        return self._arithmetic.released_seconds()
+
+    def _masked(self, logits: Tensor, slots: NDArray[Any], positions: NDArray[np.int64]) -> Tensor:
+        """The logits, or a copy with suppressed tokens at -inf where a row has any at its position."""
+        rows, ids = self._table.suppressed(slots, positions)
+        if not len(rows):
+            return logits
+        index = (sampler_torch.upload(rows, logits.device), sampler_torch.upload(ids, logits.device))
+        return logits.index_put(index, logits.new_full((), -torch.inf))
+
+    def _summary(self, logits: Tensor, tokens: Tensor, asked: NDArray[np.int64]) -> Summary | None:
+        wanted = np.flatnonzero(asked >= 0)
+        if not len(wanted):
+            return None
+        return self._arithmetic.summarise(logits, wanted, tokens, int(asked.max()))
+
+
+class _Table:
+    """Each slot's parameters in the form the arithmetic takes: one array a parameter, picked from by slot."""
+
+    def __init__(self, max_sequences: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._seeds = np.zeros(max_sequences, np.uint64)
+        self._choices = np.zeros(max_sequences, np.int64)
+        self._inverse_temperatures = np.zeros(max_sequences, np.float64)
+        self._floors = np.zeros(max_sequences, np.float64)
+        self._top_k = np.zeros(max_sequences, np.int64)
+        self._top_p = np.zeros(max_sequences, np.float64)
+        self._suppressed = np.full(
+            (max_sequences, 0), -1, np.int64
+        )  # ids, filled up with -1; widened when needed
+        self._suppressed_until = np.zeros(max_sequences, np.int64)
+        self.logprobs = np.full(max_sequences, -1, np.int64)
+
+    def place(self, slot: int, sampling: Sampling) -> None:
+        assert 0 <= sampling.seed < 1 << 64
+        assert sampling.temperature >= 0
+        cold = sampling.temperature == 0
+        self._seeds[slot] = sampling.seed
+        self._choices[slot] = sampling.choice
+        self._inverse_temperatures[slot] = (
+            0 if cold else min(1 / sampling.temperature, _HIGHEST_INVERSE_TEMPERATURE)
+        )
+        self._floors[slot] = max(math.log(sampling.min_p), FLOOR) if sampling.min_p > 0 else FLOOR
+        self._top_k[slot] = min(sampling.top_k, self._vocab_size) if sampling.top_k > 0 else self._vocab_size
+        self._top_p[slot] = sampling.top_p
+        self.logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
+        self._suppressed_until[slot] = sampling.suppressed_until if sampling.suppressed else 0
+        self._suppress(slot, sorted(set(sampling.suppressed)))
+
+    def rows(self, slots: NDArray[Any], positions: NDArray[np.int64]) -> Rows:
+        return Rows(
+            noise_keys(self._seeds[slots], self._choices[slots], positions),
+            self._inverse_temperatures[slots],
+            self._floors[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+        )
+
+    def suppressed(
+        self, slots: NDArray[Any], positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(rows, ids), pair by pair: what is masked at these positions."""
+        rows = np.flatnonzero(positions < self._suppressed_until[slots])
+        ids = self._suppressed[slots[rows]]
+        which, column = np.nonzero(ids >= 0)
+        return rows[which], ids[which, column]
+
+    def _suppress(self, slot: int, ids: list[int]) -> None:
+        assert len(ids) < self._vocab_size
+        assert all(0 <= token < self._vocab_size for token in ids)
+        missing = len(ids) - self._suppressed.shape[1]
+        if missing > 0:
+            self._suppressed = np.pad(self._suppressed, ((0, 0), (0, missing)), constant_values=-1)
+        self._suppressed[slot] = -1
+        self._suppressed[slot, : len(ids)] = ids
+
+
+def _arithmetic(device: torch.device) -> Arithmetic:
+    """The CPU's loops are imported where they are used: numba takes half a second to import."""
+    if device.type != "cpu":
+        return sampler_torch
+    from engine import sampler_cpu
+
+    return sampler_cpu
+
+
+def _check(sound: Tensor) -> None:
+    flags = sound.tolist()
+    if not all(flags):
+        broken = [row for row, good in enumerate(flags) if not good]
+        raise BrokenLogits(
+            f"logits of rows {broken} of {len(flags)} hold NaN or +inf, or nothing finite: the weights are "
+            "damaged, or the dtype is too narrow for this model (try model.dtype = 'float32')"
+        )
+
+
+def _logprob(top: int, peak: float, mass: int, chosen: float, ids: list[int], values: list[float]) -> Logprob:
+    """A row's numbers put together on the host, so in the same bits whatever device they come from."""
+    normaliser = peak + math.log(mass / (1 << MASS_BITS))
+    likeliest = zip(ids[:top], (value - normaliser for value in values), strict=False)
+    return Logprob(chosen - normaliser, tuple(likeliest))

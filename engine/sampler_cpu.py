@@ -1,0 +1,87 @@
+"""The sampler's arithmetic on a CPU: the entry to the compiled loops of sampler_loops.py.
+
+What is drawn is defined in sampler.py; sampler_torch.py says the same in torch.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.kernels.cpu_native import Clock, Native
+from engine.sampler_loops import DrawArguments, SummaryArguments, draw_rows, summarise_rows
+from engine.sampler_rows import Rows, Summary
+
+_ALONE_ELEMENTS = 1 << 14  # below this many logits, waking the other threads costs more than they save
+
+_clock = Clock()
+
+
+def draw(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [S], and bool [S]: whether the row could be drawn from. logits: fp32 or bf16 [S, V]."""
+    logits = logits.contiguous()
+    tokens = np.empty(len(rows.keys), np.int64)
+    arguments = DrawArguments(
+        **_described(logits, len(tokens)),
+        tokens=tokens.ctypes.data,
+        keys=rows.keys.ctypes.data,
+        inverse_temperatures=rows.inverse_temperatures.ctypes.data,
+        floors=rows.floors.ctypes.data,
+        top_k=rows.top_k.ctypes.data,
+        top_p=rows.top_p.ctypes.data,
+    )
+    _run(draw_rows, arguments)
+    return torch.from_numpy(tokens), torch.from_numpy(tokens >= 0)
+
+
+def summarise(logits: Tensor, wanted: NDArray[np.int64], tokens: Tensor, top: int) -> Summary:
+    """What logprobs need of the rows `wanted` [A] of logits [S, V]; they drew `tokens`[wanted]."""
+    logits = logits.contiguous()
+    count, top = len(wanted), min(top, logits.shape[1])
+    summary = Summary(
+        peaks=torch.empty(count),
+        masses=torch.empty(count, dtype=torch.int64),
+        chosen=torch.empty(count),
+        ids=torch.empty(count, top, dtype=torch.int64),
+        values=torch.empty(count, top),
+    )
+    arguments = SummaryArguments(
+        **_described(logits, count),
+        tokens=tokens.data_ptr(),
+        top=top,
+        wanted=wanted.ctypes.data,
+        peaks=summary.peaks.data_ptr(),
+        masses=summary.masses.data_ptr(),
+        chosen=summary.chosen.data_ptr(),
+        ids=summary.ids.data_ptr(),
+        values=summary.values.data_ptr(),
+    )
+    _run(summarise_rows, arguments)
+    return summary
+
+
+def released_seconds() -> float:
+    """Seconds spent in the loops with the interpreter lock released, by all samplers of this process."""
+    return _clock.seconds
+
+
+def _described(logits: Tensor, rows: int) -> dict[str, int]:
+    assert logits.dtype in (torch.float32, torch.bfloat16), logits.dtype
+    return {
+        "rows": rows,
+        "vocabulary": logits.shape[1],
+        "element": logits.element_size(),
+        "logits": logits.data_ptr(),
+    }
+
+
+def _run(kernel: Native, arguments: Any) -> None:
+    """On one thread or on all: the bits are the same, as a row is one thread's work."""
+    arguments.counter = ctypes.addressof(arguments)
+    if arguments.rows * arguments.vocabulary < _ALONE_ELEMENTS or arguments.rows == 1:
+        kernel.alone(arguments)
+    else:
+        kernel.together(arguments, _clock)
