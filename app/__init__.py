@@ -1,0 +1,1 @@
+"""The process: configuration, command line, HTTP and the composition root."""

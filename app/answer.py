@@ -1,0 +1,137 @@
+"""Carries a call's engine requests through to the client: submit, read the streams, write, and always let go.
+
+However an answer ends (complete, client gone, slow reader, dead engine, a bug), `_streams` cancels what still runs.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from aiohttp import web
+from structlog.stdlib import get_logger
+
+from app.errors import ApiError, as_api_error, cancelled, draining
+from app.ids import CLIENT_ID
+from app.request_log import OpenRequest
+from app.served import Served
+from app.sse import EventStream, ReaderGone, frame
+from app.wire import Choice, Wire
+from engine.request import Delta, EngineDead, FinishReason, QueueFull, Refused, Request, Usage
+from engine.stream import Stream
+
+log = get_logger(__name__)
+
+
+async def stream_answer(
+    http: web.Request, served: Served, requests: Sequence[Request], wire: Wire, include_usage: bool
+) -> web.StreamResponse:
+    """Server-sent events, as the tokens come. Refusals come before the headers, as plain errors."""
+    events = EventStream(http, served.server.write_timeout_seconds)
+    with _streams(http, served, requests) as streams:
+        try:
+            await _tell(served, events, streams, wire)
+            if include_usage:
+                await events.send(wire.usage(_total(streams)))
+            await events.end()
+        except ReaderGone:
+            log.info("reader_gone", id=requests[0].id)
+        except (ApiError, EngineDead) as error:
+            await _break_off(events, error)
+        except Exception:
+            events.abort()  # a bug of ours, logged by the middleware, whose error object comes too late here
+            raise
+    return events.response
+
+
+async def _tell(served: Served, events: EventStream, streams: Sequence[Stream], wire: Wire) -> None:
+    await events.open()
+    n = streams[0].request.n
+    if opening := b"".join(wire.opening(index) for index in range(n * len(streams))):
+        await events.send(opening)
+    if len(streams) == 1:
+        await _pump(served, events, streams[0], wire, 0)
+        return
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for number, stream in enumerate(streams):
+                tasks.create_task(_pump(served, events, stream, wire, number * n))
+    except* (ReaderGone, ApiError, EngineDead) as group:
+        raise _first_leaf(group) from group
+
+
+async def _pump(served: Served, events: EventStream, stream: Stream, wire: Wire, first_index: int) -> None:
+    async for delta in stream:
+        _refuse_cancelled(served, delta)
+        if chunk := wire.chunk(first_index + delta.choice, delta):
+            await events.send(chunk)
+
+
+async def _break_off(events: EventStream, error: Exception) -> None:
+    """An error in mid-stream: an error object, then a cut connection; [DONE] or a clean end would look like success."""
+    try:
+        await events.send(frame(as_api_error(error).body))
+    except ReaderGone:
+        pass  # nobody is left to tell
+    events.abort()
+
+
+async def whole_answer(
+    http: web.Request, served: Served, requests: Sequence[Request], wire: Wire
+) -> web.Response:
+    """One JSON object, when all choices have ended."""
+    with _streams(http, served, requests) as streams:
+        n = requests[0].n
+        choices = [Choice(index) for index in range(n * len(streams))]
+        for number, stream in enumerate(streams):
+            async for delta in stream:
+                _refuse_cancelled(served, delta)
+                choices[number * n + delta.choice].add(delta)
+        return web.json_response(wire.whole(choices, _total(streams)))
+
+
+def _refuse_cancelled(served: Served, delta: Delta) -> None:
+    """Half an answer is none: whoever ended it from outside, the client is told."""
+    if delta.finish_reason is FinishReason.CANCELLED:
+        raise draining() if served.engine.draining else cancelled()
+
+
+def _total(streams: Sequence[Stream]) -> Usage:
+    usages = [stream.usage for stream in streams]
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        cached_tokens=sum(usage.cached_tokens for usage in usages),
+    )
+
+
+@contextmanager
+def _streams(http: web.Request, served: Served, requests: Sequence[Request]) -> Iterator[list[Stream]]:
+    """Submits all or nothing; cancels, at the end, what has not ended by itself."""
+    streams: list[Stream] = []
+    try:
+        for request in requests:
+            streams.append(_submit(http, served, request))
+        yield streams
+    finally:
+        for stream in streams:
+            stream.cancel()
+
+
+def _submit(http: web.Request, served: Served, request: Request) -> Stream:
+    if served.engine.draining:
+        raise draining()
+    client_id = http[CLIENT_ID]
+    served.requests.opened(request.id, OpenRequest(http.path, served.model.name, request.n, client_id))
+    try:
+        return served.engine.submit(request)
+    except (QueueFull, Refused, EngineDead):
+        served.requests.refused(request.id)
+        raise
+
+
+def _first_leaf(group: BaseExceptionGroup[Exception]) -> Exception:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error

@@ -1,0 +1,73 @@
+"""The handlers of both completion calls: body → validated call → engine requests → answer."""
+
+import asyncio
+import time
+from typing import TypeVar
+
+from aiohttp import web
+
+from app.answer import stream_answer, whole_answer
+from app.chat import ChatWire
+from app.completions import CompletionWire
+from app.errors import ApiError, draining
+from app.ids import new_id
+from app.schema import ChatCall, CommonCall, CompletionCall
+from app.served import SERVED, Served
+from app.translation import chat_prompt, check_model, completion_prompts, engine_requests
+from app.wire import Heading
+
+Call = TypeVar("Call", bound=CommonCall)
+
+
+async def chat_completions(http: web.Request) -> web.StreamResponse:
+    served = http.app[SERVED]
+    call = await _read(http, served, ChatCall)
+    prompt = await chat_prompt(call, served.model)
+    logprobs = (call.top_logprobs or 0) if call.logprobs else None
+    heading = _heading("chatcmpl", call, served, logprobs)
+    max_tokens = call.max_completion_tokens or call.max_tokens
+    requests = engine_requests(call, [prompt], logprobs, max_tokens, heading.id, served)
+    wire = ChatWire(heading, served.model)
+    if call.stream:
+        return await stream_answer(http, served, requests, wire, heading.include_usage)
+    return await whole_answer(http, served, requests, wire)
+
+
+async def completions(http: web.Request) -> web.StreamResponse:
+    served = http.app[SERVED]
+    call = await _read(http, served, CompletionCall)
+    prompts = await completion_prompts(call, served.model, served.context)
+    heading = _heading("cmpl", call, served, call.logprobs)
+    requests = engine_requests(call, prompts, call.logprobs, call.max_tokens, heading.id, served)
+    wire = CompletionWire(heading, served.model)
+    if call.stream:
+        return await stream_answer(http, served, requests, wire, heading.include_usage)
+    return await whole_answer(http, served, requests, wire)
+
+
+async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
+    """The body as a call this server can answer now. Raises ApiError, ValidationError, or 413 of aiohttp's."""
+    if served.engine.draining:
+        raise draining()
+    seconds = served.server.read_timeout_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            body = await http.read()
+    except TimeoutError as error:
+        raise ApiError(
+            408, f"the body did not arrive within {seconds:g} seconds", code="slow_body"
+        ) from error
+    call = kind.model_validate_json(body)
+    check_model(call, served.model)
+    return call
+
+
+def _heading(prefix: str, call: CommonCall, served: Served, logprobs: int | None) -> Heading:
+    return Heading(
+        id=new_id(prefix),
+        created=int(time.time()),
+        model=served.model.name,
+        include_usage=bool(call.stream and call.stream_options and call.stream_options.include_usage),
+        return_token_ids=bool(call.return_token_ids),
+        logprobs=logprobs is not None,
+    )

@@ -1,0 +1,202 @@
+"""The composition root: configuration → tokenizer, model, runner, core, engine → application.
+
+The only file that puts parts together, and the only one of this package that imports torch. `load` runs on
+the main thread, which then runs the model's steps; `serving` runs on the event loop's.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from aiohttp import web
+from structlog.stdlib import get_logger
+
+from app import memory
+from app.config import Config, EngineSection
+from app.metrics import Metrics
+from app.served import Model, Served
+from app.server import application
+from engine.chat_template import ChatTemplateError
+from engine.core import Core, CoreConfig
+from engine.engine import Engine
+from engine.kernels.select import UnsupportedDevice, make_kernels
+from engine.model.errors import ModelError
+from engine.model.loading import Loaded, load_model
+from engine.recording import FileRecorder
+from engine.runner import ModelRunner
+from engine.runner_cuda import CudaRunner
+from engine.sampler import Sampler
+from engine.scheduler import SchedulerConfig
+from engine.tokenizer import Tokenizer, TokenizerError
+from engine.worker import QueueWorker
+
+SHIPPED = Path(__file__).parent / "shipped" / "tales"
+
+log = get_logger(__name__)
+
+
+class NoSuchModel(Exception):
+    """`model.path` leads nowhere."""
+
+
+class NoSuchDevice(Exception):
+    """`model.device` names a device that this machine has not."""
+
+
+CANNOT_START = (
+    NoSuchModel,
+    NoSuchDevice,
+    memory.NotEnoughMemory,
+    ModelError,
+    TokenizerError,
+    ChatTemplateError,
+    UnsupportedDevice,
+)
+"""What the world can get wrong before a server serves; each says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All that needs no event loop."""
+
+    config: Config
+    model: Model
+    core: Core
+    worker: QueueWorker
+    exact: bool
+
+
+def load(config: Config) -> Parts:
+    """Loads the model and gets it warm. Raises one of CANNOT_START."""
+    directory = model_directory(config.model.path)
+    device = choose_device(config.model.device)
+    tokenizer = Tokenizer.load(directory)
+    kernels = partial(make_kernels, exact=config.engine.exact)
+    loaded = load_model(directory, device=device, dtype=config.model.dtype, kernels=kernels)
+    for fact in loaded.facts:
+        log.info("model_fact", fact=fact)
+    vocabulary = tokenizer.vocabulary(loaded.config.vocab_size)
+    core = Core(core_config(config, loaded), vocabulary)
+    runner = make_runner(loaded, core.config.scheduler)
+    runner.warm_up()
+    model = Model(
+        name=config.model.name or directory.name,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        special_tokens={token: text for text, token in tokenizer.special_tokens.items()},
+        defaults=loaded.generation,
+        created=int(time.time()),
+    )
+    _log_loaded(model, loaded, core.config, runner.exact)
+    worker = QueueWorker(runner, overlap=_runs_ahead(loaded))
+    return Parts(config, model, core, worker, runner.exact)
+
+
+def model_directory(path: str) -> Path:
+    directory = Path(path).expanduser().resolve() if path else SHIPPED
+    if not (directory / "config.json").is_file():
+        raise NoSuchModel(
+            f"{directory} is no model directory (there is no config.json in it); "
+            'set model.path to one in Hugging Face layout, or to "" for the shipped model'
+        )
+    return directory
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: a CUDA device if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, found = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise NoSuchDevice(f"model.device = {name!r}, but there are {found} CUDA devices; try auto or cpu")
+    return device
+
+
+def core_config(config: Config, loaded: Loaded) -> CoreConfig:
+    engine = config.engine
+    return CoreConfig(
+        scheduler=SchedulerConfig(
+            block_size=engine.block_size,
+            blocks=_blocks(engine, loaded),
+            max_batch_tokens=engine.max_batch_tokens,
+            max_sequences=engine.max_sequences,
+            order=config.policies.order,
+            victim=config.policies.victim,
+        ),
+        model_context=loaded.config.max_positions,
+        max_queue=engine.max_queue,
+        max_outstanding=2 if _runs_ahead(loaded) else 1,
+        eos_token_ids=loaded.generation.eos_token_ids,
+    )
+
+
+def _blocks(engine: EngineSection, loaded: Loaded) -> int:
+    """At most what lets every slot run a whole context; the prefix cache lives in what is not held."""
+    device = loaded.model.device
+    on_gpu = device.type == "cuda"
+    return memory.kv_blocks(
+        engine.kv_blocks,
+        block_bytes=loaded.model.kv_shape(engine.block_size).elements * loaded.dtype.itemsize,
+        useful_blocks=-(-loaded.config.max_positions // engine.block_size) * engine.max_sequences,
+        free_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else memory.free_cpu_bytes(),
+        share=memory.GPU_SHARE if on_gpu else memory.CPU_SHARE,
+    )
+
+
+def _runs_ahead(loaded: Loaded) -> bool:
+    """A CUDA device is given its next step while one runs; a CPU overlaps nothing."""
+    return loaded.model.device.type == "cuda"
+
+
+def make_runner(loaded: Loaded, scheduler: SchedulerConfig) -> ModelRunner | CudaRunner:
+    device = loaded.model.device
+    kind = CudaRunner if device.type == "cuda" else ModelRunner
+    return kind(
+        loaded.model,
+        Sampler(scheduler.max_sequences, loaded.config.vocab_size, device),
+        kv_blocks=scheduler.blocks,
+        block_size=scheduler.block_size,
+        max_sequences=scheduler.max_sequences,
+    )
+
+
+def _log_loaded(model: Model, loaded: Loaded, core: CoreConfig, exact: bool) -> None:
+    log.info(
+        "model_loaded",
+        model=model.name,
+        device=str(loaded.model.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        context=core.context,
+        kv_blocks=core.scheduler.blocks,
+        block_size=core.scheduler.block_size,
+        exact=exact,
+    )
+
+
+@asynccontextmanager
+async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]:
+    """The engine and its application, on this event loop. At the end the worker stops; a recording is closed."""
+    async with AsyncExitStack() as stack:
+        recorder = await _recorder(parts, stack)
+        engine = Engine(parts.core, parts.worker, exact=parts.exact, recorder=recorder)
+        stack.callback(engine.stop)
+        scheduler, policies = parts.core.config.scheduler, parts.config.policies
+        metrics = Metrics(
+            parts.model.name,
+            block_size=scheduler.block_size,
+            kv_blocks=scheduler.blocks,
+            victim_policy=policies.victim,
+            way=policies.resume,
+        )
+        yield engine, application(Served(engine, parts.model, parts.config.server), metrics)
+
+
+async def _recorder(parts: Parts, stack: AsyncExitStack) -> FileRecorder | None:
+    path = parts.config.engine.record
+    if not path:
+        return None
+    return await stack.enter_async_context(FileRecorder().writing(Path(path), parts.core.config))

@@ -1,0 +1,98 @@
+"""The configuration: every section and key, its type, default and meaning. Narrow frozen models, read once at start.
+
+Where values come from and which source wins: `app/config_sources.py`. The commented copy for operators is
+`config.toml` at the top of the repository; a test keeps the two equal.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from policies.order import ORDERS
+from policies.preemption import VICTIMS
+from policies.resume import RESUMES
+
+
+def one_of(names: Iterable[str]) -> AfterValidator:
+    """Accepts these names alone; the error's context lists them, for the hint."""
+    known = sorted(names)
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise PydanticCustomError(
+                "unknown_name", "known names: {names}", {"names": ", ".join(known), "known": known}
+            )
+        return name
+
+    return AfterValidator(check)
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+class Section(BaseModel):
+    """Strict: a key that nobody reads, or a value of another type, stops the start."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", str_max_length=4096)
+
+
+class ServerSection(Section):
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: Port = 8000  # 0: any free one, printed at start
+    max_body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 4 * 2**20
+    read_timeout_seconds: PositiveSeconds = 30.0  # for a request's body to arrive
+    write_timeout_seconds: PositiveSeconds = 30.0  # a reader that takes nothing for so long is dropped
+    keepalive_seconds: Seconds = 75.0
+    drain_seconds: Seconds = 30.0
+
+
+class ModelSection(Section):
+    path: str = ""  # a Hugging Face directory; "" is the shipped model
+    name: str = ""  # what clients call it; "" is the directory's name
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: DeviceName = "auto"
+
+
+class EngineSection(Section):
+    block_size: Annotated[int, Field(ge=16, le=256, multiple_of=16)] = 16  # tokens
+    kv_blocks: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0  # 0: from the memory at hand
+    max_batch_tokens: Count = 2048  # a step's token budget
+    max_sequences: Annotated[int, Field(ge=1, le=4096)] = 256  # running at once
+    max_queue: Count = 1024  # waiting at once; beyond it a 429
+    exact: bool = True  # bits never depend on batch, chunking or way back, where that has a price
+    record: str = ""  # a file for the core's events and instructions, to be replayed; "" is off
+
+
+class PoliciesSection(Section):
+    order: Annotated[str, one_of(ORDERS)] = "fcfs"
+    victim: Annotated[str, one_of(VICTIMS)] = "last_admitted"
+    resume: Annotated[str, one_of(RESUMES)] = "recompute"
+
+
+class LogSection(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, else JSON
+
+
+class Config(Section):
+    """The whole of it. `Config()` is a server that runs."""
+
+    server: ServerSection = ServerSection()
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    policies: PoliciesSection = PoliciesSection()
+    log: LogSection = LogSection()
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` holds every reason, each a sentence with a hint."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems

@@ -1,0 +1,219 @@
+"""Where the configuration's values come from: flags > environment > file > defaults, each value with its source.
+
+Reads the file and the environment; what the keys mean is in `app/config.py`.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from app.config import Config, ConfigError, Section
+
+DEFAULT_FILE = "config.toml"
+ENV_PREFIX = "SLUICE__"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One value offered by one source."""
+
+    section: str
+    key: str
+    value: object
+    source: str  # "--set", "env SLUICE__…", the file's path
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A usable configuration, and `sources["section.key"]`: where each value came from."""
+
+    config: Config
+    sources: dict[str, str]
+
+
+def load(
+    flags: Iterable[str], env: Mapping[str, str], file: Path | None = None, cwd: Path = Path()
+) -> Loaded:
+    """Merges the sources and checks all of it. `file` None: `config.toml` in `cwd`, if it is there.
+
+    Raises ConfigError with every problem of every source at once.
+    """
+    problems: list[str] = []
+    settings = [
+        *_from_file(_chosen_file(file, cwd, problems), problems),
+        *_from_env(env, problems),
+        *_from_flags(flags, problems),
+    ]
+    merged: dict[str, dict[str, object]] = {}
+    sources = dict.fromkeys(all_keys(), DEFAULT)
+    for setting in settings:  # later ones win
+        if _is_known(setting, problems):
+            merged.setdefault(setting.section, {})[setting.key] = setting.value
+            sources[f"{setting.section}.{setting.key}"] = setting.source
+    config = _validated(merged, sources, problems)
+    if config is None or problems:
+        raise ConfigError(problems)
+    return Loaded(config, sources)
+
+
+def all_keys() -> dict[str, FieldInfo]:
+    """Every "section.key" there is, in the order of the file."""
+    return {
+        f"{section}.{key}": field
+        for section in Config.model_fields
+        for key, field in section_model(section).model_fields.items()
+    }
+
+
+def section_model(section: str) -> type[Section]:
+    model = Config.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, Section), section
+    return model
+
+
+def _chosen_file(file: Path | None, cwd: Path, problems: list[str]) -> Path | None:
+    if file is None:
+        default = cwd / DEFAULT_FILE
+        return default if default.is_file() else None
+    if not file.is_file():
+        problems.append(f"--config {file}: there is no such file")
+        return None
+    return file
+
+
+def _from_file(file: Path | None, problems: list[str]) -> list[Setting]:
+    if file is None:
+        return []
+    try:
+        tables = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        problems.append(f"{file}: {error}")
+        return []
+    settings = []
+    for section, table in tables.items():
+        if isinstance(table, dict):
+            # An unknown section is one mistake, however many keys it has.
+            pairs = table.items() if section in Config.model_fields else list(table.items())[:1]
+            settings += [Setting(section, key, value, str(file)) for key, value in pairs]
+            if not table and section not in Config.model_fields:
+                problems.append(f"{file}: {_unknown_section(section)}")
+        else:
+            problems.append(
+                f"{file}: {section!r} stands outside a [section]{did_you_mean(' or '.join(_homes(section)))}"
+            )
+    return settings
+
+
+def _from_env(env: Mapping[str, str], problems: list[str]) -> list[Setting]:
+    settings = []
+    for name in sorted(env):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        section, separator, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if separator:
+            settings.append(Setting(section, key, _parsed(section, key, env[name]), f"env {name}"))
+        else:
+            problems.append(f"env {name}: expected {ENV_PREFIX}SECTION__KEY")
+    return settings
+
+
+def _from_flags(flags: Iterable[str], problems: list[str]) -> list[Setting]:
+    settings = []
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if equals and dot:
+            settings.append(Setting(section, key, _parsed(section, key, text), "--set"))
+        else:
+            problems.append(f"--set {flag}: expected section.key=value")
+    return settings
+
+
+def _parsed(section: str, key: str, text: str) -> object:
+    """A value written as text: as it stands for a string key, else as TOML would read it."""
+    field = all_keys().get(f"{section}.{key}")
+    if field is None or _is_text(field.annotation):
+        return text
+    try:
+        return tomllib.loads(f"value = {text.strip()}")["value"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError:
+        return text  # the type check names it
+
+
+def _is_text(annotation: object) -> bool:
+    if get_origin(annotation) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(annotation))
+    return annotation is str
+
+
+def _is_known(setting: Setting, problems: list[str]) -> bool:
+    if setting.section not in Config.model_fields:
+        problems.append(f"{setting.source}: {_unknown_section(setting.section)}")
+        return False
+    keys = section_model(setting.section).model_fields
+    if setting.key in keys:
+        return True
+    name = f"{setting.section}.{setting.key}"
+    problems.append(f"{setting.source}: unknown key {name}{did_you_mean(_nearest_key(setting, keys))}")
+    return False
+
+
+def _nearest_key(setting: Setting, keys: Iterable[str]) -> str | None:
+    """The same key of another section, else the likest of its own, else of all."""
+    if homes := _homes(setting.key):
+        return " or ".join(homes)
+    near = nearest(setting.key, keys)
+    return f"{setting.section}.{near}" if near else nearest(f"{setting.section}.{setting.key}", all_keys())
+
+
+def _homes(key: str) -> list[str]:
+    return [name for name in all_keys() if name.split(".")[1] == key]
+
+
+def _unknown_section(section: str) -> str:
+    near = nearest(section, Config.model_fields)
+    return f"unknown section [{section}]{did_you_mean(near and f'[{near}]')}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, if one is like it at all."""
+    return next(iter(difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)), None)
+
+
+def did_you_mean(name: str | None) -> str:
+    return f"; did you mean {name}?" if name else ""
+
+
+def _validated(
+    merged: Mapping[str, object], sources: Mapping[str, str], problems: list[str]
+) -> Config | None:
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as invalid:
+        problems += [_sentence(error, sources) for error in invalid.errors(include_url=False)]
+        return None
+
+
+def _sentence(error: ErrorDetails, sources: Mapping[str, str]) -> str:
+    name = ".".join(str(part) for part in error["loc"][:2])
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    return (
+        f"{sources[name]}: {name} = {json.dumps(error['input'], default=str)}: {message}{_hint(name, error)}"
+    )
+
+
+def _hint(name: str, error: ErrorDetails) -> str:
+    annotation = all_keys()[name].annotation
+    choices = (
+        get_args(annotation) if get_origin(annotation) is Literal else error.get("ctx", {}).get("known", ())
+    )
+    return did_you_mean(nearest(str(error["input"]), choices))

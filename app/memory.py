@@ -1,0 +1,44 @@
+"""How many KV blocks the memory at hand allows, when the configuration leaves it open. Arithmetic and one look."""
+
+import os
+
+CPU_SHARE = 0.3
+"""Of the memory free at start: a server's machine has other work, and the block tables and steps need some too."""
+
+GPU_SHARE = 0.9
+
+
+class NotEnoughMemory(Exception):
+    """The KV pool does not fit."""
+
+
+def free_cpu_bytes() -> int:
+    """Memory that can be had without swapping: the kernel's own estimate where there is one."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            facts = dict(line.split(":", 1) for line in lines)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def kv_blocks(wanted: int, *, block_bytes: int, useful_blocks: int, free_bytes: int, share: float) -> int:
+    """Blocks to allocate: `wanted`, or for 0 what `share` of the free memory holds, at most `useful_blocks`.
+
+    Raises NotEnoughMemory when they do not fit.
+    """
+    if wanted * block_bytes > free_bytes:
+        raise NotEnoughMemory(
+            f"engine.kv_blocks = {wanted} needs {_gib(wanted * block_bytes)}, but {_gib(free_bytes)} are free; "
+            "lower it, or set it to 0"
+        )
+    fitting = int(free_bytes * share) // block_bytes
+    if not wanted and fitting < 1:
+        raise NotEnoughMemory(
+            f"not one KV block of {_gib(block_bytes)} fits into {_gib(free_bytes)} of free memory"
+        )
+    return wanted or min(fitting, useful_blocks)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

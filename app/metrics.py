@@ -1,0 +1,188 @@
+"""Prometheus metrics under vLLM's names, so that its dashboards and routers work, and a few of our own.
+
+Fed by the engine's observers (`observe_step`, `observe_finished`) on the event-loop thread. Each server has its own
+registry. The loop's lag is measured by `app/lag.py`.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+from engine.engine import StepRecord
+from engine.request import Finished, FinishReason
+
+ENGINE = "0"  # the replica; there is one so far
+
+# vLLM's edges, in seconds and tokens.
+TTFT = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+WHOLE = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+TOKENS = tuple(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5))
+SHORT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)  # lag, GIL
+
+_SUCCESS = {FinishReason.CANCELLED: "abort"}  # vLLM's word
+
+
+class Metrics:
+    def __init__(
+        self, model_name: str, *, block_size: int, kv_blocks: int, victim_policy: str, way: str
+    ) -> None:
+        self._registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": ENGINE}
+        self._victim_policy = victim_policy
+        self._way = way
+        self._families: dict[str, Counter] = {}
+        self._make_gauges(block_size, kv_blocks)
+        self._make_counters()
+        self._make_histograms()
+
+    # --- what there is --------------------------------------------------------------------------------------------
+
+    def _make_gauges(self, block_size: int, kv_blocks: int) -> None:
+        self._running = self._gauge("vllm:num_requests_running", "Sequences in the running batch.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Sequences that wait.")
+        self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks held, 0 to 1.")
+        facts = {
+            "block_size": str(block_size),
+            "num_gpu_blocks": str(kv_blocks),
+            "enable_prefix_caching": "True",
+        }
+        info = Gauge(
+            "vllm:cache_config_info",
+            "The KV cache's configuration.",
+            [*self._labels, *facts],
+            registry=self._registry,
+        )
+        info.labels(**self._labels, **facts).set(1)
+
+    def _make_counters(self) -> None:
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts, of finished requests.")
+        self._generated = self._counter("vllm:generation_tokens", "Tokens generated, of finished requests.")
+        self._preemptions = self._counter("vllm:num_preemptions", "Preemptions.")
+        self._queries = self._counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._hits = self._counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._computed = self._counter("sluice:computed_tokens", "Positions computed.")
+        self._recomputed = self._counter("sluice:recomputed_tokens", "Of these, computed once before.")
+        self._successes = {
+            reason: self._counter(
+                "vllm:request_success",
+                "Choices that ended.",
+                finished_reason=_SUCCESS.get(reason, reason.value),
+            )
+            for reason in FinishReason
+        }
+        self._victims = self._counter(
+            "sluice:preemptions", "Preemptions, by victim policy.", victim_policy=self._victim_policy
+        )
+        self._resumptions = self._counter(
+            "sluice:resumptions",
+            "Preempted sequences that came back and finished, by way and tier.",
+            way=self._way,
+            tier="none",
+        )
+
+    def _make_histograms(self) -> None:
+        self._ttft = self._histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", TTFT
+        )
+        self._itl = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", ITL
+        )
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "(End - first token) ÷ (tokens - 1), per sequence.",
+            ITL,
+        )
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", WHOLE)
+        self._queued = self._histogram("vllm:request_queue_time_seconds", "Waiting, in all.", WHOLE)
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "From admission to the first token.", WHOLE
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the end.", WHOLE
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds", "From admission to the end.", WHOLE
+        )
+        self._prompt_length = self._histogram("vllm:request_prompt_tokens", "Tokens in a prompt.", TOKENS)
+        self._output_length = self._histogram("vllm:request_generation_tokens", "Tokens generated.", TOKENS)
+        self._step_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Positions computed in a step.", TOKENS
+        )
+        self.lag = self._histogram(
+            "sluice:event_loop_lag_seconds", "How late the event loop runs a timer.", SHORT
+        )
+        self._gil = self._histogram("sluice:gil_held_seconds", "Interpreter lock held by a step.", SHORT)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, list(self._labels), registry=self._registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, edges: tuple[float, ...]) -> Histogram:
+        metric = Histogram(name, text, list(self._labels), registry=self._registry, buckets=edges)
+        return metric.labels(**self._labels)
+
+    def _counter(self, name: str, text: str, **more: str) -> Counter:
+        labels = self._labels | more
+        metric = self._families.get(name) or Counter(name, text, list(labels), registry=self._registry)
+        self._families[name] = metric
+        return metric.labels(**labels)
+
+    # --- what happens ---------------------------------------------------------------------------------------------
+
+    def observe_step(self, step: StepRecord) -> None:
+        self._running.set(step.running)
+        self._waiting.set(step.waiting)
+        self._kv_usage.set(step.kv_used_blocks / step.kv_blocks)
+        self._computed.inc(step.computed_tokens)
+        self._recomputed.inc(step.recomputed_tokens)
+        self._preemptions.inc(step.preemptions)
+        self._victims.inc(step.preemptions)
+        self._queries.inc(step.prefix_queries)
+        self._hits.inc(step.prefix_hits)
+        self._step_tokens.observe(step.computed_tokens)
+        self._gil.observe(step.gil_seconds)
+
+    def observe_finished(self, choice: Finished) -> None:
+        self._successes[choice.reason].inc()
+        if choice.choice == 0:  # a request's choices share its prompt
+            self._prompt_tokens.inc(choice.prompt_tokens)
+            self._prompt_length.observe(choice.prompt_tokens)
+        self._generated.inc(choice.output_tokens)
+        self._output_length.observe(choice.output_tokens)
+        self._e2e.observe(choice.finished - choice.arrived)
+        self._queued.observe(choice.queued_seconds)
+        if choice.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._resumptions.inc(choice.preemptions)
+        self._observe_tokens(choice)
+
+    def _observe_tokens(self, choice: Finished) -> None:
+        if choice.admitted is not None:
+            self._inference.observe(choice.finished - choice.admitted)
+        if choice.first_token is None:
+            return
+        self._ttft.observe(choice.first_token - choice.arrived)
+        if choice.admitted is not None:
+            self._prefill.observe(choice.first_token - choice.admitted)
+        self._decode.observe(choice.finished - choice.first_token)
+        for gap in _gaps(choice.token_times):
+            self._itl.observe(gap)
+        if choice.output_tokens > 1:
+            self._tpot.observe((choice.finished - choice.first_token) / (choice.output_tokens - 1))
+
+    def exposition(self) -> tuple[bytes, str]:
+        """The classic text format, and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+def _gaps(times: list[float]) -> Iterator[float]:
+    return (later - earlier for earlier, later in pairwise(times))
+
+
+METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)

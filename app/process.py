@@ -1,0 +1,125 @@
+"""The life of a serving process: two threads, signals, draining, and the exit code.
+
+The main thread loads the model and then runs its steps (torch on a second thread measured 25–35 % slower); the
+event loop, with HTTP and the engine's core, has the second thread. Signals arrive on the main thread and are handed
+over. Nothing here knows what is served: see `app/compose.py`.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Thread
+from types import FrameType
+
+from structlog.stdlib import get_logger
+
+from app.compose import Parts, serving
+from app.config import ServerSection
+from app.server import listen
+from engine.engine import Engine
+
+EXIT_OK = 0
+EXIT_ENGINE_DIED = 1
+EXIT_AT_ONCE = 130  # as after Ctrl-C
+
+TOKENIZER_THREADS = 2
+DEATH_NOTICE_SECONDS = 1.0
+"""After the engine has died, for the handlers to tell their clients."""
+
+log = get_logger(__name__)
+
+
+def run(parts: Parts, listener: socket.socket) -> int:
+    """Serves until a signal, or until the engine dies; returns the exit code. Call it on the main thread."""
+    service = Service(parts, listener)
+    with _signals(service.signalled):
+        service.thread.start()
+        try:
+            parts.worker.run_forever()
+        finally:
+            service.thread.join()
+    return service.exit_code
+
+
+class Service:
+    """The event loop's thread. `signalled` is for the main thread; all else runs on the loop."""
+
+    def __init__(self, parts: Parts, listener: socket.socket) -> None:
+        self.exit_code = EXIT_ENGINE_DIED
+        self.thread = Thread(target=self._run, name="event loop")
+        self._parts = parts
+        self._listener = listener
+        self._loop = _new_event_loop()
+        self._stop = asyncio.Event()
+        self._signals = 0
+
+    def signalled(self, number: int, frame: FrameType | None) -> None:
+        """The first signal drains; the second ends the process on the spot."""
+        self._signals += 1
+        if self._signals > 1:
+            os._exit(EXIT_AT_ONCE)
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            self._loop.set_default_executor(ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer"))
+            try:
+                self.exit_code = runner.run(self._serve())
+            except Exception:
+                log.exception("server_failed")
+            finally:
+                self._parts.worker.stop()
+
+    async def _serve(self) -> int:
+        server = self._parts.config.server
+        async with serving(self._parts) as (engine, app):
+            site = await listen(app, server, self._listener)
+            log.info("ready", url=_url(self._listener), model=self._parts.model.name)
+            try:
+                return await self._until_the_end(engine, server)
+            finally:
+                await site.cleanup()
+
+    async def _until_the_end(self, engine: Engine, server: ServerSection) -> int:
+        stop = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({stop, engine.dead}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if engine.failure is None:
+            log.info("draining", running=len(engine.requests()), seconds=server.drain_seconds)
+            finished = await engine.drain(server.drain_seconds)
+            log.info("drained", all_finished=finished)
+        if engine.failure is None:
+            return EXIT_OK
+        log.critical("engine_died", exc_info=engine.failure)
+        await asyncio.sleep(DEATH_NOTICE_SECONDS)
+        return EXIT_ENGINE_DIED
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+@contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGINT go to `handler`."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"

@@ -1,0 +1,126 @@
+"""What clients may send: pydantic models of both completion calls. Types and bounds only.
+
+Unknown fields are ignored. Fields of the OpenAI API that would change the answer, and that Sluice cannot honour,
+are refused unless they are neutral. What the fields become: `app/translation.py`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 128  # of one call: prompts × n
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+INT32 = 2**31 - 1
+UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `_NEUTRAL`
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Tokens = Annotated[int, Field(ge=1, le=INT32)]
+TokenId = Annotated[int, Field(ge=0, le=INT32)]
+StopString = Annotated[str, Field(min_length=1, max_length=512)]
+Identifier = Annotated[str, Field(max_length=256)]
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "echo": (None, False),
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
+"""Known to the API, not to us: only these values, which change nothing, are taken."""
+
+
+class Lenient(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(Lenient):
+    include_usage: bool | None = None
+
+
+class CommonCall(Lenient):
+    """What chat and text completions share."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None  # 0 and -1: off
+    min_p: Fraction | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+
+    max_tokens: Tokens | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+    priority: Annotated[int, Field(ge=-INT32, le=INT32)] | None = None  # lower first
+    cache_salt: Identifier | None = None
+    expected_output_tokens: Tokens | None = None  # checked; no policy reads it yet
+    session_id: Identifier | None = None  # checked; no policy reads it yet
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_built(cls, body: Any) -> Any:
+        for name, neutral in _NEUTRAL.items():
+            if isinstance(body, dict) and body.get(name) not in neutral:
+                raise PydanticCustomError(UNSUPPORTED, "{name} is not supported", {"name": name})
+        return body
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("contradiction", "stream_options needs stream = true")
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise PydanticCustomError("contradiction", "min_tokens is larger than max_tokens")
+        return self
+
+
+class TextPart(Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Lenient):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+
+class ChatCall(CommonCall):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_top_without_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("contradiction", "top_logprobs needs logprobs = true")
+        return self
+
+
+class CompletionCall(CommonCall):
+    """`POST /v1/completions`. `prompt` is a text, a list of texts, token ids, or lists of token ids."""
+
+    prompt: str | Annotated[list[Any], Field(min_length=1)]  # the items: app/translation.py, cheaper there
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -1,0 +1,69 @@
+"""Server-sent events: one response, frames written one by one, a reader that stops reading dropped.
+
+The write buffer's limit is zero, so a frame that the socket does not take at once makes the writer wait; what the
+engine produces meanwhile is merged in the engine's stream. So a slow reader costs one frame here, and never blocks
+anyone else. What the frames say: `app/chat.py`, `app/completions.py`.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+from aiohttp import web
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ReaderGone(Exception):
+    """The client has left, or read nothing for too long; its connection is closed."""
+
+
+def frame(payload: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % json.dumps(payload, separators=(",", ":")).encode()
+
+
+class EventStream:
+    """Use: `await open()`, `await send(frame)` …, then `await end()` or `abort()`; return `response` to aiohttp."""
+
+    def __init__(self, http: web.Request, write_timeout_seconds: float) -> None:
+        self.response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }
+        )
+        self._http = http
+        self._seconds = write_timeout_seconds
+
+    async def open(self) -> None:
+        """Sends the headers now, before anything waits for the engine."""
+        transport = self._http.transport
+        if transport is None:
+            raise ReaderGone
+        transport.set_write_buffer_limits(high=0)
+        await self.response.prepare(self._http)
+        await self.send(b"")
+
+    async def send(self, frames: bytes) -> None:
+        """Writes whole frames, waiting for the socket to take them. Raises ReaderGone."""
+        transport = self._http.transport
+        if transport is None:
+            raise ReaderGone
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self.response.write(frames)
+                if transport.get_write_buffer_size():
+                    await self._http.writer.drain()
+        except (TimeoutError, ConnectionError) as error:
+            self.abort()
+            raise ReaderGone from error
+
+    async def end(self) -> None:
+        """Says that the answer is complete."""
+        await self.send(DONE)
+
+    def abort(self) -> None:
+        """Cuts the connection, so that a broken answer never looks like a whole one."""
+        if self._http.transport is not None:
+            self._http.transport.abort()

@@ -1,0 +1,163 @@
+"""From what a client sent to what the engine takes: prompts become token ids, fields become parameters.
+
+Types and bounds were checked by `app/schema.py`; here are the checks that need the model. Long texts are tokenised
+on a worker thread, so that the event loop goes on serving everyone else.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from app.errors import ApiError, bad_request
+from app.schema import MAX_CHOICES, ChatCall, CommonCall, CompletionCall
+from app.served import Model, Served
+from engine.plan import Sampling
+from engine.request import Request, Stopping
+
+INLINE_CHARACTERS = 2048
+"""A shorter text is tokenised on the event loop: about a millisecond, less than what a thread's wake-up costs."""
+
+Prompt = tuple[int, ...]
+T = TypeVar("T")
+
+
+async def chat_prompt(call: ChatCall, model: Model) -> Prompt:
+    """Renders the messages by the model's chat template, and tokenises."""
+    messages = [{"role": message.role, "content": message.text} for message in call.messages]
+    length = sum(len(message["content"]) for message in messages)
+
+    def encode() -> list[int]:
+        text = model.tokenizer.render_chat(messages)
+        return model.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+
+    return await _tokens(encode, length, "messages")
+
+
+async def completion_prompts(call: CompletionCall, model: Model, context: int) -> list[Prompt]:
+    """One prompt per text or list of ids."""
+    prompts = (
+        [call.prompt] if isinstance(call.prompt, str) or isinstance(call.prompt[0], int) else call.prompt
+    )
+    if len(prompts) > MAX_CHOICES:
+        raise bad_request(f"prompt: at most {MAX_CHOICES} prompts a call, not {len(prompts)}", "prompt")
+    return [await _completion_prompt(prompt, model, context) for prompt in prompts]
+
+
+async def _completion_prompt(prompt: object, model: Model, context: int) -> Prompt:
+    if isinstance(prompt, str):
+        return await _tokens(lambda: model.tokenizer.encode(prompt), len(prompt), "prompt")
+    if not isinstance(prompt, list):
+        raise bad_request(
+            "prompt: expected a text, a list of texts, token ids, or lists of token ids", "prompt"
+        )
+    return _checked_ids(prompt, len(model.vocabulary), context)
+
+
+def _checked_ids(ids: list[Any], vocabulary_size: int, context: int) -> Prompt:
+    if len(ids) > context:  # before looking at each
+        raise too_long(len(ids), context, "prompt")
+    if not all(type(token) is int and 0 <= token < vocabulary_size for token in ids):
+        raise bad_request(f"prompt: token ids are whole numbers from 0 to {vocabulary_size - 1}", "prompt")
+    return _not_empty(ids, "prompt")
+
+
+async def _tokens(encode: Callable[[], list[int]], characters: int, param: str) -> Prompt:
+    return _not_empty(encode() if characters <= INLINE_CHARACTERS else await asyncio.to_thread(encode), param)
+
+
+def _not_empty(tokens: list[int], param: str) -> Prompt:
+    if not tokens:
+        raise bad_request(f"{param}: there is not one token in it", param)
+    return tuple(tokens)
+
+
+def too_long(prompt_tokens: int, context: int, param: str, max_tokens: int = 0) -> ApiError:
+    """Worded so that clients that look for "maximum context length" know what to do."""
+    asked = f"{prompt_tokens} in the prompt" + (f" and {max_tokens} to generate" if max_tokens else "")
+    message = f"The maximum context length is {context} tokens here, but there are {asked}. Ask for less."
+    return bad_request(message, param, code="context_length_exceeded")
+
+
+def check_model(call: CommonCall, model: Model) -> None:
+    if call.model not in (None, "", model.name):
+        message = f"The model {call.model!r} does not exist here; this server has {model.name!r}."
+        raise ApiError(404, message, code="model_not_found", param="model")
+
+
+def engine_requests(
+    call: CommonCall,
+    prompts: Sequence[Prompt],
+    logprobs: int | None,
+    max_tokens: int | None,
+    answer_id: str,
+    served: Served,
+) -> list[Request]:
+    """One engine request a prompt, with ids that begin with the answer's."""
+    n = call.n or 1
+    most = min(MAX_CHOICES, served.engine.core.config.max_queue)
+    if n * len(prompts) > most:
+        raise bad_request(
+            f"n: {len(prompts)} prompts of {n} choices are more than the {most} a call may have", "n"
+        )
+    sampling = sampling_of(call, logprobs, served.model)
+    param = "messages" if isinstance(call, ChatCall) else "prompt"
+    return [
+        Request(
+            id=answer_id if len(prompts) == 1 else f"{answer_id}-{index}",
+            prompt=prompt,
+            sampling=sampling,
+            stopping=_stopping(
+                call, _max_tokens(max_tokens, len(prompt), served.context, param), served.model
+            ),
+            n=n,
+            priority=call.priority or 0,
+            salt=call.cache_salt or "",
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _max_tokens(said: int | None, prompt_tokens: int, context: int, param: str) -> int:
+    """What the client said, by default all that is left of the context; an impossible request is refused here."""
+    room = context - prompt_tokens
+    if room < 1 or (said or 0) > room:
+        raise too_long(prompt_tokens, context, param, said or 0)
+    return said or room
+
+
+def sampling_of(call: CommonCall, logprobs: int | None, model: Model) -> Sampling:
+    """The client's word, else the model's, else the API's."""
+    defaults = model.defaults
+    return Sampling(
+        temperature=_first(call.temperature, defaults.temperature, 1.0),
+        top_p=_first(call.top_p, defaults.top_p, 1.0),
+        top_k=max(0, _first(call.top_k, defaults.top_k, 0)),
+        min_p=_first(call.min_p, defaults.min_p, 0.0),
+        seed=secrets.randbits(64) if call.seed is None else call.seed % 2**64,
+        logprobs=logprobs,
+    )
+
+
+def _first(said: T | None, default: T | None, neutral: T) -> T:
+    return next((value for value in (said, default) if value is not None), neutral)
+
+
+def _stopping(call: CommonCall, max_tokens: int, model: Model) -> Stopping:
+    stop_token_ids = tuple(call.stop_token_ids or ())
+    if any(token >= len(model.vocabulary) for token in stop_token_ids):
+        raise bad_request(f"stop_token_ids: ids go up to {len(model.vocabulary) - 1}", "stop_token_ids")
+    min_tokens = call.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise bad_request(
+            f"min_tokens: {min_tokens} is more than the {max_tokens} there is room for", "min_tokens"
+        )
+    stop = (call.stop,) if isinstance(call.stop, str) else tuple(call.stop or ())
+    return Stopping(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=bool(call.ignore_eos),
+        include_stop_str=bool(call.include_stop_str_in_output),
+    )

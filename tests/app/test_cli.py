@@ -1,0 +1,66 @@
+"""The command line: friendly errors with exit code 2, and nothing heavy imported for small commands."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.cli import main
+from app.listening import CannotListen, bind
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_check_config_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", "--set", "server.port=9", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["server.port"] == {"value": 9, "source": "--set"}
+    assert main(["check-config"]) == 0
+    assert "engine.max_batch_tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["serve", "check-config"])
+def test_a_bad_configuration_is_exit_code_2_and_a_line_a_problem(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--set", "server.prot=9", "--set", "engine.block_size=5"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 3
+    assert "did you mean server.port?" in error
+
+
+def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--set", f"server.port={port}", "--set", "model.path=/nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert f"port {port} on 127.0.0.1 is taken" in error
+    assert error.count("\n") == 1
+
+
+def test_a_host_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(CannotListen, match="server.host|cannot listen"):
+        bind("256.0.0.1", 0)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["check-config", "--json"]])
+def test_small_commands_do_not_import_torch_or_the_server(arguments: list[str]) -> None:
+    program = (
+        "import sys; from app.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'numpy', 'aiohttp', 'tokenizers'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=dict(os.environ),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()

@@ -1,0 +1,89 @@
+"""Metrics: the names that dashboards know, values that follow the engine, and a format that parsers read."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.app.rig import Rig, rig
+
+TEXT = "/v1/completions"
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+NAMES = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:cache_config_info", "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:num_preemptions_total", "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:request_success_total", "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_bucket", "vllm:e2e_request_latency_seconds_bucket", "vllm:request_queue_time_seconds_bucket", "vllm:request_time_per_output_token_seconds_bucket", "vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket", "vllm:iteration_tokens_total_bucket", "sluice:computed_tokens_total", "sluice:recomputed_tokens_total", "sluice:preemptions_total", "sluice:resumptions_total", "sluice:event_loop_lag_seconds_bucket", "sluice:gil_held_seconds_bucket"]
+
+
+async def scrape(server: Rig) -> Samples:
+    async with server.client.get("/metrics") as response:
+        assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        families = text_string_to_metric_families(await response.text())
+        return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    wanted = frozenset({"model_name": "otter", "engine": "0", **labels}.items())
+    return samples[name, wanted]
+
+
+async def test_every_name_is_there_from_the_start_with_both_labels() -> None:
+    async with rig() as server:
+        samples = await scrape(server)
+    assert set(NAMES) <= {name for name, _ in samples}
+    assert all({"model_name", "engine"} <= dict(labels).keys() for _, labels in samples)
+    assert value(samples, "vllm:request_success_total", finished_reason="stop") == 0
+    assert value(samples, "sluice:preemptions_total", victim_policy="last_admitted") == 0
+
+
+async def test_counters_and_histograms_follow_finished_requests() -> None:
+    async with rig() as server:
+        await server.post(TEXT, prompt="a" * 40, max_tokens=10, n=2)
+        await server.post(TEXT, prompt="a" * 40, max_tokens=10)
+        samples = await scrape(server)
+    assert value(samples, "vllm:prompt_tokens_total") == 80
+    assert value(samples, "vllm:generation_tokens_total") == 30
+    assert value(samples, "vllm:request_success_total", finished_reason="length") == 3
+    assert value(samples, "vllm:time_to_first_token_seconds_count") == 3
+    assert value(samples, "vllm:inter_token_latency_seconds_count") == 27
+    assert value(samples, "vllm:prefix_cache_queries_total") == 120
+    assert value(samples, "vllm:prefix_cache_hits_total") == 64
+    computed = value(samples, "sluice:computed_tokens_total")
+    assert computed == value(samples, "vllm:iteration_tokens_total_sum") == 120 - 64 + 27
+    assert value(samples, "vllm:num_requests_running") == value(samples, "vllm:kv_cache_usage_perc") == 0
+
+
+async def test_gauges_show_what_runs_and_waits() -> None:
+    async with rig(max_sequences=1) as server:
+        import asyncio
+
+        calls = [asyncio.ensure_future(server.post(TEXT, prompt="a" * 40, max_tokens=200)) for _ in range(2)]
+        await server.until(running=2)
+        seen = [await scrape(server)]
+        while server.engine.requests():
+            seen.append(await scrape(server))
+        await asyncio.gather(*calls)
+    assert any(
+        value(samples, "vllm:num_requests_running") == value(samples, "vllm:num_requests_waiting") == 1
+        and 0 < value(samples, "vllm:kv_cache_usage_perc") < 1
+        for samples in seen
+    )
+
+
+async def test_preemptions_and_recomputed_tokens_are_counted() -> None:
+    """Four sequences of some 13 blocks each over a pool of 20."""
+    async with rig(blocks=20, context=320) as server:
+        await server.post(TEXT, prompt=["a" * 40, "b" * 40, "c" * 40, "d" * 40], max_tokens=160)
+        samples = await scrape(server)
+    preemptions = value(samples, "vllm:num_preemptions_total")
+    assert preemptions > 0
+    assert value(samples, "sluice:preemptions_total", victim_policy="last_admitted") == preemptions
+    assert value(samples, "sluice:resumptions_total", way="recompute", tier="none") == preemptions
+    assert value(samples, "sluice:recomputed_tokens_total") > 0
+
+
+async def test_a_cancelled_request_is_an_abort() -> None:
+    async with rig() as server:
+        async with server.client.post(
+            TEXT, json={"prompt": "x", "max_tokens": 300, "stream": True}
+        ) as response:
+            await response.content.readuntil(b"\n\n")
+            response.close()
+            await server.until(running=0)
+        samples = await scrape(server)
+    assert value(samples, "vllm:request_success_total", finished_reason="abort") == 1
