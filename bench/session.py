@@ -1,0 +1,146 @@
+"""One model and dtype, all peers side by side: loads them, runs every cell, yields raw rows.
+
+All peers stay loaded; one at a time has work, the others sleep on their input. Their order turns round with every
+repeat, so that none always follows the same neighbour.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bench import figures
+from bench.cells import Cell, Kind
+from bench.machine import Others
+from bench.peers.wire import Job, Setup, Trace
+from bench.process import PeerFailed, PeerProcess, Program
+
+REFERENCE = "generate"
+"""The peer whose tokens are compared with: plain transformers."""
+
+PROBE_TOKENS = 8
+"""New tokens of the untimed run that brings a decode's context into the cache and shows how fast the peer is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much time goes into a cell."""
+
+    repeats: int = 5
+    seconds: float = 1.0  # aimed at for a peer's decode: its new tokens follow from its speed
+    min_tokens: int = 8
+    max_tokens: int = 64
+    patience_seconds: float = 90.0  # a peer that would take longer to compute a cell's prompts leaves that cell out
+
+
+class Session:
+    """`parent` is the bench's own process; `note` is told in words what happens, for whoever watches."""
+
+    def __init__(
+        self, setup: Setup, max_positions: int, effort: Effort, parent: int, note: Callable[[str], None]
+    ) -> None:
+        self.setup = setup
+        self.absent: dict[str, str] = {}  # peer -> why
+        self._max_positions = max_positions
+        self._effort = effort
+        self._parent = parent
+        self._note = note
+        self._peers: list[PeerProcess] = []
+        self._prefill_rates: dict[str, float] = {}  # tokens/s, as last seen
+
+    def load(self, programs: Sequence[Program]) -> None:
+        """A peer that cannot be started is absent, with the reason."""
+        for program in programs:
+            self._note(f"loading {program.name}")
+            try:
+                self._peers.append(PeerProcess(program, self.setup))
+            except (PeerFailed, OSError) as error:
+                self.absent[program.name] = str(error)
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.close()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {peer.name: peer.facts for peer in self._peers}
+
+    def rows(self, cell: Cell) -> Iterator[dict[str, Any]]:
+        """`effort.repeats` rows a peer, as they come."""
+        jobs = {}
+        for peer in list(self._peers):
+            self._note(f"{cell.kind} {cell.streams} x {cell.context}: warming {peer.name}")
+            if (job := self._prepared(peer, cell)) is not None:
+                jobs[peer] = job
+        for repeat in range(self._effort.repeats):
+            self._note(f"{cell.kind} {cell.streams} x {cell.context}: repeat {repeat + 1}")
+            order = [peer for peer in self._peers if peer in jobs]
+            turned = order[::-1] if repeat % 2 else order
+            yield from self._repeat(cell, repeat, {peer: jobs[peer] for peer in turned})
+
+    def _prepared(self, peer: PeerProcess, cell: Cell) -> Job | None:
+        """An untimed run, and the job that follows from it; None when the peer is too slow for the cell."""
+        first = self._job(cell, repeat=-1)
+        rate = self._prefill_rates.get(peer.name)
+        if rate is not None and cell.tokens / rate > self._effort.patience_seconds:
+            self._note(f"{peer.name} leaves out {cell}: its prompts would take {cell.tokens / rate:.0f} s")
+            return None
+        traces = self._asked(peer, first)
+        if traces is None:
+            return None
+        if cell.kind is Kind.PREFILL:
+            self._prefill_rates[peer.name] = cell.tokens / figures.prefill_seconds(traces)
+            return first
+        seconds, _ = figures.decode_window(traces)
+        steps = round(self._effort.seconds / seconds * (PROBE_TOKENS - 1))
+        return replace(first, new_tokens=min(self._effort.max_tokens, max(self._effort.min_tokens, steps)))
+
+    def _job(self, cell: Cell, repeat: int) -> Job:
+        """Prefills compute new prompts each time; decodes of a stream count share theirs, so contexts are cached.
+
+        The longest context leaves room for what is generated after it.
+        """
+        if cell.kind is Kind.PREFILL:
+            context = min(cell.context, self._max_positions - 1)
+            return Job(cell.streams, context, 1, seed=(context * 1000 + cell.streams) * 100 + repeat + 2)
+        context = min(cell.context, self._max_positions - self._effort.max_tokens)
+        return Job(cell.streams, context, PROBE_TOKENS, 0)
+
+    def _asked(self, peer: PeerProcess, job: Job) -> Sequence[Trace] | None:
+        """None when the peer died of it; it is absent from then on."""
+        try:
+            return peer.ask(job)
+        except PeerFailed as error:
+            self.absent[peer.name] = str(error)
+            self._note(f"{peer.name} failed: {error}")
+            self._peers.remove(peer)
+            return None
+
+    def _repeat(self, cell: Cell, repeat: int, jobs: dict[PeerProcess, Job]) -> Iterator[dict[str, Any]]:
+        """Runs one repeat of each peer; rows come after all ran, since the reference's tokens are needed for them."""
+        done: list[tuple[str, Sequence[Trace], dict[str, Any]]] = []
+        for place, (peer, job) in enumerate(jobs.items()):
+            asked = replace(job, seed=self._job(cell, repeat).seed)
+            others = Others(self._parent, peer.pid)
+            at, traces = time.time(), self._asked(peer, asked)
+            if traces is not None:
+                facts = {"at": at, "place": place, "others_cores": round(others.cores(), 3), "job": asdict(asked)}
+                done.append((peer.name, traces, facts | _figure(asked, traces)))
+        reference = next((traces for name, traces, _ in done if name == REFERENCE), None)
+        for name, traces, facts in done:
+            agrees = None if reference is None else figures.agreement(traces, reference)
+            yield row(self.setup, cell, name) | {"repeat": repeat, "agrees": agrees} | facts
+
+
+def row(setup: Setup, cell: Cell, peer: str) -> dict[str, Any]:
+    """What says which cell and whose figure a row is."""
+    which = {"dtype": setup.dtype, "kind": cell.kind, "streams": cell.streams, "context": cell.context}
+    return {"model": setup.model, "peer": peer} | which
+
+
+def _figure(job: Job, traces: Sequence[Trace]) -> dict[str, Any]:
+    if job.new_tokens == 1:
+        seconds, tokens = figures.prefill_seconds(traces), job.streams * job.context
+    else:
+        seconds, tokens = figures.decode_window(traces)
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
