@@ -56,7 +56,9 @@ class Batch:
     tables: Tensor  # int32 [max_sequences, max_blocks]
     longest_row: int  # tokens of the longest row: 1 is a pure decode step
     longest_context: int  # highest position + 1
-    scratch: dict[str, Any]  # per-step memo of the kernels (views, launch grids), cleared by the runner each step
+    scratch: dict[
+        str, Any
+    ]  # per-step memo of the kernels (views, launch grids), cleared by the runner each step
 
 
 class Kernels(Protocol):
@@ -66,7 +68,7 @@ class Kernels(Protocol):
 
     @property
     def released_seconds(self) -> float:
-        """Wall seconds spent so far in calls that let go of the interpreter's lock; 0.0 where none is counted."""
+        """Wall seconds so far in calls that let go of the interpreter's lock; 0.0 if not counted."""
 
     def new_pool(self, blocks: int, shape: KVShape) -> Tensor:
         """The paged pool, block first: [blocks, layers, 2, …], zeroed, in the model's dtype."""

@@ -1,0 +1,73 @@
+"""CudaKernels: the protocol's operations on an NVIDIA card, in Triton (and cuBLAS where exactness is not asked for).
+
+Not yet run on a card: proven in Triton's interpreter against plain torch, and compiled for sm_90.
+Not here: the kernels themselves (triton_*.py), the stream, graphs and pinned copies (runner_cuda.py).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels import triton_attention, triton_matmul, triton_rowwise
+from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class UnsupportedDtype(Exception):
+    """A dtype that no CUDA kernel here takes: choose one of bfloat16, float16, float32 (model.dtype)."""
+
+
+class CudaKernels:
+    """See protocol.Kernels. The residual stream is fp32; the pool is [blocks, layers, 2, kv_heads, block, head_dim].
+
+    exact=True: every linear is a batch-invariant Triton matmul. exact=False: cuBLAS, faster, its bits depend on
+    the batch. Attention and the row-wise kernels are batch-invariant either way. A vocabulary, hidden size or
+    head_dim of any size is taken; a head_dim must be even.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, exact: bool) -> None:
+        if dtype not in DTYPES:
+            raise UnsupportedDtype(f"model.dtype {dtype} on CUDA: use bfloat16, float16 or float32")
+        self.exact = exact
+        self.released_seconds = 0.0  # a step here waits for nothing: its Python time is all of its time
+        self._dtype = dtype
+        self._device = device
+        self._tiles: dict[tuple[int, int], tuple[triton_matmul.Tile, ...]] = {}  # by weight shape
+
+    def new_pool(self, blocks: int, shape: KVShape) -> Tensor:
+        size = (blocks, shape.layers, 2, shape.kv_heads, shape.block_size, shape.head_dim)
+        return torch.zeros(size, dtype=self._dtype, device=self._device)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        weight = weight.to(self._device, self._dtype).contiguous()
+        bias = None if bias is None else bias.to(self._device, self._dtype)
+        return self._exact_linear(weight, bias) if self.exact else _fast_linear(weight, bias)
+
+    def _exact_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        shape = (weight.shape[0], weight.shape[1])
+        if shape not in self._tiles:
+            self._tiles[shape] = triton_matmul.choose_tiles(weight)
+        tiles = self._tiles[shape]
+        return lambda x: triton_matmul.matmul(x, weight, bias, tiles)
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, table).float()
+
+    def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        return triton_rowwise.add_norm(residual, delta, weight, eps)
+
+    def attend(
+        self, pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch
+    ) -> Tensor:
+        queries = triton_rowwise.rope_store(pool, layer, qkv, rope, shape, batch)
+        return triton_attention.attend(pool, layer, queries, shape, batch)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return triton_rowwise.silu_mul(gate_up)
+
+
+def _fast_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight, bias)
