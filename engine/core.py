@@ -75,7 +75,8 @@ class Core:
 
     def _refusal(self, request: Request) -> Reject | None:
         assert request.id not in self.sequences, f"request id {request.id} is in use"
-        assert request.prompt and request.stopping.max_tokens >= 1 and request.n >= 1
+        assert request.prompt
+        assert min(request.stopping.max_tokens, request.n) >= 1
         wanted = len(request.prompt) + request.stopping.max_tokens
         if wanted > self.config.context:
             message = (
@@ -128,7 +129,8 @@ class Core:
         step = self._outstanding.popleft()
         news: list[Instruction] = [_account(step.scheduled, result)]
         drawn = zip(result.tokens, result.logprobs, strict=True)
-        for row, sequence, epoch in zip(step.scheduled.rows, step.scheduled.sequences, step.epochs, strict=True):
+        rows, sequences = step.scheduled.rows, step.scheduled.sequences
+        for row, sequence, epoch in zip(rows, sequences, step.epochs, strict=True):
             token, logprob = next(drawn) if row.samples else (None, None)
             if sequence.epoch != epoch:
                 continue
@@ -141,14 +143,17 @@ class Core:
         assert next(drawn, None) is None, "more tokens drawn than rows sampled"
         return news
 
-    def _drawn(self, sequence: Sequence, token: int, logprob: Logprob | None, now: float) -> list[Instruction]:
+    def _drawn(
+        self, sequence: Sequence, token: int, logprob: Logprob | None, now: float
+    ) -> list[Instruction]:
         """One more token of a sequence: its text, and whether it is the last."""
         stopping = sequence.request.stopping
         sequence.token_times.append(now)
         heeds_stops = sequence.output_tokens > stopping.min_tokens
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
-        if token in stopping.stop_token_ids or (not stopping.ignore_eos and token in self.config.eos_token_ids):
+        ends = token in self.config.eos_token_ids and not stopping.ignore_eos
+        if ends or token in stopping.stop_token_ids:
             reason, text = FinishReason.STOP, sequence.text.finish()
             stop_reason = token if token in stopping.stop_token_ids else None
         else:

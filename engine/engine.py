@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.core import Core
 from engine.events import Account, Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
@@ -69,7 +69,7 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._counted = (0, 0, 0)  # preemptions, prefix queries, prefix hits told to observers so far
-        worker.start(lambda result: self._loop.call_soon_threadsafe(self._reported, result) and None)
+        worker.start(self._report)
 
     # --- for clients ----------------------------------------------------------------------------------------------
 
@@ -94,20 +94,19 @@ class Engine:
         self._feed(Cancelled(request_id))
         return True
 
-    async def drain(self, timeout: float) -> bool:
-        """Takes no more requests and waits for those at hand; after `timeout` seconds cancels what is left.
+    async def drain(self, seconds: float) -> bool:
+        """Takes no more requests and waits for those at hand; after `seconds` cancels what is left.
 
         Returns whether all of them ended by themselves.
         """
         self.draining = True
-        waits = {asyncio.ensure_future(self._idle.wait()), self.dead}
-        done, _ = await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        idle: asyncio.Future[Any] = asyncio.ensure_future(self._idle.wait())
+        await asyncio.wait([idle, self.dead], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
         left = list(self.core.sequences)
         for request_id in left:
             self.cancel(request_id)
-        for wait in waits - {self.dead}:
-            wait.cancel()
-        return bool(done) and not left and self.failure is None
+        return not left and self.failure is None
 
     def stop(self) -> None:
         """Ends the worker once its steps are done. The engine takes nothing after this."""
@@ -134,7 +133,11 @@ class Engine:
             "running": len(scheduler.running),
             "waiting": scheduler.waiting,
             "preemptions": scheduler.preemptions,
-            "policies": {"order": scheduler.config.order, "victim": scheduler.config.victim, "resume": "recompute"},
+            "policies": {
+                "order": scheduler.config.order,
+                "victim": scheduler.config.victim,
+                "resume": "recompute",
+            },
         }
 
     def requests(self) -> list[dict[str, object]]:
@@ -152,7 +155,7 @@ class Engine:
             for instruction in instructions:
                 self._carry_out(instruction)
             self._note_idleness()
-        except Exception as error:  # a bug of ours: nothing after it can be trusted, so the engine ends, loudly
+        except Exception as error:  # a bug of ours: nothing after it can be trusted, so the engine ends
             self._die(error)
             raise
         return instructions
@@ -187,7 +190,9 @@ class Engine:
     def _record(self, account: Account) -> StepRecord:
         scheduler = self.core.scheduler
         counters = (scheduler.preemptions, scheduler.prefix_queries, scheduler.prefix_hits)
-        preemptions, queries, hits = (now - before for now, before in zip(counters, self._counted, strict=True))
+        preemptions, queries, hits = (
+            now - before for now, before in zip(counters, self._counted, strict=True)
+        )
         self._counted = counters
         return StepRecord(
             step=account.step,
@@ -215,6 +220,10 @@ class Engine:
             self._idle.clear()
 
     # --- the worker's side ----------------------------------------------------------------------------------------
+
+    def _report(self, result: StepResult | BaseException) -> None:
+        """Called on the worker's thread, once a step."""
+        self._loop.call_soon_threadsafe(self._reported, result)
 
     def _reported(self, result: StepResult | BaseException) -> None:
         if isinstance(result, BaseException):
@@ -245,4 +254,3 @@ def _summary(sequences: list[Sequence]) -> dict[str, object]:
         "preemptions": sum(sequence.preemptions for sequence in sequences),
         "kv_blocks": sum(sequence.held_blocks for sequence in sequences),
     }
-

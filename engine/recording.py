@@ -18,7 +18,9 @@ from pydantic_core import from_json, to_json
 from engine.core import Core, CoreConfig
 from engine.events import Arrived, Cancelled, Event, Instruction, StepDone
 
-EVENTS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in (Arrived, Cancelled, StepDone)}
+EVENTS: dict[str, TypeAdapter[Any]] = {
+    kind.__name__: TypeAdapter(kind) for kind in (Arrived, Cancelled, StepDone)
+}
 CONFIG = TypeAdapter(CoreConfig)
 VERSION = 1
 
@@ -49,7 +51,9 @@ def replay(path: Path, vocabulary: tuple[bytes, ...]) -> int:
         count = 0
         for count, (recorded, now, event) in enumerate(_events(lines), 1):
             if (given := line(now, event, core.handle(event, now))) != recorded:
-                raise Difference(f"event {count} ({type(event).__name__}):\nrecorded {recorded!r}\nreplayed {given!r}")
+                raise Difference(
+                    f"event {count} ({type(event).__name__}):\nrecorded {recorded!r}\nreplayed {given!r}"
+                )
         return count
 
 
@@ -57,7 +61,9 @@ def _config(raw: bytes) -> CoreConfig:
     try:
         head = from_json(raw)
         if head["sluice_recording"] != VERSION:
-            raise RecordingError(f"this is version {head['sluice_recording']}; this Sluice replays version {VERSION}")
+            raise RecordingError(
+                f"this is version {head['sluice_recording']}; this Sluice replays version {VERSION}"
+            )
         return CONFIG.validate_python(head["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise RecordingError(f"line 1 is not a recording's header: {error}") from error
@@ -94,15 +100,17 @@ class FileRecorder:
     async def _write(self, path: Path, config: CoreConfig) -> None:
         async with aiofiles.open(path, "wb") as file:
             await file.write(header(config) + b"\n")
-            while None not in (batch := await self._batch()):
-                await file.write(b"".join(batch))
-            await file.write(b"".join(raw for raw in batch if raw is not None))
+            while batch := await self._batch():
+                await file.write(batch)
 
-    async def _batch(self) -> list[bytes | None]:
-        """All that waits, at least one; None, the end, comes last."""
-        batch = [await self._lines.get()]
-        while not self._lines.empty():
-            batch.append(self._lines.get_nowait())
+    async def _batch(self) -> bytes:
+        """All the lines that wait, at least one; nothing at the end."""
+        batch = b""
+        while (raw := await self._lines.get()) is not None:
+            batch += raw
+            if self._lines.empty():
+                return batch
+        self._lines.put_nowait(None)  # the end stays the end, should lines have come before it
         return batch
 
     @contextlib.asynccontextmanager

@@ -21,7 +21,9 @@ class Stopping:
     """When a sequence ends. Tokens that stop are counted in usage; their text is never sent out."""
 
     max_tokens: int
-    min_tokens: int = 0  # before this many, neither end-of-sequence nor stop tokens are drawn, nor stop strings heeded
+    min_tokens: int = (
+        0  # before this many, neither end-of-sequence nor stop tokens are drawn, nor stop strings heeded
+    )
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

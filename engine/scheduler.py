@@ -105,10 +105,14 @@ class Scheduler:
         set_aside: list[Sequence] = []
         while budget > 0 and self._slots and (sequence := self._peek()):
             keys = sequence.block_keys(self.config.block_size)
-            reusable = keys[: (len(sequence.tokens) - 1) // self.config.block_size]  # the last token is always computed
+            reusable = keys[
+                : (len(sequence.tokens) - 1) // self.config.block_size
+            ]  # the last token is always computed
             matched = self.pool.match(reusable)
             if len(matched) < len(reusable) and reusable[len(matched)] in self._computing:
-                set_aside.append(self._pop())  # someone is computing its next block right now: never compute it twice
+                set_aside.append(
+                    self._pop()
+                )  # someone is computing its next block right now: never compute it twice
                 continue
             if not self._take_blocks(sequence, matched):
                 break
@@ -255,10 +259,14 @@ class Scheduler:
     def check(self) -> None:
         """Asserts that running sequences, slots and positions agree."""
         slots = [sequence.slot for sequence in self.running]
-        assert sorted(slots + self._slots) == list(range(self.config.max_sequences)), "a slot is lost or shared"
+        assert sorted(slots + self._slots) == list(range(self.config.max_sequences)), (
+            "a slot is lost or shared"
+        )
         assert sum(1 for _ in self.waiters()) == self._waiting_count
         for sequence in self.running:
             assert sequence.state is State.RUNNING
             assert sequence.computed <= sequence.scheduled <= len(sequence.tokens) + sequence.pending
             assert sequence.scheduled <= len(sequence.table) * self.config.block_size
-        assert all(owner.state is State.RUNNING for owner in self._computing.values()), "a key is announced by nobody"
+        assert all(owner.state is State.RUNNING for owner in self._computing.values()), (
+            "a key is announced by nobody"
+        )

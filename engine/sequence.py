@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from engine.plan import PENDING, Sampling
-from engine.request import FinishReason, Finished, Request
+from engine.request import Finished, FinishReason, Request
 from engine.text import OutputText
 from kvstore.block import Key, extend_keys
 

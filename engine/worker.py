@@ -52,7 +52,7 @@ class QueueWorker:
         try:
             while (plan := self._plans.get()) is not None:
                 self._hand_on(self._runner.launch(plan))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (whatever a device raises, its clients must hear of it)
             self._report(error)
         finally:
             if self._launched and collector:
@@ -70,7 +70,7 @@ class QueueWorker:
         try:
             while (launched := self._launched.get()) is not None:
                 self._report(launched.collect())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (as above)
             self._report(error)
 
 

@@ -79,7 +79,9 @@ class ScriptedRunner:
         if not row.samples:
             return None
         context = [self._pool[self._place(table, position)] for position in range(row.start + len(tokens))]
-        assert [position for _, position in context] == list(range(len(context))), "a block holds other positions"
+        assert [position for _, position in context] == list(range(len(context))), (
+            "a block holds other positions"
+        )
         self._last[row.slot] = self._script([token for token, _ in context], self._samplings[row.slot])
         return self._last[row.slot]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from engine.core import Core, CoreConfig
 from engine.events import Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
 from engine.plan import Launched, Sampling
-from engine.request import Delta, FinishReason, Finished, Request, Stopping
+from engine.request import Delta, Finished, FinishReason, Request, Stopping
 from engine.scheduler import SchedulerConfig
-from tests.fakes import ScriptedRunner, Script, hashed
+from tests.fakes import Script, ScriptedRunner, hashed
 
 VOCABULARY = tuple(bytes([65 + i % 26]) for i in range(100))
 EOS = 99

@@ -31,7 +31,9 @@ def test_a_request_gets_its_tokens_and_leaves_nothing() -> None:
 @pytest.mark.parametrize("max_outstanding", [1, 2])
 def test_tokens_do_not_depend_on_chunks_or_on_steps_ahead(chunk: int, max_outstanding: int) -> None:
     asked = request("a", range(1, 40), max_tokens=20)
-    driver = Driver(core_config(max_batch_tokens=max(chunk, 1), max_outstanding=max_outstanding, max_sequences=1))
+    driver = Driver(
+        core_config(max_batch_tokens=max(chunk, 1), max_outstanding=max_outstanding, max_sequences=1)
+    )
     driver.arrive(asked)
     driver.finish()
     assert driver.tokens("a") == expected_tokens(asked)
@@ -207,7 +209,9 @@ def test_logprobs_come_with_their_tokens() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    prompts=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 25), st.integers(0, 3)), min_size=1, max_size=12),
+    prompts=st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 25), st.integers(0, 3)), min_size=1, max_size=12
+    ),
     blocks=st.integers(14, 40),
     budget=st.integers(8, 64),
     max_outstanding=st.integers(1, 2),
@@ -235,7 +239,12 @@ class Comings(RuleBasedStateMachine):
         self.driver = Driver(core_config(blocks=16, max_queue=20, max_outstanding=2))
         self.count = 0
 
-    @rule(length=st.integers(1, 30), max_tokens=st.integers(1, 30), family=st.integers(0, 2), n=st.integers(1, 3))
+    @rule(
+        length=st.integers(1, 30),
+        max_tokens=st.integers(1, 30),
+        family=st.integers(0, 2),
+        n=st.integers(1, 3),
+    )
     def arrive(self, length: int, max_tokens: int, family: int, n: int) -> None:
         self.count += 1
         self.driver.arrive(request(f"r{self.count}", [family] * length, max_tokens, n=n))

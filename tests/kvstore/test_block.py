@@ -34,5 +34,5 @@ def test_only_full_blocks_have_keys() -> None:
 
 def test_salt_and_fingerprint_are_not_confused() -> None:
     tokens = [1, 2, 3, 4]
-    variants = [keys(tokens, salt, fingerprint)[0] for salt in ("", "a", "ab") for fingerprint in ("", "a", "ba")]
-    assert len(set(variants)) == 9
+    variants = {keys(tokens, salt, name)[0] for salt in ("", "a", "ab") for name in ("", "a", "ba")}
+    assert len(variants) == 9
