@@ -1,13 +1,15 @@
 """Carries a call's engine requests through to the client: submit, read the streams, write, and always let go.
 
-However an answer ends (complete, client gone, slow reader, dead engine, a bug), `_streams` cancels what still runs.
+However an answer ends (complete, client gone, slow reader, dead engine, a bug), `_streams` cancels what
+still runs.
 """
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from aiohttp import web
+from pydantic_core import to_json
 from structlog.stdlib import get_logger
 
 from app.errors import ApiError, as_api_error, cancelled, draining
@@ -67,11 +69,9 @@ async def _pump(served: Served, events: EventStream, stream: Stream, wire: Wire,
 
 
 async def _break_off(events: EventStream, error: Exception) -> None:
-    """An error in mid-stream: an error object, then a cut connection; [DONE] or a clean end would look like success."""
-    try:
+    """An error in mid-stream: an error object, then a cut connection; a clean end would look like success."""
+    with suppress(ReaderGone):  # nobody may be left to tell
         await events.send(frame(as_api_error(error).body))
-    except ReaderGone:
-        pass  # nobody is left to tell
     events.abort()
 
 
@@ -86,7 +86,8 @@ async def whole_answer(
             async for delta in stream:
                 _refuse_cancelled(served, delta)
                 choices[number * n + delta.choice].add(delta)
-        return web.json_response(wire.whole(choices, _total(streams)))
+        answer = to_json(wire.whole(choices, _total(streams)), inf_nan_mode="null")
+        return web.Response(body=answer, content_type="application/json", charset="utf-8")
 
 
 def _refuse_cancelled(served: Served, delta: Delta) -> None:
@@ -109,8 +110,7 @@ def _streams(http: web.Request, served: Served, requests: Sequence[Request]) -> 
     """Submits all or nothing; cancels, at the end, what has not ended by itself."""
     streams: list[Stream] = []
     try:
-        for request in requests:
-            streams.append(_submit(http, served, request))
+        streams.extend(_submit(http, served, request) for request in requests)  # as far as it gets
         yield streams
     finally:
         for stream in streams:

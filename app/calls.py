@@ -46,7 +46,7 @@ async def completions(http: web.Request) -> web.StreamResponse:
 
 
 async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
-    """The body as a call this server can answer now. Raises ApiError, ValidationError, or 413 of aiohttp's."""
+    """The body as a call for this server. Raises ApiError, ValidationError, or aiohttp's own 413."""
     if served.engine.draining:
         raise draining()
     seconds = served.server.read_timeout_seconds

@@ -1,4 +1,4 @@
-"""The command line: `sluice serve`, `sluice check-config`. What the server needs is imported only when it serves."""
+"""The command line: `sluice serve`, `sluice check-config`. The server is imported only when it serves."""
 
 import argparse
 import os

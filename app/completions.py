@@ -77,7 +77,7 @@ class CompletionWire:
         } | ids
 
     def _logprobs(self, index: int, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:
-        """Four parallel lists. Offsets count the characters of the tokens before, from the answer's beginning."""
+        """Four parallel lists. Offsets count the characters of the tokens before, from the beginning."""
         texts = [token_text(self._model, token)[0] for token in tokens]
         offsets = []
         for text in texts:

@@ -1,32 +1,25 @@
-"""The composition root: configuration → tokenizer, model, runner, core, engine → application.
+"""The composition root, first half: configuration → tokenizer, model, runner, core. On the main thread.
 
-The only file that puts parts together, and the only one of this package that imports torch. `load` runs on
-the main thread, which then runs the model's steps; `serving` runs on the event loop's.
+The only file of this package that imports torch. The engine and its application belong to the event loop:
+`app/serving.py` puts them together there.
 """
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from aiohttp import web
 from structlog.stdlib import get_logger
 
 from app import memory
 from app.config import Config, EngineSection
-from app.metrics import Metrics
-from app.served import Model, Served
-from app.server import application
+from app.served import Model
+from app.serving import Parts
 from engine.chat_template import ChatTemplateError
 from engine.core import Core, CoreConfig
-from engine.engine import Engine
 from engine.kernels.select import UnsupportedDevice, make_kernels
 from engine.model.errors import ModelError
 from engine.model.loading import Loaded, load_model
-from engine.recording import FileRecorder
 from engine.runner import ModelRunner
 from engine.runner_cuda import CudaRunner
 from engine.sampler import Sampler
@@ -47,7 +40,12 @@ class NoSuchDevice(Exception):
     """`model.device` names a device that this machine has not."""
 
 
+class CannotRecord(Exception):
+    """`engine.record` names a file that cannot be written."""
+
+
 CANNOT_START = (
+    CannotRecord,
     NoSuchModel,
     NoSuchDevice,
     memory.NotEnoughMemory,
@@ -59,19 +57,9 @@ CANNOT_START = (
 """What the world can get wrong before a server serves; each says what to change."""
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """All that needs no event loop."""
-
-    config: Config
-    model: Model
-    core: Core
-    worker: QueueWorker
-    exact: bool
-
-
 def load(config: Config) -> Parts:
     """Loads the model and gets it warm. Raises one of CANNOT_START."""
+    check_recording(config.engine.record)
     directory = model_directory(config.model.path)
     device = choose_device(config.model.device)
     tokenizer = Tokenizer.load(directory)
@@ -104,6 +92,14 @@ def model_directory(path: str) -> Path:
             'set model.path to one in Hugging Face layout, or to "" for the shipped model'
         )
     return directory
+
+
+def check_recording(path: str) -> None:
+    try:
+        if path:
+            Path(path).open("ab").close()
+    except OSError as error:
+        raise CannotRecord(f"engine.record = {path!r} cannot be written: {error.strerror}") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -175,28 +171,3 @@ def _log_loaded(model: Model, loaded: Loaded, core: CoreConfig, exact: bool) -> 
         block_size=core.scheduler.block_size,
         exact=exact,
     )
-
-
-@asynccontextmanager
-async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]:
-    """The engine and its application, on this event loop. At the end the worker stops; a recording is closed."""
-    async with AsyncExitStack() as stack:
-        recorder = await _recorder(parts, stack)
-        engine = Engine(parts.core, parts.worker, exact=parts.exact, recorder=recorder)
-        stack.callback(engine.stop)
-        scheduler, policies = parts.core.config.scheduler, parts.config.policies
-        metrics = Metrics(
-            parts.model.name,
-            block_size=scheduler.block_size,
-            kv_blocks=scheduler.blocks,
-            victim_policy=policies.victim,
-            way=policies.resume,
-        )
-        yield engine, application(Served(engine, parts.model, parts.config.server), metrics)
-
-
-async def _recorder(parts: Parts, stack: AsyncExitStack) -> FileRecorder | None:
-    path = parts.config.engine.record
-    if not path:
-        return None
-    return await stack.enter_async_context(FileRecorder().writing(Path(path), parts.core.config))

@@ -1,4 +1,4 @@
-"""The configuration: every section and key, its type, default and meaning. Narrow frozen models, read once at start.
+"""The configuration: every section and key, its type, default and meaning. Frozen models, read once at start.
 
 Where values come from and which source wins: `app/config_sources.py`. The commented copy for operators is
 `config.toml` at the top of the repository; a test keeps the two equal.

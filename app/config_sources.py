@@ -1,4 +1,4 @@
-"""Where the configuration's values come from: flags > environment > file > defaults, each value with its source.
+"""Where the configuration's values come from: flags > environment > file > defaults, each with its source.
 
 Reads the file and the environment; what the keys mean is in `app/config.py`.
 """
@@ -76,7 +76,8 @@ def all_keys() -> dict[str, FieldInfo]:
 
 def section_model(section: str) -> type[Section]:
     model = Config.model_fields[section].annotation
-    assert isinstance(model, type) and issubclass(model, Section), section
+    assert isinstance(model, type), section
+    assert issubclass(model, Section), section
     return model
 
 

@@ -1,7 +1,7 @@
 """Errors as clients see them: `{"error": {message, type, param, code}}`, whatever went wrong.
 
-The middleware turns exceptions into answers; `as_api_error` is the whole translation table. Errors in mid-stream
-are `app/sse.py`'s.
+The middleware turns exceptions into answers; `as_api_error` is the whole translation table. Errors in
+mid-stream are `app/answer.py`'s.
 """
 
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def _invalid(error: ValidationError) -> ApiError:
 
 
 def _param(loc: tuple[int | str, ...]) -> str | None:
-    """ "messages.0.content" of pydantic's path, whose union arms ("str", "list[…]") mean nothing to a client."""
+    """Pydantic's path as in "messages.0.content": without union arms ("str", "list[…]"), which are ours."""
     named = [str(part) for part in loc if isinstance(part, int) or (part.isidentifier() and part != "str")]
     return ".".join(named) or None
 
@@ -114,11 +114,11 @@ def _of_http(error: web.HTTPException) -> ApiError:
 
 
 @web.middleware
-async def errors_as_json(http: web.Request, handler: Handler) -> web.StreamResponse:
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
-        return await handler(http)
+        return await handler(request)
     except Exception as error:  # the border: whatever it is, the client gets an object, and bugs get logged
         answer = as_api_error(error)
         if answer.code == "internal_error":
-            log.exception("internal_error", method=http.method, path=http.path)
+            log.exception("internal_error", method=request.method, path=request.path)
         return web.json_response(answer.body, status=answer.status, headers=answer.headers)

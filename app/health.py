@@ -59,5 +59,10 @@ def _model(served: Served) -> dict[str, Any]:
 
 
 async def metrics(http: web.Request) -> web.Response:
-    body, content_type = http.app[METRICS].exposition()
+    scheduler = http.app[SERVED].engine.core.scheduler
+    body, content_type = http.app[METRICS].exposition(
+        running=len(scheduler.running),
+        waiting=scheduler.waiting,
+        kv_usage=scheduler.pool.held / scheduler.pool.blocks,
+    )
     return web.Response(body=body, headers={"Content-Type": content_type})

@@ -18,11 +18,11 @@ def new_id(prefix: str) -> str:
 
 
 @web.middleware
-async def request_ids(http: web.Request, handler: Handler) -> web.StreamResponse:
-    said = http.headers.get(HEADER, "")
-    http[CLIENT_ID] = said if _SANE.fullmatch(said) else None
-    http[REQUEST_ID] = http[CLIENT_ID] or new_id("req")
-    return await handler(http)
+async def request_ids(request: web.Request, handler: Handler) -> web.StreamResponse:
+    said = request.headers.get(HEADER, "")
+    request[CLIENT_ID] = said if _SANE.fullmatch(said) else None
+    request[REQUEST_ID] = request[CLIENT_ID] or new_id("req")
+    return await handler(request)
 
 
 async def add_header(http: web.Request, response: web.StreamResponse) -> None:

@@ -26,7 +26,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _explained(error: OSError, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is taken; stop what listens there, or use --set server.port=N (0: any free one)"
+        hint = "stop what listens there, or use --set server.port=N (0: any free one)"
+        return f"port {port} on {host} is taken; {hint}"
     if error.errno == errno.EACCES:
         return f"port {port} needs more rights than this user has; use one from 1024 up"
     return f"cannot listen on {host}:{port}: {error.strerror}"

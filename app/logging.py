@@ -1,8 +1,8 @@
 """How the process logs: structlog, pretty on a terminal, a JSON object a line elsewhere; to standard error.
 
-Nothing that clients wrote is ever logged, only counts, times and names; so tracebacks come without local variables.
-Libraries' own logging joins ours. Lines are formatted and written on a thread of their own: whoever reads standard
-error slowly never holds the event loop up.
+Nothing that clients wrote is ever logged, only counts, times and names; so tracebacks come without local
+variables. Libraries' own logging joins ours. Lines are formatted and written on a thread of their own: who
+reads standard error slowly never holds the event loop up.
 """
 
 import logging
@@ -40,12 +40,16 @@ SHARED: list[Processor] = [
 class BoundedQueueHandler(QueueHandler):
     """Hands records to the writing thread as they are, or drops them."""
 
+    def __init__(self, records: Queue[logging.LogRecord]) -> None:
+        super().__init__(records)
+        self._records = records
+
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if self.queue.qsize() < MAX_UNWRITTEN:  # else the log's reader is stuck: serving goes on
-            self.queue.put_nowait(record)
+        if self._records.qsize() < MAX_UNWRITTEN:  # else the log's reader is stuck: serving goes on
+            self._records.put_nowait(record)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""How many KV blocks the memory at hand allows, when the configuration leaves it open. Arithmetic and one look."""
+"""How many KV blocks the memory at hand allows, when the configuration leaves it open."""
 
 import os
 
 CPU_SHARE = 0.3
-"""Of the memory free at start: a server's machine has other work, and the block tables and steps need some too."""
+"""Of the memory free at start: the machine has other work, and steps need some too."""
 
 GPU_SHARE = 0.9
 
@@ -29,8 +29,8 @@ def kv_blocks(wanted: int, *, block_bytes: int, useful_blocks: int, free_bytes: 
     """
     if wanted * block_bytes > free_bytes:
         raise NotEnoughMemory(
-            f"engine.kv_blocks = {wanted} needs {_gib(wanted * block_bytes)}, but {_gib(free_bytes)} are free; "
-            "lower it, or set it to 0"
+            f"engine.kv_blocks = {wanted} needs {_gib(wanted * block_bytes)}, "
+            f"but {_gib(free_bytes)} are free; lower it, or set it to 0"
         )
     fitting = int(free_bytes * share) // block_bytes
     if not wanted and fitting < 1:

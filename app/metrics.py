@@ -1,7 +1,7 @@
 """Prometheus metrics under vLLM's names, so that its dashboards and routers work, and a few of our own.
 
-Fed by the engine's observers (`observe_step`, `observe_finished`) on the event-loop thread. Each server has its own
-registry. The loop's lag is measured by `app/lag.py`.
+Fed by the engine's observers (`observe_step`, `observe_finished`) on the event-loop thread. Each server has a
+registry of its own. The loop's lag is measured by `app/lag.py`.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ ENGINE = "0"  # the replica; there is one so far
 
 # vLLM's edges, in seconds and tokens.
 TTFT = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
 ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 WHOLE = (
@@ -43,7 +44,7 @@ class Metrics:
         self._make_counters()
         self._make_histograms()
 
-    # --- what there is --------------------------------------------------------------------------------------------
+    # --- what there is ------------------------------------------------------------------------------------
 
     def _make_gauges(self, block_size: int, kv_blocks: int) -> None:
         self._running = self._gauge("vllm:num_requests_running", "Sequences in the running batch.")
@@ -134,12 +135,9 @@ class Metrics:
         self._families[name] = metric
         return metric.labels(**labels)
 
-    # --- what happens ---------------------------------------------------------------------------------------------
+    # --- what happens -------------------------------------------------------------------------------------
 
     def observe_step(self, step: StepRecord) -> None:
-        self._running.set(step.running)
-        self._waiting.set(step.waiting)
-        self._kv_usage.set(step.kv_used_blocks / step.kv_blocks)
         self._computed.inc(step.computed_tokens)
         self._recomputed.inc(step.recomputed_tokens)
         self._preemptions.inc(step.preemptions)
@@ -176,8 +174,11 @@ class Metrics:
         if choice.output_tokens > 1:
             self._tpot.observe((choice.finished - choice.first_token) / (choice.output_tokens - 1))
 
-    def exposition(self) -> tuple[bytes, str]:
-        """The classic text format, and its content type."""
+    def exposition(self, running: int, waiting: int, kv_usage: float) -> tuple[bytes, str]:
+        """The classic text format and its content type. Gauges are told now, not at the last step."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._kv_usage.set(kv_usage)
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
 

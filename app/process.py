@@ -1,8 +1,8 @@
 """The life of a serving process: two threads, signals, draining, and the exit code.
 
-The main thread loads the model and then runs its steps (torch on a second thread measured 25–35 % slower); the
-event loop, with HTTP and the engine's core, has the second thread. Signals arrive on the main thread and are handed
-over. Nothing here knows what is served: see `app/compose.py`.
+The main thread loads the model and then runs its steps (torch on a second thread measured 25–35 % slower);
+the event loop, with HTTP and the engine's core, has the second thread. Signals arrive on the main thread and
+are handed over. Nothing here knows what is served: see `app/compose.py`.
 """
 
 import asyncio
@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
+from typing import Any
 
 from structlog.stdlib import get_logger
 
-from app.compose import Parts, serving
 from app.config import ServerSection
 from app.server import listen
+from app.serving import Parts, serving
 from engine.engine import Engine
 
 EXIT_OK = 0
@@ -86,7 +87,8 @@ class Service:
 
     async def _until_the_end(self, engine: Engine, server: ServerSection) -> int:
         stop = asyncio.ensure_future(self._stop.wait())
-        await asyncio.wait({stop, engine.dead}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {stop, engine.dead}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if engine.failure is None:
             log.info("draining", running=len(engine.requests()), seconds=server.drain_seconds)

@@ -1,7 +1,7 @@
 """One log line a finished request: its accounts, never its text.
 
-A request's choices end one by one; the line is written when the last has. Who registered a request with `opened`
-need not come back: the engine reports every end, cancelled ones included.
+A request's choices end one by one; the line is written when the last has. Who registered a request with
+`opened` need not come back: the engine reports every end, cancelled ones included.
 """
 
 from dataclasses import dataclass, field

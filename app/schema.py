@@ -1,7 +1,7 @@
 """What clients may send: pydantic models of both completion calls. Types and bounds only.
 
-Unknown fields are ignored. Fields of the OpenAI API that would change the answer, and that Sluice cannot honour,
-are refused unless they are neutral. What the fields become: `app/translation.py`.
+Unknown fields are ignored. Fields of the OpenAI API that would change the answer, and that Sluice cannot
+honour, are refused unless they are neutral. What the fields become: `app/translation.py`.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 128  # of one call: prompts × n
 MAX_TOP_LOGPROBS = 20
+MAX_LOGPROBS = 2**18  # of one call: choices × max_tokens × (top_logprobs + 1); 30 MB of JSON
 MAX_STOPS = 16
 INT32 = 2**31 - 1
 UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `_NEUTRAL`

@@ -1,4 +1,4 @@
-"""`sluice serve`: from a configuration to an exit code. What the world can get wrong becomes one friendly message."""
+"""`sluice serve`: from a configuration to an exit code. What the world gets wrong becomes one message."""
 
 import socket
 import sys

@@ -52,7 +52,7 @@ async def _observed_loop(app: web.Application) -> AsyncIterator[None]:
 
 
 async def listen(app: web.Application, server: ServerSection, listener: socket.socket) -> web.AppRunner:
-    """Serves on a bound socket until `cleanup()` of what it returns. A client that leaves cancels its handler."""
+    """Serves on a bound socket until its `cleanup()`. A client that leaves cancels its handler."""
     runner = web.AppRunner(
         app,
         handle_signals=False,

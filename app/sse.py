@@ -1,8 +1,8 @@
 """Server-sent events: one response, frames written one by one, a reader that stops reading dropped.
 
-The write buffer's limit is zero, so a frame that the socket does not take at once makes the writer wait; what the
-engine produces meanwhile is merged in the engine's stream. So a slow reader costs one frame here, and never blocks
-anyone else. What the frames say: `app/chat.py`, `app/completions.py`.
+The write buffer's limit is zero, so a frame that the socket does not take at once makes the writer wait; what
+the engine produces meanwhile is merged in its stream. So a slow reader costs one frame here, and never
+blocks anyone else. What frames say: `app/chat.py`, `app/completions.py`.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import StreamWriter
 
 DONE = b"data: [DONE]\n\n"
 
@@ -23,7 +24,7 @@ def frame(payload: dict[str, Any]) -> bytes:
 
 
 class EventStream:
-    """Use: `await open()`, `await send(frame)` …, then `await end()` or `abort()`; return `response` to aiohttp."""
+    """`await open()`, `await send(frame)` …, then `await end()` or `abort()`; aiohttp gets `response`."""
 
     def __init__(self, http: web.Request, write_timeout_seconds: float) -> None:
         self.response = web.StreamResponse(
@@ -47,14 +48,15 @@ class EventStream:
 
     async def send(self, frames: bytes) -> None:
         """Writes whole frames, waiting for the socket to take them. Raises ReaderGone."""
-        transport = self._http.transport
+        transport, writer = self._http.transport, self._http.writer
         if transport is None:
             raise ReaderGone
+        assert isinstance(writer, StreamWriter)
         try:
-            async with asyncio.timeout(self._seconds):
-                await self.response.write(frames)
-                if transport.get_write_buffer_size():
-                    await self._http.writer.drain()
+            await writer.write(frames, drain=False)  # never waits: a timeout around each frame costs 5 µs
+            if transport.get_write_buffer_size():
+                async with asyncio.timeout(self._seconds):
+                    await writer.drain()
         except (TimeoutError, ConnectionError) as error:
             self.abort()
             raise ReaderGone from error

@@ -1,7 +1,7 @@
 """From what a client sent to what the engine takes: prompts become token ids, fields become parameters.
 
-Types and bounds were checked by `app/schema.py`; here are the checks that need the model. Long texts are tokenised
-on a worker thread, so that the event loop goes on serving everyone else.
+Types and bounds were checked by `app/schema.py`; here are the checks that need the model. Long texts are
+tokenised on a worker thread, so that the event loop goes on serving everyone else.
 """
 
 import asyncio
@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from app.errors import ApiError, bad_request
-from app.schema import MAX_CHOICES, ChatCall, CommonCall, CompletionCall
+from app.schema import MAX_CHOICES, MAX_LOGPROBS, ChatCall, CommonCall, CompletionCall
 from app.served import Model, Served
 from engine.plan import Sampling
 from engine.request import Request, Stopping
 
 INLINE_CHARACTERS = 2048
-"""A shorter text is tokenised on the event loop: about a millisecond, less than what a thread's wake-up costs."""
+"""A shorter text is tokenised on the event loop: a thread's wake-up costs as much."""
 
 Prompt = tuple[int, ...]
 T = TypeVar("T")
@@ -97,12 +97,10 @@ def engine_requests(
     n = call.n or 1
     most = min(MAX_CHOICES, served.engine.core.config.max_queue)
     if n * len(prompts) > most:
-        raise bad_request(
-            f"n: {len(prompts)} prompts of {n} choices are more than the {most} a call may have", "n"
-        )
+        raise bad_request(f"n: {len(prompts)} prompts of {n} choices are more than the {most} allowed", "n")
     sampling = sampling_of(call, logprobs, served.model)
     param = "messages" if isinstance(call, ChatCall) else "prompt"
-    return [
+    requests = [
         Request(
             id=answer_id if len(prompts) == 1 else f"{answer_id}-{index}",
             prompt=prompt,
@@ -116,10 +114,24 @@ def engine_requests(
         )
         for index, prompt in enumerate(prompts)
     ]
+    _check_logprobs(requests)
+    return requests
+
+
+def _check_logprobs(requests: Sequence[Request]) -> None:
+    """Log-probabilities are most of an answer's bytes: this is what bounds its size."""
+    entries = sum(
+        request.n * request.stopping.max_tokens * (request.sampling.logprobs + 1)
+        for request in requests
+        if request.sampling.logprobs is not None
+    )
+    if entries > MAX_LOGPROBS:
+        message = f"logprobs: {entries} numbers are more than the {MAX_LOGPROBS} a call may ask for; lower "
+        raise bad_request(message + "max_tokens, n or the number of top logprobs", "logprobs")
 
 
 def _max_tokens(said: int | None, prompt_tokens: int, context: int, param: str) -> int:
-    """What the client said, by default all that is left of the context; an impossible request is refused here."""
+    """What the client said, else all that is left of the context. An impossible request is refused here."""
     room = context - prompt_tokens
     if room < 1 or (said or 0) > room:
         raise too_long(prompt_tokens, context, param, said or 0)

@@ -1,7 +1,7 @@
 """What an answer is made of, whichever call it answers: the seam between reading streams and writing JSON.
 
-`app/answer.py` reads the engine's streams and asks a `Wire` for the words; `app/chat.py` and `app/completions.py`
-are the two wires. A wire belongs to one answer.
+`app/answer.py` reads the engine's streams and asks a `Wire` for the words; `app/chat.py` and
+`app/completions.py` are the two wires. A wire belongs to one answer.
 """
 
 from dataclasses import dataclass, field

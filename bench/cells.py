@@ -23,10 +23,11 @@ class Cell:
 
 
 def matrix(streams: Iterable[int], contexts: Iterable[int], *, prefill_tokens: int) -> list[Cell]:
-    """Every prefill, then every decode, by rising streams and contexts, so that a context grows out of the last one.
+    """Every prefill, then every decode, by rising streams and contexts: a context grows out of the last one.
 
-    A prefill is thinned to as many streams as `prefill_tokens` allow, at least one: beyond a step's token budget an
-    engine does one such batch after another, and figures per token stay the same. What this makes alike is done once.
+    A prefill is thinned to as many streams as `prefill_tokens` allow, at least one: beyond a step's token
+    budget an engine does one such batch after another, and figures per token stay the same. What this makes
+    alike is done once.
     """
     wanted = [(s, c) for s in sorted(set(streams)) for c in sorted(set(contexts))]
     prefills = {(min(s, max(1, prefill_tokens // c)), c): None for s, c in wanted}

@@ -1,4 +1,4 @@
-"""Decode and prefill side by side: Sluice, vLLM, transformers' `generate` and its continuous batching, and the limit.
+"""Decode and prefill side by side: Sluice, vLLM, transformers' `generate` and continuous batching, the limit.
 
 Prints tables of medians and ratios; raw rows go to a file as they come. How to read them: docs/benchmarks.md.
 """
@@ -13,8 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from bench import machine, models, report
 from bench.cells import Cell, Kind, matrix
@@ -44,8 +50,18 @@ def arguments() -> argparse.Namespace:
     add("--peers", nargs="+", default=list(MODULES), choices=list(MODULES))
     add("--repeats", type=int, default=DEFAULT.repeats)
     add("--seconds", type=float, default=DEFAULT.seconds, help="of a decode repeat; tokens follow from speed")
-    add("--patience", type=float, default=DEFAULT.patience_seconds, help="seconds for a cell's prompts, per peer")
-    add("--prefill-tokens", type=int, default=2048, help="of all prompts of a prefill; more streams are thinned")
+    add(
+        "--patience",
+        type=float,
+        default=DEFAULT.patience_seconds,
+        help="seconds for a cell's prompts, per peer",
+    )
+    add(
+        "--prefill-tokens",
+        type=int,
+        default=2048,
+        help="of all prompts of a prefill; more streams are thinned",
+    )
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--vllm-python", default="", help="the Python of an environment with vllm; without it vLLM is absent")
     add("--transformers-python", default=sys.executable)
@@ -55,13 +71,20 @@ def arguments() -> argparse.Namespace:
 
 
 class Bench:
-    def __init__(self, options: argparse.Namespace, write: Callable[[dict[str, Any]], None], progress: Progress) -> None:
+    def __init__(
+        self, options: argparse.Namespace, write: Callable[[dict[str, Any]], None], progress: Progress
+    ) -> None:
         self._options = options
         self._write = write
         self._progress = progress
         cells = matrix(options.streams, options.contexts, prefill_tokens=options.prefill_tokens)
         self._cells = [cell for cell in cells if cell.kind in options.kinds]
-        total = len(options.models) * len(options.dtypes) * len(self._cells) * (1 + options.repeats * len(options.peers))
+        total = (
+            len(options.models)
+            * len(options.dtypes)
+            * len(self._cells)
+            * (1 + options.repeats * len(options.peers))
+        )
         self._bar = progress.add_task("", total=total)
 
     def run(self) -> None:
@@ -76,13 +99,17 @@ class Bench:
         session = Session(setup, model.config.max_positions, self._effort(), os.getpid(), self._note)
         try:
             session.load(self._programs(session.absent))
-            self._write({"model": setup.model, "dtype": dtype, "setup": asdict(setup), "peers": session.facts})
+            self._write(
+                {"model": setup.model, "dtype": dtype, "setup": asdict(setup), "peers": session.facts}
+            )
             for cell in self._cells:
                 self._measure(session, cell)
         finally:
             session.close()
         for peer, reason in session.absent.items():
-            self._progress.console.print(f"{peer} is absent from {model.name}, {dtype}: {reason}", markup=False)
+            self._progress.console.print(
+                f"{peer} is absent from {model.name}, {dtype}: {reason}", markup=False
+            )
 
     def _measure(self, session: Session, cell: Cell) -> None:
         expected = self._options.repeats * len(self._options.peers)
@@ -132,9 +159,12 @@ def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / time.strftime("decode_prefill-%Y%m%d-%H%M%S.jsonl")
-    console = Console()
+    console = report.console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with path.open("w", buffering=1) as file, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with (
+        path.open("w", buffering=1) as file,
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+    ):
 
         def write(line: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")

@@ -18,8 +18,8 @@ def prefill_seconds(traces: Sequence[Trace]) -> float:
 def decode_window(traces: Sequence[Trace]) -> tuple[float, int]:
     """Seconds in which every stream decoded, and the tokens that came in them.
 
-    From the first token of the last stream to begin, to the last token of the first stream to end: streams that
-    begin one after another neither add their prefill to the time nor run it with fewer than all of them.
+    From the first token of the last stream to begin, to the last token of the first stream to end: streams
+    that begin one after another neither add their prefill to the time nor run with fewer than all of them.
     """
     begin = max(trace.times[0] for trace in traces)
     end = min(trace.times[-1] for trace in traces)

@@ -1,15 +1,15 @@
-"""The least time that this machine could take: max(bytes ÷ bandwidth, FLOPs ÷ matmul peak at that many rows).
+"""The least time this machine could take: max(bytes ÷ bandwidth, FLOPs ÷ matmul peak at that many rows).
 
-Both are measured here, generously: bandwidth over as many bytes as a step reads (a small model stays in a cache),
-the peak on weights that stay in a cache, the best of every way we have to multiply. Activations, softmax, sampling
-and Python are left out, so no engine reaches it. Run it alone for a table of a model's limits.
+Both are measured here, generously: bandwidth over as many bytes as a step reads (a small model stays in a
+cache), the peak on weights that stay in a cache, the best of every way we have to multiply. Activations,
+softmax, sampling and Python are left out, so no engine reaches it. Run it alone for a table of limits.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -104,7 +104,7 @@ def _rounded(size: int) -> int:
 
 
 def _bandwidth(size: int) -> float:
-    """Bytes a second when `size` bytes are read over and over, by all threads: the best of two ways to read."""
+    """Bytes a second when `size` bytes are read over and over, by all threads: the best of two ways."""
     numbers = torch.ones(size // 4 // 1024 * 1024)
     rows, vector = numbers.view(-1, 1024), torch.ones(1024)
     seconds = min(fastest(numbers.sum), fastest(lambda: torch.mv(rows, vector)))
@@ -113,7 +113,7 @@ def _bandwidth(size: int) -> float:
 
 def _product_rate(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> float:
     weight, x = torch.randn(shape, dtype=dtype), torch.randn(rows, shape[1], dtype=dtype)
-    seconds = min(fastest(lambda: way(x)) for way in _ways(weight))
+    seconds = min(fastest(partial(way, x)) for way in _ways(weight))
     return 2.0 * rows * shape[0] * shape[1] / seconds
 
 
@@ -146,7 +146,12 @@ def shown(meter: Meter, title: str, cells: Iterable[Cell]) -> Table:
         need = work(cell, meter.config, meter.item_bytes)
         bandwidth, peak = meter.bandwidth(_rounded(need.bytes)), meter.peak(need.rows)
         bound = "bytes" if need.bytes / bandwidth > need.flops / peak else "FLOPs"
-        figures = (f"{bandwidth / 1e9:.1f}", f"{peak / 1e9:.0f}", bound, f"{meter.tokens_per_second(cell):,.0f}")
+        figures = (
+            f"{bandwidth / 1e9:.1f}",
+            f"{peak / 1e9:.0f}",
+            bound,
+            f"{meter.tokens_per_second(cell):,.0f}",
+        )
         table.add_row(cell.kind, str(cell.streams), str(cell.context), *figures)
     return table
 

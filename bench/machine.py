@@ -48,3 +48,9 @@ class Others:
         """Mean number of cores in use by others; a clock tick (10 ms) is the resolution."""
         wall = time.perf_counter() - self._began
         return max(0.0, self._read() - self._spent) / wall if wall else 0.0
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process holds now."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

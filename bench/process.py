@@ -15,7 +15,7 @@ LAST_LINES = 12
 
 
 class PeerFailed(Exception):
-    """A peer ended instead of answering. Its last lines say why; a peer that is not installed fails at its start."""
+    """A peer ended instead of answering: its last lines say why. One not installed fails at its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class PeerProcess:
 
     def __init__(self, program: Program, setup: Setup) -> None:
         self.name = program.name
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         command = [program.python, "-m", program.module, json.dumps(asdict(setup))]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True

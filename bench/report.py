@@ -1,7 +1,8 @@
-"""Raw rows to tables: medians and ratios. `python -m bench.report ROWS.jsonl …` prints them again, of one run or many."""
+"""Raw rows to tables: medians and ratios. `python -m bench.report ROWS.jsonl …` prints them again."""
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ PEERS = (OURS, "vllm", "generate", "cb", LIMIT)
 GOALS = {"vllm": 1.5, "generate": 2.0, "cb": 4.0, LIMIT: 0.5}
 """Of decode at 8 and 32 streams, ours ÷ theirs; the limit at any number. Prefill: as fast as vLLM."""
 DISTURBED_CORES = 0.15
+FILE_WIDTH = 150
 
 Row = dict[str, Any]
 
@@ -35,9 +37,16 @@ def _table(title: str, rows: Iterable[Row]) -> Table:
     cells: dict[tuple[str, int, int], list[Row]] = defaultdict(list)
     for row in rows:
         cells[row["kind"], row["streams"], row["context"]].append(row)
-    table = Table("kind", "streams", "context", *PEERS, title=title, caption="× is ours ÷ theirs; ! misses its goal")
+    table = Table(
+        "kind",
+        "streams",
+        "context",
+        *PEERS,
+        title=title,
+        caption="the ratios are sluice ÷ peer; ! misses its goal",
+    )
     for name in PEERS[1:]:
-        table.add_column(f"× {name}", justify="right")
+        table.add_column(f"÷ {name}", justify="right")
     table.add_column("agree", justify="right")
     table.add_column("others", justify="right")
     for key in sorted(cells, key=lambda key: (key[0] != "prefill", *key[1:])):
@@ -74,13 +83,20 @@ def disturbed(rows: Iterable[Row]) -> int:
     return sum(row.get("others_cores", 0.0) > DISTURBED_CORES for row in rows)
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def console() -> Console:
+    """Wide enough for the tables where there is no terminal to ask."""
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+
+
+def show(rows: Sequence[Row], to: Console) -> None:
     """The tables, and a warning when the machine was not ours."""
     for table in tables(rows):
-        console.print(table)
+        to.print(table)
     if count := disturbed(rows):
         timed = sum("others_cores" in row for row in rows)
-        console.print(f"{count} of {timed} rows shared the machine: others used > {DISTURBED_CORES} cores meanwhile.")
+        to.print(
+            f"{count} of {timed} rows shared the machine: others used > {DISTURBED_CORES} cores meanwhile."
+        )
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
@@ -92,7 +108,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition("\n")[0])
     parser.add_argument("rows", nargs="+", type=Path)
-    show(read(parser.parse_args().rows), Console())
+    show(read(parser.parse_args().rows), console())
 
 
 if __name__ == "__main__":

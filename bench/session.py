@@ -1,12 +1,13 @@
 """One model and dtype, all peers side by side: loads them, runs every cell, yields raw rows.
 
-All peers stay loaded; one at a time has work, the others sleep on their input. Their order turns round with every
-repeat, so that none always follows the same neighbour.
+All peers stay loaded; one at a time has work, the others sleep on their input. Their order turns round with
+every repeat, so that none always follows the same neighbour.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bench import figures
@@ -19,7 +20,11 @@ REFERENCE = "generate"
 """The peer whose tokens are compared with: plain transformers."""
 
 PROBE_TOKENS = 8
-"""New tokens of the untimed run that brings a decode's context into the cache and shows how fast the peer is."""
+"""New tokens of the untimed run that brings a decode's context into the cache and shows the peer's speed."""
+
+
+class ModelChanged(Exception):
+    """Peers may have loaded different weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,9 @@ class Effort:
     seconds: float = 1.0  # aimed at for a peer's decode: its new tokens follow from its speed
     min_tokens: int = 8
     max_tokens: int = 64
-    patience_seconds: float = 90.0  # a peer that would take longer to compute a cell's prompts leaves that cell out
+    patience_seconds: float = (
+        90.0  # a peer that would take longer to compute a cell's prompts leaves that cell out
+    )
 
 
 class Session:
@@ -49,13 +56,16 @@ class Session:
         self._prefill_rates: dict[str, float] = {}  # tokens/s, as last seen
 
     def load(self, programs: Sequence[Program]) -> None:
-        """A peer that cannot be started is absent, with the reason."""
+        """A peer that cannot be started is absent, with the reason. Raises ModelChanged."""
+        before = weights_state(Path(self.setup.model))
         for program in programs:
             self._note(f"loading {program.name}")
             try:
                 self._peers.append(PeerProcess(program, self.setup))
             except (PeerFailed, OSError) as error:
                 self.absent[program.name] = str(error)
+        if weights_state(Path(self.setup.model)) != before:
+            raise ModelChanged(f"{self.setup.model} was written while it was loaded: measure a copy")
 
     def close(self) -> None:
         for peer in self._peers:
@@ -96,7 +106,7 @@ class Session:
         return replace(first, new_tokens=min(self._effort.max_tokens, max(self._effort.min_tokens, steps)))
 
     def _job(self, cell: Cell, repeat: int) -> Job:
-        """Prefills compute new prompts each time; decodes of a stream count share theirs, so contexts are cached.
+        """Prefills compute new prompts each time; decodes share theirs, so contexts are cached.
 
         The longest context leaves room for what is generated after it.
         """
@@ -117,19 +127,29 @@ class Session:
             return None
 
     def _repeat(self, cell: Cell, repeat: int, jobs: dict[PeerProcess, Job]) -> Iterator[dict[str, Any]]:
-        """Runs one repeat of each peer; rows come after all ran, since the reference's tokens are needed for them."""
+        """Runs one repeat of each peer; rows come after all ran, since they need the reference's tokens."""
         done: list[tuple[str, Sequence[Trace], dict[str, Any]]] = []
         for place, (peer, job) in enumerate(jobs.items()):
             asked = replace(job, seed=self._job(cell, repeat).seed)
             others = Others(self._parent, peer.pid)
             at, traces = time.time(), self._asked(peer, asked)
             if traces is not None:
-                facts = {"at": at, "place": place, "others_cores": round(others.cores(), 3), "job": asdict(asked)}
+                facts = {
+                    "at": at,
+                    "place": place,
+                    "others_cores": round(others.cores(), 3),
+                    "job": asdict(asked),
+                }
                 done.append((peer.name, traces, facts | _figure(asked, traces)))
         reference = next((traces for name, traces, _ in done if name == REFERENCE), None)
         for name, traces, facts in done:
             agrees = None if reference is None else figures.agreement(traces, reference)
             yield row(self.setup, cell, name) | {"repeat": repeat, "agrees": agrees} | facts
+
+
+def weights_state(directory: Path) -> dict[str, int]:
+    """When each file of weights was written."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(directory.glob("*.safetensors"))}
 
 
 def row(setup: Setup, cell: Cell, peer: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What the overlapped runner needs of a device: copies that wait for nothing, marks in time, captured work.
 
-`StreamedDevice` is the border; `CudaDevice` is the card: one stream of its own, pinned memory, events, graphs.
-Everything on it runs in the order it was queued, and only a Mark is ever waited for. Not yet run on a card.
-Not here: what is queued (runner_cuda.py), kernels (kernels/).
+`StreamedDevice` is the border; `CudaDevice` is the card: one stream of its own, pinned memory, events,
+graphs. Everything on it runs in the order it was queued, and only a Mark is ever waited for. Not yet run on a
+card. Not here: what is queued (runner_cuda.py), kernels (kernels/).
 """
 
 from collections.abc import Callable
@@ -40,12 +40,15 @@ class StreamedDevice(Protocol):
     def mark(self) -> Mark: ...
 
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Work over fixed tensors, to be queued again at a small cost. Its result is overwritten by the next run."""
+        """Work over fixed tensors, to be queued again at a small cost.
+
+        Its result is overwritten by the next run.
+        """
 
 
 class CudaMark:
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's omission
         self._event.record(stream)
 
     def wait(self) -> None:
@@ -56,12 +59,17 @@ class CudaMark:
 
 
 class CudaDevice:
-    """A StreamedDevice. Other threads may read finished results on the default stream: this one never blocks it."""
+    """A StreamedDevice.
+
+    Other threads may read finished results on the default stream: this one never blocks it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._graph_pool = torch.cuda.graph_pool_handle()  # graphs run one at a time: they share their scratch
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's omission
+        self._graph_pool = (
+            torch.cuda.graph_pool_handle()
+        )  # graphs run one at a time: they share their scratch
         self._stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
 
     def queue(self) -> AbstractContextManager[None]:
@@ -83,7 +91,9 @@ class CudaDevice:
             work()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_pool, stream=self._stream):
+        with torch.cuda.graph(
+            graph, pool=self._graph_pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             result = work()
 
         def replay() -> Tensor:

@@ -39,6 +39,34 @@ class FlatRows:
 
 def flatten(rows: Sequence[Row]) -> FlatRows:
     """Arrays from at least one row. A pending token is its row's only one."""
+    if all(len(row.tokens) == 1 and row.samples for row in rows):
+        return _flatten_decode(rows)
+    return _flatten_mixed(rows)
+
+
+def _flatten_decode(rows: Sequence[Row]) -> FlatRows:
+    """Of single tokens that all sample: the commonest step, here in a third of the general time."""
+    tokens = np.array([row.tokens[0] for row in rows], dtype=np.int64)
+    positions = np.array([row.start for row in rows], dtype=np.int32)
+    slots = np.array([row.slot for row in rows], dtype=np.int32)
+    wide_slots = slots.astype(np.int64)
+    pending = np.flatnonzero(tokens == PENDING)
+    return FlatRows(
+        tokens=tokens,
+        positions=positions,
+        row_starts=np.arange(len(rows) + 1, dtype=np.int32),
+        slots=slots,
+        pending=pending,
+        pending_slots=wide_slots[pending],
+        sampled=None,
+        sampled_slots=wide_slots,
+        sampled_positions=positions.astype(np.int64) + 1,
+        longest_row=1,
+        longest_context=max(row.start for row in rows) + 1,
+    )
+
+
+def _flatten_mixed(rows: Sequence[Row]) -> FlatRows:
     lengths = [len(row.tokens) for row in rows]
     ends = [row.start + length for row, length in zip(rows, lengths, strict=True)]
     row_starts = np.zeros(len(rows) + 1, dtype=np.int32)
@@ -48,7 +76,6 @@ def flatten(rows: Sequence[Row]) -> FlatRows:
     tokens = np.array(list(chain.from_iterable(row.tokens for row in rows)), dtype=np.int64)
     samples = np.array([row.samples for row in rows], dtype=np.bool_)
     waits = np.array([row.tokens[0] == PENDING for row in rows], dtype=np.bool_)
-    every = len(tokens) == len(rows) and bool(samples.all())
     return FlatRows(
         tokens=tokens,
         positions=np.arange(len(tokens), dtype=np.int32) + np.repeat(firsts, lengths),
@@ -56,7 +83,7 @@ def flatten(rows: Sequence[Row]) -> FlatRows:
         slots=slots,
         pending=row_starts[:-1][waits].astype(np.int64),
         pending_slots=slots[waits].astype(np.int64),
-        sampled=None if every else row_starts[1:][samples].astype(np.int64) - 1,
+        sampled=row_starts[1:][samples].astype(np.int64) - 1,
         sampled_slots=slots[samples].astype(np.int64),
         sampled_positions=np.array(ends, dtype=np.int64)[samples],
         longest_row=max(lengths),
@@ -126,7 +153,7 @@ class ModelRunner:
             self.pool = model.kernels.new_pool(kv_blocks, model.kv_shape(block_size))
             self.tables = BlockTables(max_sequences, max_blocks, block_size)
             self._tables = torch.from_numpy(self.tables.array)
-            self._last = torch.zeros(max_sequences, dtype=torch.int64)
+        self._last = np.zeros(max_sequences, dtype=np.int64)
 
     @property
     def exact(self) -> bool:
@@ -156,12 +183,10 @@ class ModelRunner:
         self.launch(Plan(0, (), (decode,)))
 
     def batch(self, flat: FlatRows) -> Batch:
-        """The rows on the device, pending tokens filled in from their slots' last draws."""
-        tokens = torch.from_numpy(flat.tokens)
-        if len(flat.pending):
-            tokens[flat.pending] = self._last[flat.pending_slots]
+        """The rows for the model. Fills in pending tokens, in `flat` too, from their slots' last draws."""
+        flat.tokens[flat.pending] = self._last[flat.pending_slots]
         return Batch(
-            tokens=tokens,
+            tokens=torch.from_numpy(flat.tokens),
             positions=torch.from_numpy(flat.positions),
             row_starts=torch.from_numpy(flat.row_starts),
             slots=torch.from_numpy(flat.slots),
@@ -192,5 +217,6 @@ class ModelRunner:
         if not len(logits):
             return (), ()
         drawn = self._sampler.sample(logits, flat.sampled_slots, flat.sampled_positions)
-        self._last[flat.sampled_slots] = drawn.tokens
-        return tuple(drawn.tokens.tolist()), drawn.logprobs()
+        tokens = drawn.tokens.numpy()
+        self._last[flat.sampled_slots] = tokens
+        return tuple(tokens.tolist()), drawn.logprobs()

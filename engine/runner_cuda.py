@@ -1,12 +1,14 @@
-"""Plans to tokens on a device with a queue (CUDA): `launch` queues a step and returns, `collect` waits for it.
+"""Plans to tokens on a device with a queue (CUDA): `launch` queues a step and returns, `collect` waits for
+it.
 
-Nothing in a step waits for the device. All that a step needs goes up in one pinned copy; block tables and last
-tokens stay on the device; PENDING tokens are read from there. A step of single-token rows runs a captured
-graph for the next larger number of rows, its padding rows empty. Other steps are queued kernel by kernel.
+Nothing in a step waits for the device. All that a step needs goes up in one pinned copy; block tables and
+last tokens stay on the device; PENDING tokens are read from there. A step of single-token rows runs a
+captured graph for the next larger number of rows, its padding rows empty. Other steps are queued kernel by
+kernel.
 
 Proven on the CPU with a device that has no queue (tests/engine/test_runner_cuda.py); not yet run on a card.
-Not here: a device that finishes a step at once (runner.py, whose host-side state this shares), streams and graphs
-themselves (device_cuda.py).
+Not here: a device that finishes a step at once (runner.py, whose host-side state this shares), streams and
+graphs themselves (device_cuda.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +37,7 @@ def graph_sizes(max_sequences: int) -> tuple[int, ...]:
 
 
 def decode_inputs(flat: FlatRows, size: int) -> Integers:
-    """A pure decode step for a graph of `size` rows: tokens, positions, slots [size], row_starts [size + 1]."""
+    """A decode step for a graph of `size` rows: tokens, positions, slots [size], row_starts [size + 1]."""
     rows = len(flat.slots)
     packed = np.zeros(4 * size + 1, dtype=np.int64)
     packed[:rows] = flat.tokens
@@ -58,7 +60,10 @@ class InFlight:
     gil_seconds: float
 
     def collect(self) -> StepResult:
-        """Waits for the step. `seconds` is device time; its first collect raises what the sampler found (BrokenLogits)."""
+        """Waits for the step.
+
+        `seconds` is device time; its first collect raises what the sampler found (BrokenLogits).
+        """
         self.ended.wait()
         seconds = self.ended.seconds_since(self.begun)
         if self.tokens is None or self.drawn is None:
@@ -88,7 +93,10 @@ class CudaRunner:
         graphs: bool = True,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """As ModelRunner. device: None is the model's card; graphs=False queues decode steps kernel by kernel."""
+        """As ModelRunner.
+
+        device: None is the model's card; graphs=False queues decode steps kernel by kernel.
+        """
         self._model = model
         self._sampler = sampler
         self._clock = clock
@@ -132,7 +140,10 @@ class CudaRunner:
         return InFlight(plan.step, begun, ended, tokens, drawn, self._clock() - started)
 
     def warm_up(self) -> None:
-        """Compiles and captures what steps would wait for. Leaves garbage in block 0, which nobody holds yet."""
+        """Compiles and captures what steps would wait for.
+
+        Leaves garbage in block 0, which nobody holds yet.
+        """
         tokens = (0,) * min(self._block_size, self._model.config.max_positions)
         prefill = Row(slot=0, start=0, tokens=tokens[:-1], blocks_at=0, blocks=(0,), samples=True)
         decode = Row(slot=0, start=len(tokens) - 1, tokens=(PENDING,), blocks_at=1, blocks=(), samples=True)
@@ -143,7 +154,7 @@ class CudaRunner:
                 self._graph(size)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
-        """Computes the rows as a step does, but draws nothing: the logits of every token, [T, vocab_size], on the host."""
+        """Computes rows as a step does, draws nothing: all tokens' logits [T, vocab_size], on the host."""
         with torch.inference_mode(), self._device.queue():
             self._extend_tables(rows)
             flat = flatten(rows)
@@ -152,7 +163,10 @@ class CudaRunner:
         return found
 
     def slabs(self, slot: int) -> Tensor:
-        """A copy of the slot's blocks, [blocks, …] in the kernels' layout, on the host. Waits for the device."""
+        """A copy of the slot's blocks, [blocks, …] in the kernels' layout, on the host.
+
+        Waits for the device.
+        """
         with torch.inference_mode(), self._device.queue():
             blocks = self._device.upload(self.tables.blocks(slot).astype(np.int64))
             copy = self._device.download(self.pool.index_select(0, blocks))
@@ -175,9 +189,19 @@ class CudaRunner:
     def _logits(self, flat: FlatRows, sampled: Integers | None) -> Tensor:
         """Logits of the tokens `sampled` (None: all), [S, vocabulary], kernel by kernel."""
         sampled = np.arange(len(flat.tokens)) if sampled is None else sampled
-        arrays = (flat.tokens, flat.positions, flat.slots, flat.row_starts, flat.pending, flat.pending_slots, sampled)
+        arrays = (
+            flat.tokens,
+            flat.positions,
+            flat.slots,
+            flat.row_starts,
+            flat.pending,
+            flat.pending_slots,
+            sampled,
+        )
         sent = self._device.upload(np.concatenate(arrays, dtype=np.int64))
-        tokens, positions, slots, starts, pending, pending_slots, wanted = sent.split([len(a) for a in arrays])
+        tokens, positions, slots, starts, pending, pending_slots, wanted = torch.split(
+            sent, [len(a) for a in arrays]
+        )
         if len(flat.pending):
             tokens = tokens.index_copy(0, pending, self._last.index_select(0, pending_slots))
         batch = self._batch(tokens, positions, slots, starts, flat.longest_row, flat.longest_context)
@@ -199,8 +223,8 @@ class CudaRunner:
         return self._graphs[size]
 
     def _decode(self, inputs: Tensor, size: int) -> Tensor:
-        """What a decode graph does: every bound is the largest there is, every array is read on the device."""
-        tokens, positions, slots, starts = inputs.split([size, size, size, size + 1])
+        """What a decode graph does: bounds are the largest there are, arrays are read on the device."""
+        tokens, positions, slots, starts = torch.split(inputs, [size, size, size, size + 1])
         tokens = torch.where(tokens == PENDING, self._last.index_select(0, slots), tokens)
         batch = self._batch(tokens, positions, slots, starts, 1, self._max_context)
         return self._model.forward(batch, self.pool)

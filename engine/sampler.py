@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine import sampler_torch
 from engine.plan import Logprob, Sampling
-from engine.sampler_rows import FLOOR, MASS_BITS, Rows, Summary, noise_keys
+from engine.sampler_rows import FLOOR, MASS_BITS, Rows, Summary, noise_keys, request_keys
 
 _HIGHEST_INVERSE_TEMPERATURE = 1e30  # distances stay finite; a colder request draws as one at 1e-30 does
 
@@ -81,10 +81,20 @@ class Drawn:
 class Sampler:
     """Sampling parameters by slot, on the host, and the draw on the device of the logits."""
 
-    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device | str) -> None:
-        """`vocab_size` is the width of the logits, which may be more than the tokenizer knows."""
+    def __init__(
+        self,
+        max_sequences: int,
+        vocab_size: int,
+        device: torch.device | str,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        """`vocab_size`: the width of the logits, which may be more than the tokenizer knows.
+
+        `arithmetic`: the one made for the device, unless given.
+        """
         self._vocab_size = vocab_size
-        self._arithmetic = _arithmetic(torch.device(device))
+        self._device = torch.device(device)
+        self._arithmetic = arithmetic or _arithmetic(self._device)
         self._table = _Table(max_sequences, vocab_size)
 
     def place(self, slot: int, sampling: Sampling) -> None:
@@ -106,6 +116,14 @@ class Sampler:
             _check(sound)
         asked = self._table.logprobs[slots]
         return Drawn(tokens, sound, asked, self._summary(logits, tokens, asked))
+
+    def warm_up(self) -> None:
+        """Takes what a first draw would wait for (compilers); touches no slot."""
+        other = Sampler(1, self._vocab_size, self._device, self._arithmetic)
+        other.place(0, Sampling(top_p=0.5, logprobs=1))
+        other.sample(
+            torch.zeros(1, self._vocab_size, device=self._device), np.array([0]), np.array([0])
+        ).check()
 
     @property
     def released_seconds(self) -> float:
@@ -132,8 +150,7 @@ class _Table:
 
     def __init__(self, max_sequences: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._seeds = np.zeros(max_sequences, np.uint64)
-        self._choices = np.zeros(max_sequences, np.int64)
+        self._keys = np.zeros(max_sequences, np.uint64)  # of seed and choice
         self._inverse_temperatures = np.zeros(max_sequences, np.float64)
         self._floors = np.zeros(max_sequences, np.float64)
         self._top_k = np.zeros(max_sequences, np.int64)
@@ -148,8 +165,8 @@ class _Table:
         assert 0 <= sampling.seed < 1 << 64
         assert sampling.temperature >= 0
         cold = sampling.temperature == 0
-        self._seeds[slot] = sampling.seed
-        self._choices[slot] = sampling.choice
+        seed, choice = np.array([sampling.seed], np.uint64), np.array([sampling.choice], np.int64)
+        self._keys[slot] = request_keys(seed, choice)[0]
         self._inverse_temperatures[slot] = (
             0 if cold else min(1 / sampling.temperature, _HIGHEST_INVERSE_TEMPERATURE)
         )
@@ -162,7 +179,7 @@ class _Table:
 
     def rows(self, slots: NDArray[Any], positions: NDArray[np.int64]) -> Rows:
         return Rows(
-            noise_keys(self._seeds[slots], self._choices[slots], positions),
+            noise_keys(self._keys[slots], positions),
             self._inverse_temperatures[slots],
             self._floors[slots],
             self._top_k[slots],

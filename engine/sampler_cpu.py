@@ -15,7 +15,7 @@ from engine.kernels.cpu_native import Clock, Native
 from engine.sampler_loops import DrawArguments, SummaryArguments, draw_rows, summarise_rows
 from engine.sampler_rows import Rows, Summary
 
-_ALONE_ELEMENTS = 1 << 14  # below this many logits, waking the other threads costs more than they save
+ALONE_ELEMENTS = 1 << 14  # fewer logits take some 10 µs: not worth releasing the interpreter lock for
 
 _clock = Clock()
 
@@ -81,7 +81,7 @@ def _described(logits: Tensor, rows: int) -> dict[str, int]:
 def _run(kernel: Native, arguments: Any) -> None:
     """On one thread or on all: the bits are the same, as a row is one thread's work."""
     arguments.counter = ctypes.addressof(arguments)
-    if arguments.rows * arguments.vocabulary < _ALONE_ELEMENTS or arguments.rows == 1:
+    if arguments.rows * arguments.vocabulary < ALONE_ELEMENTS:
         kernel.alone(arguments)
     else:
         kernel.together(arguments, _clock)

@@ -52,14 +52,18 @@ class Summary:
         return self.peaks, self.masses, self.chosen, self.ids, self.values
 
 
-def noise_keys(
-    seeds: NDArray[np.uint64], choices: NDArray[np.int64], positions: NDArray[np.int64]
-) -> NDArray[np.uint64]:
-    """[S] each -> [S]: a row's share of the noise."""
-    keys = _mix(seeds + np.uint64(GOLDEN))
-    for part in (choices, positions):
-        keys = _mix(keys + (part.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
-    return keys
+def request_keys(seeds: NDArray[np.uint64], choices: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """What a choice's draws at all positions share: [n] each -> [n]."""
+    return _mix(_mix(seeds + np.uint64(GOLDEN)) + _stride(choices))
+
+
+def noise_keys(requests: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A row's share of the noise, from its request's key: [S] each -> [S]."""
+    return _mix(requests + _stride(positions))
+
+
+def _stride(counts: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return (counts.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -19,9 +19,26 @@ from pathlib import Path
 from training import phrases
 
 HELD_OUT_BOOKS = frozenset({"The Adventures of Buster Bear", "The Canterville Ghost"})
-TALE_BOOKS = frozenset({"Aesop's Fables", "Grimms' Fairy Tales", "Stories to Tell to Children"})
+COLLECTIONS = frozenset({"Aesop's Fables", "Grimms' Fairy Tales", "Stories to Tell to Children"})
+TALE_BOOKS = COLLECTIONS | {
+    "A Kidnapped Santa Claus",
+    "Aladdin and the Magic Lamp",
+    "Andersen's Fairy Tales",
+    "Beauty and the Beast",
+    "Great Big Treasury of Beatrix Potter",
+    "Irish Fairy Tales",
+    "The Book of Dragons",
+    "The Happy Prince & Other Tales",
+    "The King of the Golden River",
+    "The Life and Adventures of Santa Claus",
+    "The Little Mermaid",
+    "The Princess and the Goblin",
+    "The Wonderful Wizard of Oz",
+}
 SHINGLE = 12
 CHARS_PER_TOKEN = 3.5
+SHORT_CHAT = 1300  # characters; half of the chats are no longer than this
+GREETINGS = 300
 TITLED = re.compile(
     r"^([A-Z][A-Z',\- ]{5,}[A-Z]) (?=(?:An?|The|There|One|Once|In|Some|Two|When|It|At|Long)\b)"
 )
@@ -142,6 +159,11 @@ def split(works: Iterable[Work]) -> tuple[list[Work], list[Work]]:
     return [w for w in works if not w.held_out], [w for w in works if w.held_out]
 
 
+def tale_works(works: list[Work]) -> list[Work]:
+    """The stories and the books of tales: what the model is for, and so what it reads last."""
+    return [work for work in works if work.is_story or work.title in TALE_BOOKS]
+
+
 # ---------------------------------------------------------------- passages and tales
 
 
@@ -158,7 +180,7 @@ def tales(works: list[Work]) -> list[Tale]:
     """Whole stories, titled tales inside collections, and passages of books that open like a story."""
     found = [Tale(w.title, w.paragraphs, True) for w in works if w.is_story]
     for book in (w for w in works if not w.is_story):
-        found += _titled(book) if book.title in TALE_BOOKS else _openings(book)
+        found += _titled(book) if book.title in COLLECTIONS else _openings(book)
     return found
 
 
@@ -328,11 +350,12 @@ def chat_documents(works: list[Work], context: int, seed: int) -> list[Chat]:
     """All chats of one epoch for rows of ``context`` tokens; another seed words and cuts them anew."""
     rng = random.Random(seed)
     chars = max(int(context * CHARS_PER_TOKEN) - 400, 300)
-    chats = [chat for work in works if work.questions for chat in passage_chats(work, chars, rng)]
+    sizes = (chars, min(chars, SHORT_CHAT))
+    chats = [c for w in works if w.questions for c in passage_chats(w, rng.choice(sizes), rng)]
     for tale in tales(works):
-        chats.append(story_chat(tale, chars, rng))
+        chats.append(story_chat(tale, rng.choice(sizes), rng))
         chats += [chat] if (chat := continue_chat(tale, chars, rng)) and rng.random() < 0.35 else []
-    chats += [_system(rng) + greeting(rng) for _ in range(150)]
+    chats += [_system(rng) + greeting(rng) for _ in range(GREETINGS)]
     rng.shuffle(chats)
     return chats
 

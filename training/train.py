@@ -57,11 +57,10 @@ class State:
 
     def replan(self, budget: int, decay_now: bool) -> None:
         """Move the end of the run to ``budget`` tokens, and the start of the decay to now if asked."""
+        if budget != self.budget:
+            self.decay_start, self.long_start = int(DECAY_SHARE * budget), int(LONG_SHARE * budget)
         if decay_now:
             self.decay_start = self.tokens
-            self.long_start = min(self.long_start, self.tokens + (budget - self.tokens) // 3)
-        elif budget != self.budget:
-            self.decay_start, self.long_start = int(DECAY_SHARE * budget), int(LONG_SHARE * budget)
         self.budget = budget
 
     def rate(self) -> float:
@@ -300,7 +299,9 @@ def main() -> None:
         trainer.state.replan(given.tokens, given.decay_from_now)
 
     def source(context: int, epoch: int) -> rows.Rows:
-        return rows.epoch_rows(tokenizer, works, context, given.seed * 1000 + epoch)
+        """Everything in short rows first; only the tales, and the chats about them, in the long ones."""
+        chosen = works if context == SHORT else corpus.tale_works(works)
+        return rows.epoch_rows(tokenizer, chosen, context, given.seed * 1000 + epoch)
 
     run(trainer, source, HeldOut(tokenizer, held_out), given.checkpoint, given.model, given.every)
 

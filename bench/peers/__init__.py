@@ -1,1 +1,1 @@
-"""One program a peer: the same prompts through Sluice, vLLM and two ways of transformers, each in its own process."""
+"""One program a peer: the same prompts through Sluice, vLLM and transformers, each in its own process."""

@@ -1,7 +1,7 @@
 """Sluice as a peer: its engine as the server composes it, without HTTP.
 
-As in the server, torch has the main thread and the event loop a second one, on which jobs are answered. Text is made
-of tokens as for any client. Times are those of the core: when a step's results reached it.
+As in the server, torch has the main thread and the event loop a second one, on which jobs are answered. Text
+is made of tokens as for any client. Times are those of the core: when a step's results reached it.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ def configuration(setup: Setup) -> Config:
 
 
 class InProcess:
-    """The engine on an event loop that runs while a job is answered. All calls on one thread, not the main one."""
+    """The engine on an event loop that runs while a job is answered. All calls on one thread, not main."""
 
     def __init__(self, parts: Parts) -> None:
         self.facts: dict[str, Any] = {"exact": parts.exact, "threads": torch.get_num_threads()}
@@ -47,7 +47,9 @@ class InProcess:
         self._requests = 0
 
     async def _start(self) -> Engine:
-        engine = Engine(self._parts.core, self._parts.worker, exact=self._parts.exact, clock=time.perf_counter)
+        engine = Engine(
+            self._parts.core, self._parts.worker, exact=self._parts.exact, clock=time.perf_counter
+        )
         engine.on_finished.append(self._note)
         return engine
 

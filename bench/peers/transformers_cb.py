@@ -1,8 +1,9 @@
 """transformers' continuous batching as a peer: its manager with SDPA (there is no flash attention on a CPU).
 
-Prefix sharing is on, in pages of its default size. Times are its own: `record_timestamps` takes them step by step.
+Prefix sharing is on, in pages of its default size. Times are its own, taken at each step.
 """
 
+import importlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,8 @@ MAX_BATCH_TOKENS = 2048
 
 def load(setup: Setup) -> "Manager":
     import torch
-    import transformers
 
+    transformers: Any = importlib.import_module("transformers")
     torch.set_num_threads(setup.threads)
     transformers.utils.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -27,12 +28,11 @@ def load(setup: Setup) -> "Manager":
 
 class Manager:
     def __init__(self, model: Any, setup: Setup, facts: dict[str, Any]) -> None:
-        from transformers import ContinuousBatchingConfig, GenerationConfig
-
+        transformers: Any = importlib.import_module("transformers")
         self.facts = facts
         self._manager = model.init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
-            ContinuousBatchingConfig(
+            transformers.GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
+            transformers.ContinuousBatchingConfig(
                 page_size=PAGE_SIZE,
                 num_blocks=setup.kv_tokens // PAGE_SIZE + 2 * setup.max_streams,
                 max_batch_tokens=MAX_BATCH_TOKENS,
@@ -44,7 +44,9 @@ class Manager:
     def generate(self, prompts: Sequence[list[int]], new_tokens: int) -> list[Trace]:
         begun = time.perf_counter()
         names = [
-            self._manager.add_request(prompt, max_new_tokens=new_tokens, record_timestamps=True, eos_token_id=-1)
+            self._manager.add_request(
+                prompt, max_new_tokens=new_tokens, record_timestamps=True, eos_token_id=-1
+            )
             for prompt in prompts
         ]
         results = [self._result() for _ in prompts]
@@ -53,7 +55,8 @@ class Manager:
 
     def _result(self) -> Any:
         result = self._manager.get_result()
-        assert result is not None and result.error is None, f"continuous batching failed: {result and result.error}"
+        assert result is not None, "continuous batching has stopped"
+        assert result.error is None, f"continuous batching failed: {result.error}"
         return result
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ It has no prefix cache, so this keeps the last batch's KV and cuts it to what th
 context is then computed once for all repeats of a decode measurement, as in the other peers.
 """
 
+import importlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +14,13 @@ from bench.peers.wire import Setup, Trace, serve
 
 def load(setup: Setup) -> "StaticBatch":
     import torch
-    import transformers
 
+    transformers: Any = importlib.import_module("transformers")
     torch.set_num_threads(setup.threads)
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(setup.model, dtype=getattr(torch, setup.dtype)).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        setup.model, dtype=getattr(torch, setup.dtype)
+    ).eval()
     return StaticBatch(model, {"version": transformers.__version__, "threads": setup.threads})
 
 
@@ -67,7 +70,7 @@ class StaticBatch:
         return [Trace(row[ids.shape[1] :].tolist(), clock.times) for row in answer.sequences]
 
     def _cache_for(self, prompts: Sequence[list[int]]) -> Any:
-        """The last batch's KV, cut to the prefix that all prompts share with theirs; None when that is nothing."""
+        """The last batch's KV, cut to the prefix that all prompts share with theirs, if any."""
         shared = self._shared(prompts)
         if self._cache is None or not shared:
             return None

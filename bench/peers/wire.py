@@ -1,8 +1,8 @@
 """What a peer program and the bench say to each other: JSON lines over stdin and stdout.
 
-A peer is started with a `Setup` as its only argument, answers `{"ready": …}` once the model is loaded, then answers
-every `Job` with one `Trace` a stream. It knows nothing of what is measured: figures are made of traces in
-bench/figures.py. Standard library only, since each peer lives in the Python of its engine.
+A peer is started with a `Setup` as its only argument, says `{"ready": …}` once the model is loaded, then
+answers every `Job` with one `Trace` a stream. It knows nothing of what is measured: bench/figures.py makes
+figures of traces. Standard library only, since each peer lives in the Python of its engine.
 """
 
 import json
@@ -31,10 +31,10 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`streams` prompts of `context` random tokens, `new_tokens` greedy ones after each, end-of-sequence ignored.
+    """`streams` prompts of `context` random tokens, `new_tokens` greedy ones after each, whatever they are.
 
-    Prompts are a function of (seed, stream): two jobs of one seed share their prefixes, so that a peer with a prefix
-    cache computes a context once.
+    Prompts are a function of (seed, stream): two jobs of one seed share their prefixes, so that a peer with a
+    prefix cache computes a context once.
     """
 
     streams: int
@@ -67,7 +67,9 @@ class Peer(Protocol):
 def prompts(job: Job, vocabulary: int) -> list[list[int]]:
     """The token ids of each stream's prompt."""
     ids = range(FIRST_PLAIN_ID, vocabulary)
-    return [random.Random(f"{job.seed}/{stream}").choices(ids, k=job.context) for stream in range(job.streams)]
+    return [
+        random.Random(f"{job.seed}/{stream}").choices(ids, k=job.context) for stream in range(job.streams)
+    ]
 
 
 def claim_stdout() -> TextIO:

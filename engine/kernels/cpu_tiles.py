@@ -59,6 +59,21 @@ def configure_tiles(address: int, rows: int) -> None:
     restore_tiles(address)
 
 
+@inner
+def configure_square(address: int, upper: int, lower: int) -> None:
+    """For `square`: C in tiles 0-3, A in 4 and 5, B in 6 and 7; `upper` rows of 0, 1, 4, `lower` of 2, 3, 5."""
+    clear(address, CONFIGURATION_BYTES)
+    put_u8(address, 1)
+    for tile in range(8):
+        put_u16(address + 16 + 2 * tile, 64)
+        put_u8(address + 48 + tile, 16)
+    for tile in (0, 1, 4):
+        put_u8(address + 48 + tile, upper)
+    for tile in (2, 3, 5):
+        put_u8(address + 48 + tile, lower)
+    restore_tiles(address)
+
+
 _C, _A, _B = (0, 1, 2, 3), 4, (5, 6, 7)
 
 
@@ -122,3 +137,45 @@ the groups' start addresses; a group's tiles of k follow one another. Row distan
 
 weigh_4, weigh_1 = _multiply(4, along=True), _multiply(1, along=True)
 """The same, added to C; `b` is the address of a start address for every 32 k, groups lie 64 bytes apart."""
+
+
+def _square() -> Any:
+    def square(
+        context: Any, a: Any, a_row: Any, b: Any, b_far: Any, c: Any, count: Any
+    ) -> tuple[Any, Any]:
+        def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            _emit_square(builder, *values)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return intrinsic(square)
+
+
+def _emit_square(builder: Any, a: Any, a_row: Any, b: Any, b_far: Any, c: Any, count: Any) -> None:
+    def constant(number: int) -> Any:
+        return ir.Constant(_I64, number)
+
+    def move(name: str, tile: int, address: Any, row: Any) -> None:
+        call(builder, f"llvm.x86.{name}", _VOID, ir.Constant(_I8, tile), pointer(builder, address), row)
+
+    for tile in range(4):
+        call(builder, "llvm.x86.tilezero", _VOID, ir.Constant(_I8, tile))
+    lower = builder.add(a, builder.mul(a_row, constant(16)))
+    with cgutils.for_range(builder, count, intp=_I64) as loop:
+        column = builder.mul(loop.index, constant(64))
+        step = builder.add(b, builder.mul(loop.index, constant(TILE)))
+        move("tileloadd64", 4, builder.add(a, column), a_row)
+        move("tileloadd64", 6, step, constant(64))
+        move("tileloadd64", 7, builder.add(step, b_far), constant(64))
+        move("tileloadd64", 5, builder.add(lower, column), a_row)
+        for numbers in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
+            call(builder, "llvm.x86.tdpbf16ps", _VOID, *(ir.Constant(_I8, number) for number in numbers))
+    for tile in range(4):
+        at = builder.add(c, constant(tile // 2 * 16 * 128 + tile % 2 * 64))
+        move("tilestored64", tile, at, constant(128))
+
+
+square = _square()
+"""`square(a, a_row, b, b_far, c, count)`: C[32, 32] (float32, contiguous) = A[32, k] · B over 32 * count k. B is two
+panels of 16 columns, `b_far` bytes apart, tiles of k adjacent in each."""

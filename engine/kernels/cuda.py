@@ -1,10 +1,11 @@
-"""CudaKernels: the protocol's operations on an NVIDIA card, in Triton (and cuBLAS where exactness is not asked for).
+"""CudaKernels: the protocol's operations on an NVIDIA card, in Triton; linears by cuBLAS if not exact.
 
-Not yet run on a card: proven in Triton's interpreter against plain torch, and compiled for sm_90.
-Not here: the kernels themselves (triton_*.py), the stream, graphs and pinned copies (runner_cuda.py).
+Not yet run on a card: proven in Triton's interpreter against plain torch, and compiled for sm_90. Not here:
+the kernels themselves (triton_*.py), the stream, graphs and pinned copies (runner_cuda.py).
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ class UnsupportedDtype(Exception):
 
 
 class CudaKernels:
-    """See protocol.Kernels. The residual stream is fp32; the pool is [blocks, layers, 2, kv_heads, block, head_dim].
+    """See protocol.Kernels. The residual stream is fp32.
 
-    exact=True: every linear is a batch-invariant Triton matmul. exact=False: cuBLAS, faster, its bits depend on
-    the batch. Attention and the row-wise kernels are batch-invariant either way. A vocabulary, hidden size or
-    head_dim of any size is taken; a head_dim must be even.
+    The pool is [blocks, layers, 2, kv_heads, block_size, head_dim]. exact=True: every linear is a Triton
+    matmul, batch-invariant. exact=False: cuBLAS, whose bits depend on the batch. Attention and the row-wise
+    kernels are batch-invariant either way. Sizes are free, but head_dim must be even.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, exact: bool) -> None:
@@ -36,6 +37,16 @@ class CudaKernels:
         self._dtype = dtype
         self._device = device
         self._tiles: dict[tuple[int, int], tuple[triton_matmul.Tile, ...]] = {}  # by weight shape
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Sentences worth a log line: for which weights tiles differ in bits, so that one serves all."""
+        full = len(triton_matmul.candidates(self._dtype))
+        return tuple(
+            f"matmul tiles differ in bits for weights {shape[0]} x {shape[1]}: one serves all, slower"
+            for shape, tiles in self._tiles.items()
+            if len(tiles) < full
+        )
 
     def new_pool(self, blocks: int, shape: KVShape) -> Tensor:
         size = (blocks, shape.layers, 2, shape.kv_heads, shape.block_size, shape.head_dim)
@@ -49,7 +60,8 @@ class CudaKernels:
     def _exact_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         shape = (weight.shape[0], weight.shape[1])
         if shape not in self._tiles:
-            self._tiles[shape] = triton_matmul.choose_tiles(weight)
+            with _current(weight):
+                self._tiles[shape] = triton_matmul.choose_tiles(weight)
         tiles = self._tiles[shape]
         return lambda x: triton_matmul.matmul(x, weight, bias, tiles)
 
@@ -67,6 +79,11 @@ class CudaKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return triton_rowwise.silu_mul(gate_up)
+
+
+def _current(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current card: this makes it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _fast_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

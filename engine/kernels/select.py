@@ -41,7 +41,7 @@ def choose_dtype(wanted: str, device: torch.device, stored: torch.dtype) -> Choi
 
 
 def make_kernels(device: torch.device, dtype: torch.dtype, exact: bool = True) -> Kernels:
-    """The fastest kernels for the device that are exact; with `exact` false, the fastest. On a CPU they are the same."""
+    """The fastest exact kernels for the device; with `exact` false the fastest. On a CPU they are one."""
     if device.type == "cpu":
         from engine.kernels.cpu import CpuKernels
 

@@ -1,21 +1,22 @@
 """Paged attention in Triton, one reduction order for prefill and decode.
 
-The order, for every (query position, head): keys 0 … position are cut into *splits* of SPLIT keys, by absolute
-position. A split is reduced tile by tile from its first key with an online softmax; the splits' (maximum, sum,
-accumulator) are then merged from the first to the last. Two kernels carry it out. `_attend_tiles` gives a tile of
-queries all its splits in turn, merging in registers: for rows of many tokens. `_attend_splits` spreads the
-splits of a single-token row over programs, and `_merge_splits` merges what they left: for decode. They share
-`_reduce_split` and `_merge`, tile shapes and warps, so a position's bits are the same in either, and neither
-the batch nor the chunk changes them: a tile wholly above a query's position adds exact zeros.
+The order, for every (query position, head): keys 0 … position are cut into *splits* of SPLIT keys, by
+absolute position. A split is reduced tile by tile from its first key with an online softmax; the splits'
+(maximum, sum, accumulator) are then merged from the first to the last. Two kernels carry it out.
+`_attend_tiles` gives a tile of queries all its splits in turn, merging in registers: for rows of many tokens.
+`_attend_splits` spreads the splits of a single-token row over programs, and `_merge_splits` merges what they
+left: for decode. They share `_reduce_split` and `_merge`, tile shapes and warps, so a position's bits are the
+same in either, and neither the batch nor the chunk changes them: a tile wholly above a query's position adds
+exact zeros.
 
-A tile's M dimension packs positions × the query heads of one KV head. Everything that varies from step to step
-is read from device memory, so both can be captured in a CUDA graph.
+A tile's M dimension packs positions × the query heads of one KV head. Everything that varies from step to
+step is read from device memory, so both can be captured in a CUDA graph.
 
-Proven in Triton's interpreter and compiled for sm_90; not yet run on a card.
-Not here: rotation and the writing of keys and values (triton_rowwise.py).
+Proven in Triton's interpreter and compiled for sm_90; not yet run on a card. Not here: rotation and the
+writing of keys and values (triton_rowwise.py).
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
-# (the bodies of Triton kernels are Triton's language: its arguments are pointers and tiles, not Python objects)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# (kernels are written in Triton's language: their arguments are pointers and tiles, not Python objects)
 
 import math
 from dataclasses import dataclass
@@ -38,7 +39,10 @@ WANTED_PROGRAMS = 512
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A tile of the score matrix. Fixed by dtype and head_dim alone, never by the batch: it is part of the order."""
+    """A tile of the score matrix.
+
+    Fixed by dtype and head_dim alone, never by the batch: it is part of the order.
+    """
 
     queries: int  # positions × heads of a group
     keys: int
@@ -49,7 +53,8 @@ class Tile:
 def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
     """64 queries is the least that Hopper's wgmma takes; decode fills few of them and stays bound by memory.
 
-    Key counts and stages are the largest that ptxas fits into registers without spilling (sm_90, Triton 3.6 and 3.9).
+    Key counts and stages are the largest that fit into registers without spilling (sm_90,
+    Triton 3.6 and 3.9).
     """
     if dtype == torch.float32:
         return Tile(queries=16, keys=32, warps=4, stages=2)
@@ -64,7 +69,10 @@ def _reduce_split(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin … begin + SPLIT - 1 of a tile of queries -> maximum, sum [QUERIES], accumulator [QUERIES, DIM_PAD]."""
+    """Keys begin … begin + SPLIT - 1 for a tile of queries.
+
+    Returns maximum and sum [QUERIES], accumulator [QUERIES, DIM_PAD].
+    """
     maximum = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     accumulator = tl.zeros([QUERIES, DIM_PAD], tl.float32)
@@ -93,7 +101,10 @@ def _reduce_split(
 
 @triton.jit
 def _merge(maximum, total, accumulator, maximum2, total2, accumulator2):
-    """Adds a later split to the merge of the earlier ones. Fused multiply-adds are spelled out: bits depend on them."""
+    """Adds a later split to the merge of the earlier ones.
+
+    Fused multiply-adds are spelled out: bits depend on them.
+    """
     higher = tl.maximum(maximum, maximum2)
     pivot = tl.where(higher == float("-inf"), 0.0, higher)
     a = tl.exp2(maximum - pivot)
@@ -108,7 +119,7 @@ def _load_queries(
     queries, positions, start, tokens, first, kv_head,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """The tile from packed query `first` of a row -> q, its offsets, which are inside, and positions (-1 outside)."""
+    """The tile from packed query `first` of a row: q, offsets, which are inside, positions (-1 outside)."""
     packed = first + tl.arange(0, QUERIES)
     valid = packed < tokens * GROUP
     token = start + packed // GROUP
@@ -123,13 +134,15 @@ def _load_queries(
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=STEP_ARRAYS)
 def _attend_tiles(
     queries, pool, out, positions, row_starts, slots, tables, rows, table_width, slab, layer_at, scale_log2,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program a (tile of queries, KV head) of the rows of two tokens and more.
 
-    Row r's tiles begin at program row_starts[r] * GROUP // QUERIES + r: never too few, and at most one too many
-    a row, so the grid needs no sum over rows that only the device knows.
+    Row r's tiles begin at program row_starts[r] * GROUP // QUERIES + r: never too few, at most one too many a
+    row, so the grid needs no sum over rows that only the device knows.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     program = tl.program_id(0)
@@ -169,10 +182,11 @@ def _attend_tiles(
 def _attend_splits(
     queries, pool, partials, extremes, positions, row_starts, slots, tables,
     splits, table_width, slab, layer_at, scale_log2,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head, z) of a single-token row reduces splits z, z + grid_z, … and leaves their partials.
+    """Program (row, KV head, z) of a single-token row leaves partials of splits z, z + grid_z, …
 
     partials: fp32 [rows, heads, splits, DIM_PAD]; extremes: fp32 [rows, heads, splits, 2] (maximum, sum).
     """
@@ -229,7 +243,7 @@ def _merge_splits(
     total = tl.zeros([1], tl.float32)
     accumulator = tl.zeros([1, DIM_PAD], tl.float32)
     first = (row.to(tl.int64) * HEADS + head) * splits
-    for split in range(0, tl.load(positions + token) // SPLIT + 1):
+    for split in range(tl.load(positions + token) // SPLIT + 1):
         at = first + split
         maximum2 = tl.load(extremes + at * 2 + one)
         total2 = tl.load(extremes + at * 2 + 1 + one)
@@ -268,18 +282,20 @@ def _launch_splits(
     pool: Tensor, layer: int, queries: Tensor, out: Tensor, shape: AttentionShape, batch: Batch
 ) -> None:
     rows, tile = batch.slots.shape[0], tile_for(queries.dtype, shape.head_dim)
-    constants = _constants(pool, shape, tile)
+    constants, dim = _constants(pool, shape, tile), _padded(shape.head_dim)
     splits = triton.cdiv(batch.longest_context, SPLIT)
-    partials = queries.new_empty(rows, shape.heads, splits, constants["DIM_PAD"], dtype=torch.float32)
+    partials = queries.new_empty(rows, shape.heads, splits, dim, dtype=torch.float32)
     extremes = queries.new_empty(rows, shape.heads, splits, 2, dtype=torch.float32)
     spread = min(splits, triton.cdiv(WANTED_PROGRAMS, rows * shape.kv_heads))
     _attend_splits[(rows, shape.kv_heads, spread)](
         queries, pool, partials, extremes, batch.positions, batch.row_starts, batch.slots, batch.tables,
-        splits, batch.tables.stride(0), pool.stride(0), layer * pool.stride(1), _scale_log2(shape), **constants,
+        splits, batch.tables.stride(0), pool.stride(0), layer * pool.stride(1),
+        _scale_log2(shape), **constants,
     )  # fmt: skip
     _merge_splits[(rows, shape.heads)](
         partials, extremes, out, batch.positions, batch.row_starts, splits, queries.shape[0],
-        HEADS=shape.heads, DIM=shape.head_dim, DIM_PAD=constants["DIM_PAD"], SPLIT=SPLIT, num_warps=1, enable_fp_fusion=False,
+        HEADS=shape.heads, DIM=shape.head_dim, DIM_PAD=dim, SPLIT=SPLIT,
+        num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -287,12 +303,17 @@ def _scale_log2(shape: AttentionShape) -> float:
     return shape.scale * math.log2(math.e)
 
 
+def _padded(head_dim: int) -> int:
+    """Tiles are powers of two, and products of matrices take no fewer than 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def _constants(pool: Tensor, shape: AttentionShape, tile: Tile) -> dict[str, int | str]:
     return {
         "HEADS": shape.heads,
         "KV_HEADS": shape.kv_heads,
         "DIM": shape.head_dim,
-        "DIM_PAD": max(16, triton.next_power_of_2(shape.head_dim)),
+        "DIM_PAD": _padded(shape.head_dim),
         "BLOCK": pool.shape[4],
         "SPLIT": SPLIT,
         "QUERIES": tile.queries,

@@ -1,15 +1,15 @@
 """A batch-invariant linear in Triton: x [M, K] @ weight [N, K]^T (+ bias), whatever M is.
 
-Every element is one accumulator that takes K from its beginning to its end in fp32: no split over K, no second
-order. Tiles differ in size only. On Hopper each of TILES is the same wgmma instruction family over the
-same steps of 16 along K, so a row's bits should not depend on the tile; that is measured, not
-believed: `choose_tiles` compares them bit for bit on the machine at load, and keeps one tile for every M if
-they differ (slower at one end, exact).
+Every element is one accumulator that takes K from its beginning to its end in fp32: no split over K, no
+second order. Tiles differ in size only. On Hopper each of TILES is the same wgmma instruction family over the
+same steps of 16 along K, so a row's bits should not depend on the tile; that is measured, not believed:
+`choose_tiles` compares them bit for bit on the machine at load, and keeps one tile for every M if they differ
+(slower at one end, exact).
 
 Proven in Triton's interpreter and compiled for sm_90; not yet run on a card.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
-# (the bodies of Triton kernels are Triton's language: its arguments are pointers and tiles, not Python objects)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# (kernels are written in Triton's language: their arguments are pointers and tiles, not Python objects)
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ from torch import Tensor
 
 ENOUGH_PROGRAMS = 128
 """About one for each processor of a large card (132 on an H200)."""
+
+BAND = 8
+"""Tiles of rows worked on together."""
 
 PROBE_ROWS = (1, 3, 64, 129, 256)
 
@@ -39,7 +42,9 @@ TILES = (
     Tile(rows=128, columns=256, depth=64, warps=8, stages=3),  # prefill
     Tile(rows=128, columns=128, depth=64, warps=8, stages=4),
     Tile(rows=64, columns=64, depth=128, warps=4, stages=4),
-    Tile(rows=64, columns=32, depth=128, warps=4, stages=5),  # decode: many programs, each a stream of weights
+    Tile(
+        rows=64, columns=32, depth=128, warps=4, stages=5
+    ),  # decode: many programs, each a stream of weights
 )
 """Widest first. 64 rows is the least wgmma takes."""
 
@@ -51,11 +56,16 @@ TILES_FP32 = (Tile(rows=32, columns=32, depth=32, warps=4, stages=2),)
 def _matmul(
     x, weight, bias, out, rows, columns, depth,
     HAS_BIAS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (row tile, column tile), rows first: neighbours share a tile of weights in the second-level cache."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """One program a tile of the result. Neighbours share weights and a band of x in the cache."""
+    row_tiles = tl.cdiv(rows, ROWS)
+    band_size = BAND * tl.cdiv(columns, COLUMNS)
+    band = tl.program_id(0) // band_size
+    height = tl.minimum(row_tiles - band * BAND, BAND)
+    inside = tl.program_id(0) % band_size
+    row = (band * BAND + inside % height) * ROWS + tl.arange(0, ROWS)
+    column = inside // height * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, DEPTH)
     row_inside = (row < rows)[:, None]
     column_inside = (column < columns)[:, None]
@@ -93,14 +103,17 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: tuple[Tile, ..
     """x [M, K], weight [N, K], both contiguous; returns [M, N] in x's dtype."""
     rows, depth = x.shape
     columns = weight.shape[0]
-    assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == depth
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    assert weight.shape[1] == depth
     out = x.new_empty(rows, columns)
     tile = pick(tiles, rows, columns)
-    _matmul[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+    _matmul[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
         x, weight, weight if bias is None else bias, out, rows, columns, depth,
         HAS_BIAS=bias is not None,
         EVEN_DEPTH=depth % tile.depth == 0, EVEN_COLUMNS=columns % tile.columns == 0,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, BAND=BAND,
+        num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -113,7 +126,7 @@ def candidates(dtype: torch.dtype) -> tuple[Tile, ...]:
 def choose_tiles(
     weight: Tensor, agreement: Callable[[Tensor, tuple[Tile, ...]], bool] | None = None
 ) -> tuple[Tile, ...]:
-    """The tiles that may serve this weight at every M: all if they agree to the bit here, else the middle one alone.
+    """The tiles that may serve this weight at every M: all if they agree to the bit here, else a middle one.
 
     Runs on the device and waits for it: for load time. agreement: None is `agree`.
     """
@@ -126,7 +139,9 @@ def choose_tiles(
 def agree(weight: Tensor, tiles: tuple[Tile, ...]) -> bool:
     """Whether a row's bits are the same in every tile and at every number of rows tried."""
     generator = torch.Generator(device=weight.device).manual_seed(0)
-    x = torch.randn(max(PROBE_ROWS), weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    x = torch.randn(max(PROBE_ROWS), weight.shape[1], generator=generator, device=weight.device).to(
+        weight.dtype
+    )
     whole = [matmul(x, weight, None, (tile,)) for tile in tiles]
     if not all(torch.equal(a, b) for a, b in pairwise(whole)):
         return False

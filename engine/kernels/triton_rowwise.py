@@ -5,8 +5,8 @@ batch. Proven in Triton's interpreter and compiled for sm_90; not yet run on a c
 
 Not here: attention (triton_attention.py), linears (triton_matmul.py), who calls these (cuda.py).
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
-# (the bodies of Triton kernels are Triton's language: its arguments are pointers and tiles, not Python objects)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# (kernels are written in Triton's language: their arguments are pointers and tiles, not Python objects)
 
 import triton
 import triton.language as tl
@@ -66,7 +66,7 @@ def _rope_store(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, HEADS_PAD: tl.constexpr, KV_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: rotated q -> queries [T, heads, dim], rotated k and v -> the token's place in the pool."""
+    """One program a token: rotated q -> queries [T, heads, dim]; rotated k, and v -> the token's place."""
     token = tl.program_id(0)
     row = find_row(row_starts, rows, token, ROWS)
     if row >= rows:
@@ -108,7 +108,8 @@ def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float)
     width = triton.next_power_of_2(hidden)
     _add_norm[(tokens,)](
         residual, residual if delta is None else delta, weight, out, hidden, eps,
-        HAS_DELTA=delta is not None, WIDTH=width, num_warps=min(max(width // 512, 1), 16), enable_fp_fusion=False,
+        HAS_DELTA=delta is not None, WIDTH=width,
+        num_warps=min(max(width // 512, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -117,12 +118,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See Kernels.silu_mul."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, width)
-    _silu_mul[(tokens, triton.cdiv(width, SILU_TILE))](gate_up, out, width, TILE=SILU_TILE, num_warps=4, enable_fp_fusion=False)
+    _silu_mul[(tokens, triton.cdiv(width, SILU_TILE))](
+        gate_up, out, width, TILE=SILU_TILE, num_warps=4, enable_fp_fusion=False
+    )
     return out
 
 
-def rope_store(pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch) -> Tensor:
-    """Stores this step's rotated keys and values of a layer; returns the rotated queries [T, heads, head_dim].
+def rope_store(
+    pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch
+) -> Tensor:
+    """Stores this step's rotated keys and values of a layer; returns rotated queries [T, heads, head_dim].
 
     pool: [blocks, layers, 2, kv_heads, block_size, head_dim], contiguous. Padding tokens are left alone, and
     what their rows of the result hold is undefined.

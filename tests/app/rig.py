@@ -1,6 +1,6 @@
-"""A whole server without a model: the real engine and application over a scripted runner, on a loopback socket.
+"""A whole server without a model: the real engine and application over a scripted runner, on loopback.
 
-Steps run on the event loop, one at a time, and only while the gate is open, so that tests decide when tokens come.
+Steps run on the event loop, one at a time, and only while the gate is open: tests decide when tokens come.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from app.listening import bind
 from app.metrics import Metrics
 from app.served import Model, Served
 from app.server import application, listen
+from engine.chat_template import ChatTemplateError
 from engine.core import Core, CoreConfig
 from engine.engine import Engine
 from engine.model.generation import GenerationDefaults
@@ -39,6 +40,8 @@ class ByteTokenizer:
         return list(text.encode())
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        if messages[0]["content"] == "forbidden":
+            raise ChatTemplateError("the template refuses these messages")
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
 
 
@@ -107,7 +110,7 @@ class Rig:
     async def until(self, running: int) -> None:
         """Waits, turn by turn of the loop, until so many requests are at hand."""
         async with asyncio.timeout(5):
-            while len(self.engine.requests()) != running:
+            while len(self.engine.requests()) != running:  # noqa: ASYNC110 - no event says that a request came or went
                 await asyncio.sleep(0)
 
 
@@ -130,7 +133,14 @@ async def rig(
     core = Core(CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,)), VOCABULARY)
     worker = GatedWorker(ScriptedRunner(script or saying(STORY), block_size=16, max_sequences=max_sequences))
     engine = Engine(core, worker, exact=True)
-    model = Model("otter", ByteTokenizer(), VOCABULARY, {EOS: "<eos>"}, defaults or GenerationDefaults((EOS,)), created=1)
+    model = Model(
+        "otter",
+        ByteTokenizer(),
+        VOCABULARY,
+        {EOS: "<eos>"},
+        defaults or GenerationDefaults((EOS,)),
+        created=1,
+    )
     served = Served(engine, model, server)
     metrics = Metrics(
         "otter", block_size=16, kv_blocks=blocks, victim_policy="last_admitted", way="recompute"

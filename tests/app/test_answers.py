@@ -8,6 +8,7 @@ import pytest
 
 from engine.model.generation import GenerationDefaults
 from engine.request import Request
+from engine.stream import Stream
 from tests.app.rig import EOS, STORY, Rig, rig
 from tests.fakes import hashed, saying
 
@@ -36,7 +37,12 @@ def watched(server: Rig) -> list[Request]:
     """What the engine is given from now on."""
     given: list[Request] = []
     submit = server.engine.submit
-    server.engine.submit = lambda request: (given.append(request), submit(request))[1]  # type: ignore[method-assign]
+
+    def noted(request: Request) -> Stream:
+        given.append(request)
+        return submit(request)
+
+    server.engine.submit = noted  # type: ignore[method-assign] # the only way to see what the engine is given
     return given
 
 
@@ -122,13 +128,13 @@ async def test_cached_tokens_are_told() -> None:
 
 
 async def test_no_chunk_is_empty_unless_ids_are_asked_for() -> None:
-    """A code point of several tokens makes one chunk; with return_token_ids, each token is told as it comes."""
+    """A code point of several tokens is one chunk; with return_token_ids, each token is told as it comes."""
     otter = saying("🦦".encode())
     async with rig(otter) as server:
         frames = await server.stream(TEXT, prompt="abcd", max_tokens=8)
         assert [frame["choices"][0]["text"] for frame in frames] == ["🦦", "🦦"]
         frames = await server.stream(TEXT, prompt="abcd", max_tokens=8, return_token_ids=True)
-        assert sum((frame["choices"][0]["token_ids"] for frame in frames), []) == list("🦦🦦".encode())
+        assert [t for frame in frames for t in frame["choices"][0]["token_ids"]] == list("🦦🦦".encode())
 
 
 async def test_prompts_times_choices_are_counted_as_the_api_does() -> None:
@@ -223,9 +229,19 @@ async def test_every_parameter_reaches_the_engine() -> None:
     async with rig() as server:
         given = watched(server)
         await server.post(
-            TEXT, prompt="x", max_tokens=9, min_tokens=2, stop=["a", "b"], stop_token_ids=[3], ignore_eos=True,
-            include_stop_str_in_output=True, n=2, priority=-4, cache_salt="pepper", logprobs=3,
-        )  # fmt: skip
+            TEXT,
+            prompt="x",
+            max_tokens=9,
+            min_tokens=2,
+            stop=["a", "b"],
+            stop_token_ids=[3],
+            ignore_eos=True,
+            include_stop_str_in_output=True,
+            n=2,
+            priority=-4,
+            cache_salt="pepper",
+            logprobs=3,
+        )
     (request,) = given
     stopping = request.stopping
     assert (stopping.max_tokens, stopping.min_tokens, stopping.stop, stopping.stop_token_ids) == (
@@ -234,7 +250,8 @@ async def test_every_parameter_reaches_the_engine() -> None:
         ("a", "b"),
         (3,),
     )
-    assert stopping.ignore_eos and stopping.include_stop_str
+    assert stopping.ignore_eos
+    assert stopping.include_stop_str
     assert (request.n, request.priority, request.salt, request.sampling.logprobs) == (2, -4, "pepper", 3)
 
 

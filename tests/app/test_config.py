@@ -3,6 +3,7 @@
 import io
 import json
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_config_toml_has_every_key_with_its_default() -> None:
 
 def test_every_key_of_config_toml_is_documented() -> None:
     lines = (REPOSITORY / "config.toml").read_text().splitlines()
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         if " = " in line and not line.startswith("#"):
             assert before.startswith("# "), f"no comment above {line!r}"
 

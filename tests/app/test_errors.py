@@ -77,6 +77,7 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     (CHAT, chat(messages=[{"role": "user"}, 5]), "messages.1"),
     (CHAT, chat(messages=[{"role": "wizard", "content": "x"}]), "messages.0.role"),
     (CHAT, said(5), "messages.0.content"),
+    (CHAT, said("forbidden"), "messages"),
     (CHAT, said([{"type": "image_url", "image_url": {"url": "http://x"}}]), "messages.0.content.0.type"),
     (CHAT, chat(tools=[{"type": "function"}]), "tools"),
     (CHAT, chat(logit_bias={"1": 5}), "logit_bias"),
@@ -116,8 +117,15 @@ async def test_bad_bodies_are_answered_with_400_and_name_the_field() -> None:
                 assert set(answer["error"]) == {"message", "type", "param", "code"}
                 assert answer["error"]["type"] == "invalid_request_error"
                 assert answer["error"]["param"] == param, (body[:100], answer)
-                assert answer["error"]["message"] and answer["error"]["code"]
+                assert answer["error"]["message"]
+                assert answer["error"]["code"]
         assert (await server.post(CHAT, **HELLO))[0] == 200
+
+
+async def test_more_log_probabilities_than_an_answer_may_have_are_refused() -> None:
+    async with rig(context=4096, blocks=512, max_queue=64) as server:
+        status, answer = await server.post(TEXT, prompt="x", max_tokens=1000, n=32, logprobs=10)
+        assert (status, answer["error"]["param"]) == (400, "logprobs")
 
 
 async def test_unknown_fields_and_neutral_ones_are_taken() -> None:

@@ -20,7 +20,7 @@ TEXT = "/v1/completions"
 
 @asynccontextmanager
 async def logged(stream: io.StringIO) -> AsyncIterator[None]:
-    """Starting and ending the writing thread waits for it, so that happens on another thread than the loop's."""
+    """Starting and ending the writing thread waits for it, so that is not done on the loop's thread."""
     logging_on = logging_to(stream, LogSection())
     await asyncio.to_thread(logging_on.__enter__)
     try:
@@ -36,9 +36,13 @@ def lines(stream: io.StringIO, event: str) -> list[dict[str, Any]]:
 
 async def test_a_finished_request_is_one_line_with_its_accounts() -> None:
     stream = io.StringIO()
-    async with logged(stream), rig() as server, server.client.post(
-        TEXT, json={"prompt": "secret words", "max_tokens": 7, "n": 2}, headers={"x-request-id": "mine"}
-    ) as response:
+    async with (
+        logged(stream),
+        rig() as server,
+        server.client.post(
+            TEXT, json={"prompt": "secret words", "max_tokens": 7, "n": 2}, headers={"x-request-id": "mine"}
+        ) as response,
+    ):
         answer = await response.json()
     (line,) = lines(stream, "request_finished")
     expected = {
@@ -58,7 +62,8 @@ async def test_a_finished_request_is_one_line_with_its_accounts() -> None:
     assert {name: line[name] for name in expected} == expected
     assert line["queue_seconds"] >= 0
     assert 0 <= line["ttft_seconds"] <= line["e2e_seconds"]
-    assert "secret" not in stream.getvalue() and "otter —" not in stream.getvalue()
+    assert "secret" not in stream.getvalue()
+    assert "otter —" not in stream.getvalue()
 
 
 async def test_a_refused_request_has_no_line() -> None:

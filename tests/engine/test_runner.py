@@ -44,11 +44,21 @@ def test_rows_flatten_in_their_order() -> None:
 
 def test_a_step_of_single_tokens_that_all_sample_picks_none() -> None:
     """Nothing is to be gathered where every token wants logits; one row that does not sample ends that."""
-    decode = [Row(slot, 9, (1,), 0, (), samples=True) for slot in range(3)]
-    assert flatten(decode).sampled is None
+    decode = [Row(2, 9, (5,), 0, (), samples=True), Row(0, 30, (PENDING,), 0, (), samples=True)]
+    flat = flatten(decode)
+    assert flat.sampled is None
+    assert flat.tokens.tolist() == [5, PENDING]
+    assert (flat.positions.tolist(), flat.row_starts.tolist(), flat.slots.tolist()) == (
+        [9, 30],
+        [0, 1, 2],
+        [2, 0],
+    )
+    assert (flat.pending.tolist(), flat.pending_slots.tolist()) == ([1], [0])
+    assert (flat.sampled_slots.tolist(), flat.sampled_positions.tolist()) == ([2, 0], [10, 31])
+    assert (flat.longest_row, flat.longest_context) == (1, 31)
     quiet = flatten([*decode, Row(3, 9, (1,), 0, (), samples=False)])
     assert quiet.sampled is not None
-    assert quiet.sampled.tolist() == [0, 1, 2]
+    assert quiet.sampled.tolist() == [0, 1]
 
 
 class TestBlockTables:

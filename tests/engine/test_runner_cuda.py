@@ -1,7 +1,7 @@
 """The overlapped runner's logic on the CPU: a device that queues nothing, and the reference kernels.
 
-Packing, padding, tables and last tokens kept on the device, pending tokens: the plans' results must be those of
-ModelRunner, to the bit. What a card adds (streams, graphs) is in tests/gpu/test_runner.py.
+Packing, padding, tables and last tokens kept on the device, pending tokens: the plans' results must be those
+of ModelRunner, to the bit. What a card adds (streams, graphs) is in tests/gpu/test_runner.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,9 +110,11 @@ def overlapped(model: Llama, device: InlineDevice, *, graphs: bool) -> CudaRunne
 
 
 def plans() -> tuple[Plan, ...]:
-    """Prefill in chunks, mixed steps, pending decodes, a decode that samples nothing, a block given way, a slot anew."""
+    """Prefill in chunks, mixed steps, pending decodes, a step that samples nothing, a slot taken anew."""
 
-    def row(slot: int, start: int, tokens: Sequence[int], at: int, blocks: Sequence[int], samples: bool) -> Row:
+    def row(
+        slot: int, start: int, tokens: Sequence[int], at: int, blocks: Sequence[int], samples: bool
+    ) -> Row:
         return Row(slot, start, tuple(tokens), at, tuple(blocks), samples)
 
     warm = Sampling(temperature=0.9, top_p=0.9, seed=7, logprobs=2)
@@ -127,7 +129,11 @@ def plans() -> tuple[Plan, ...]:
         row(2, 4, range(44, 47), 1, (11,), True),
         row(5, 1, (PENDING,), 1, (), True),
     )
-    decode = (row(0, 8, (PENDING,), 2, (1,), True), row(2, 7, (PENDING,), 2, (), True), row(5, 2, (8,), 1, (), False))
+    decode = (
+        row(0, 8, (PENDING,), 2, (1,), True),
+        row(2, 7, (PENDING,), 2, (), True),
+        row(5, 2, (8,), 1, (), False),
+    )
     later = (row(5, 3, (9,), 1, (), True), row(0, 9, (PENDING,), 3, (), True))
     again = (row(5, 0, (1, 2), 0, (30,), True), row(2, 8, (PENDING,), 2, (8,), True))
     quiet = (row(5, 2, (4,), 1, (), False),)

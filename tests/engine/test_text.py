@@ -6,7 +6,21 @@ from hypothesis import strategies as st
 from engine.text import Detokenizer, OutputText, StopStrings, TextState
 
 BYTES = tuple(bytes([value]) for value in range(256))
-PIECES = (b"", b"a", b"b", b"ab", b"ba", b"c", b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\x98\x80", b"\xff", b"\xe2\x82")
+PIECES = (
+    b"",
+    b"a",
+    b"b",
+    b"ab",
+    b"ba",
+    b"c",
+    b"\xe2",
+    b"\x82",
+    b"\xac",
+    b"\xf0\x9f",
+    b"\x98\x80",
+    b"\xff",
+    b"\xe2\x82",
+)
 STOPS = ("ab", "abb", "ba", "aab", "c", "\u20ac", "bab\u20ac", "b\ufffd", "\ufffd\ufffd")
 
 ids = st.lists(st.integers(0, len(PIECES) - 1), max_size=30)
@@ -69,7 +83,9 @@ def test_text_is_cut_at_the_first_stop_string(tokens: list[int], stops: list[str
 
 
 @given(ids, some_stops)
-def test_no_piece_holds_part_of_a_stop_string_that_later_completes(tokens: list[int], stops: list[str]) -> None:
+def test_no_piece_holds_part_of_a_stop_string_that_later_completes(
+    tokens: list[int], stops: list[str]
+) -> None:
     """At every moment what has left is a beginning of the final text."""
     text = b"".join(PIECES[token] for token in tokens).decode(errors="replace")
     expected = first_stop(text, stops)

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for Hopper (sm_90), which needs no card: what the compiler made of them.
 
-Registers, spills and layouts are read off ptxas and Triton's own intermediate form. Not here: whether they run
-(tests/gpu), whether their logic is right (test_triton_interpreted.py).
+Registers, spills and layouts are read off ptxas and Triton's own intermediate form. Not here: whether they
+run (tests/gpu), whether their logic is right (test_triton_interpreted.py).
 """
 
 import re
@@ -80,8 +80,8 @@ def test_attention_for_prefill_and_decode_reduces_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tile", triton_matmul.TILES, ids=str)
 def test_matmul_tiles_use_wgmma_in_steps_of_16(tile: triton_matmul.Tile, tmp_path: Path) -> None:
-    """All tiles are one instruction family, 64 rows × some columns × 16 of K, so that K is summed in one order."""
-    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    """One instruction family, 64 rows × some columns × 16 of K: K is summed in one order."""
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "BAND": triton_matmul.BAND}
     flags = {"HAS_BIAS": False, "EVEN_DEPTH": True, "EVEN_COLUMNS": True}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     kernel = compiled(triton_matmul._matmul, sizes | flags | options)

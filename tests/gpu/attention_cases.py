@@ -22,7 +22,7 @@ class Span:
 
 
 class World:
-    """Slots with `context` positions each, in scattered blocks; positions from `known` on are computed by steps."""
+    """Slots with `context` positions each, in scattered blocks, and the tokens that steps may compute."""
 
     def __init__(
         self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, *, slots: int, context: int
@@ -38,14 +38,18 @@ class World:
         self.qkv = torch.randn((slots, context, width), generator=generator).to(device, dtype)
         self.rope = torch.randn((context, 2, shape.head_dim // 2), generator=generator).to(device)
 
-    def step(self, kernels: Kernels, pool: Tensor, spans: Sequence[Span], *, padding: int = 0) -> list[Tensor]:
+    def step(
+        self, kernels: Kernels, pool: Tensor, spans: Sequence[Span], *, padding: int = 0
+    ) -> list[Tensor]:
         """One step over the spans, then `padding` empty rows and as many tokens of none of them.
 
         Returns [tokens, …] for each span, and for the padding if there is any.
         """
         qkv = torch.cat([self.qkv[span.slot, span.start : span.end] for span in spans])
-        out = kernels.attend(pool, LAYER, _padded(qkv, padding), self.rope, self.shape, self.batch(spans, padding))
-        return list(out.split([span.end - span.start for span in spans] + [padding] * bool(padding)))
+        out = kernels.attend(
+            pool, LAYER, _padded(qkv, padding), self.rope, self.shape, self.batch(spans, padding)
+        )
+        return list(torch.split(out, [span.end - span.start for span in spans] + [padding] * bool(padding)))
 
     def batch(self, spans: Sequence[Span], padding: int = 0) -> Batch:
         positions = torch.cat([torch.arange(span.start, span.end) for span in spans])

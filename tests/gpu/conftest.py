@@ -1,4 +1,6 @@
-"""Where the GPU tests run: on a card, or, kernels only, on the CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""Where the GPU tests run: on a card, or, kernels only, on the CPU in Triton's interpreter
+(TRITON_INTERPRET=1).
+"""
 
 import os
 

@@ -1,6 +1,7 @@
 """The CUDA kernels against plain torch, and against themselves in other batches, to the bit.
 
-On a card, or on the CPU in Triton's interpreter (tests/engine/test_triton_interpreted.py runs them so, in small).
+On a card, or on the CPU in Triton's interpreter (tests/engine/test_triton_interpreted.py runs them so, in
+small).
 """
 
 import pytest
@@ -34,7 +35,11 @@ CONTEXT = SPLIT + 24  # two splits
 
 CASES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
 if INTERPRETED:
-    CASES = [("grouped", torch.float16), ("multi-head, odd sizes", torch.float32), ("multi-query", torch.float16)]
+    CASES = [
+        ("grouped", torch.float16),
+        ("multi-head, odd sizes", torch.float32),
+        ("multi-query", torch.float16),
+    ]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 cases = pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
@@ -51,9 +56,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 @cases
-def test_attention_equals_the_reference(
-    shape: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_attention_equals_the_reference(shape: str, dtype: torch.dtype, device: torch.device) -> None:
     """Rows of one and of many tokens, in both splits and across their border, over scattered blocks."""
     world = World(SHAPES[shape], dtype, device, slots=4, context=CONTEXT)
     spans = (Span(0, SPLIT - 3, SPLIT + 4), Span(1, 0, 5), Span(2, CONTEXT - 1, CONTEXT), Span(3, 7, 8))
@@ -69,7 +72,7 @@ def test_attention_equals_the_reference(
 def test_bits_do_not_depend_on_chunks_or_neighbours(
     shape: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A span as one chunk, as two, and single tokens of it beside other rows: same outputs, same KV, to the bit."""
+    """A span as one chunk, as two, and single tokens beside other rows: same outputs, same KV."""
     world, kernels = World(SHAPES[shape], dtype, device, slots=3, context=CONTEXT), kernels_for(dtype, device)
     first, last = SPLIT - 4, SPLIT + 5
     whole, chunked = world.pool.clone(), world.pool.clone()
@@ -91,7 +94,10 @@ def test_bits_do_not_depend_on_chunks_or_neighbours(
 @dtypes
 def test_empty_rows_change_nothing(dtype: torch.dtype, device: torch.device) -> None:
     """What pads a decode graph leaves the other rows' bits and the whole pool alone; its tokens get zeros."""
-    world, kernels = World(SHAPES["grouped"], dtype, device, slots=2, context=CONTEXT), kernels_for(dtype, device)
+    world, kernels = (
+        World(SHAPES["grouped"], dtype, device, slots=2, context=CONTEXT),
+        kernels_for(dtype, device),
+    )
     spans = [Span(0, SPLIT, SPLIT + 1), Span(1, 3, 4)]
     plain, padded = world.pool.clone(), world.pool.clone()
     expected = world.step(kernels, plain, spans)
@@ -156,9 +162,12 @@ def test_linear_is_right_and_row_invariant(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="seconds on a card, minutes in the interpreter")
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_matmul_tile_gives_the_same_bits_on_a_card(dtype: torch.dtype, device: torch.device) -> None:
-    """The claim of triton_matmul.TILES at an 8B model's shapes. If it fails, exact linears are right but slow."""
+    """The claim of triton_matmul.TILES at an 8B model's shapes.
+
+    If it fails, exact linears are right but slow.
+    """
     for columns, depth in ((6144, 4096), (4096, 14336), (28672, 4096), (1000, 4100)):
         weight = torch.randn(columns, depth, device=device).to(dtype)
         assert triton_matmul.agree(weight, triton_matmul.TILES), (columns, depth)
@@ -170,6 +179,15 @@ def test_tiles_that_disagree_leave_one(device: torch.device) -> None:
     tiles = triton_matmul.choose_tiles(weight, lambda weight, tiles: False)
     assert len(tiles) == 1
     assert {triton_matmul.pick(tiles, rows, 8) for rows in (1, 64, 10_000)} == set(tiles)
+
+
+def test_one_tile_for_all_is_said(device: torch.device) -> None:
+    """What costs speed is not silent; cards whose tiles agree have nothing to say."""
+    quiet, loud = kernels_for(torch.float16, device), kernels_for(torch.float16, device)
+    quiet._tiles[8, 64] = triton_matmul.TILES
+    loud._tiles[8, 64] = triton_matmul.TILES[:1]
+    assert quiet.facts == ()
+    assert [("8 x 64" in fact) for fact in loud.facts] == [True]
 
 
 def test_wide_tiles_serve_many_rows() -> None:

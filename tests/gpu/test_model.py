@@ -1,4 +1,5 @@
-"""A whole model over the CUDA kernels and the overlapped runner, against the plain runner and reference kernels.
+"""A whole model over the CUDA kernels and the overlapped runner, against the plain runner and reference
+kernels.
 
 On a card, or on the CPU in Triton's interpreter, like test_kernels.py.
 """
@@ -63,7 +64,10 @@ def test_plans_give_what_the_reference_gives(directory: Path, device: torch.devi
     ours, theirs = results(overlapped(directory, device)), results(plain)
     assert [step.tokens for step in ours] == [step.tokens for step in theirs]
     drawn = [
-        pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a.logprobs, b.logprobs, strict=True) if all(pair)
+        pair
+        for a, b in zip(ours, theirs, strict=True)
+        for pair in zip(a.logprobs, b.logprobs, strict=True)
+        if all(pair)
     ]
     assert drawn
     assert all(a and b and a.logprob == pytest.approx(b.logprob, abs=1e-4) for a, b in drawn)

@@ -55,7 +55,9 @@ def load(directory: Path, card: torch.device, dtype: str, *, exact: bool = True)
     return load_model(directory, device=card, dtype=dtype, kernels=kernels)
 
 
-def runner_for(loaded: Loaded, *, graphs: bool = True, kv_blocks: int = 512, block: int = BLOCK) -> CudaRunner:
+def runner_for(
+    loaded: Loaded, *, graphs: bool = True, kv_blocks: int = 512, block: int = BLOCK
+) -> CudaRunner:
     return CudaRunner(
         loaded.model,
         Sampler(SLOTS, loaded.config.vocab_size, loaded.model.device),
@@ -67,7 +69,10 @@ def runner_for(loaded: Loaded, *, graphs: bool = True, kv_blocks: int = 512, blo
 
 
 def driver_for(loaded: Loaded, seed: int) -> Driver:
-    """Blocks scattered by `seed`. A Driver asks its runner for tables, logits and slabs: both runners have them."""
+    """Blocks scattered by `seed`.
+
+    A Driver asks its runner for tables, logits and slabs: both runners have them.
+    """
     order = torch.randperm(512, generator=torch.Generator().manual_seed(seed)).tolist()
     return Driver(cast(ModelRunner, runner_for(loaded)), order)
 
@@ -83,14 +88,17 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_greedy_tokens_are_those_of_transformers(name: str, card: torch.device, directories: Directories) -> None:
+def test_greedy_tokens_are_those_of_transformers(
+    name: str, card: torch.device, directories: Directories
+) -> None:
     """64 new tokens in fp32, by graphs, each step launched before its predecessor is collected."""
     loaded, prompt = load(directories(name), card, "float32"), prompt_for(directories(name))
     runner, expected = runner_for(loaded), peer_tokens(directories(name))
     blocks = tuple(range(-(-(len(prompt) + len(expected)) // BLOCK)))
     rows = [Row(1, 0, tuple(prompt), 0, blocks, samples=True)]
     rows += [
-        Row(1, len(prompt) + step, (PENDING,), len(blocks), (), samples=True) for step in range(len(expected) - 1)
+        Row(1, len(prompt) + step, (PENDING,), len(blocks), (), samples=True)
+        for step in range(len(expected) - 1)
     ]
     placed = (Placement(1, Sampling(temperature=0)),)
     launched = [runner.launch(Plan(step, () if step else placed, (row,))) for step, row in enumerate(rows)]
@@ -142,7 +150,9 @@ def test_a_mixed_batch_changes_no_bit(others: int, case: Case) -> None:
             Piece(slot, random_tokens((slot * chunk) % 7 + 1 if chunk > 1 else 1, 300, seed=slot))
             for slot in range(1, others + 1)
         ]
-        driver.step([*beside[: others // 2], Piece(0, tokens[position : position + chunk]), *beside[others // 2 :]])
+        driver.step(
+            [*beside[: others // 2], Piece(0, tokens[position : position + chunk]), *beside[others // 2 :]]
+        )
         position += chunk
     assert position == LENGTH
     assert torch.equal(driver.all_logits(0), logits)
@@ -153,9 +163,13 @@ def test_a_mixed_batch_changes_no_bit(others: int, case: Case) -> None:
 def test_graphs_and_single_kernels_agree(dtype: str, card: torch.device, directories: Directories) -> None:
     """Tokens, log-probabilities and the whole pool, to the bit."""
     loaded = load(directories("gqa"), card, dtype)
-    with_graphs, without = (runner_for(loaded, graphs=graphs, kv_blocks=32, block=4) for graphs in (True, False))
+    with_graphs, without = (
+        runner_for(loaded, graphs=graphs, kv_blocks=32, block=4) for graphs in (True, False)
+    )
     ours, theirs = results(with_graphs), results(without)
-    assert [(step.tokens, step.logprobs) for step in ours] == [(step.tokens, step.logprobs) for step in theirs]
+    assert [(step.tokens, step.logprobs) for step in ours] == [
+        (step.tokens, step.logprobs) for step in theirs
+    ]
     assert torch.equal(with_graphs.pool, without.pool)
     assert with_graphs.captured
     assert not without.captured

@@ -80,7 +80,7 @@ def test_a_decay_asked_for_now_begins_now_and_ends_with_the_new_budget() -> None
     state.tokens = 300
     state.replan(600, decay_now=True)
     assert state.rate() == 1.0
-    assert state.long_start == 400
+    assert state.long_start == 480
     state.tokens = 450
     assert state.rate() == pytest.approx(0.5)
 

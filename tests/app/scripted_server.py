@@ -1,0 +1,42 @@
+"""A whole process without a model, to test signals and exit codes: `python -m tests.app.scripted_server`.
+
+Each step waits for a line on standard input when the prompt says so: "go" computes, "die" fails.
+"""
+
+import sys
+
+from app.config import Config, LogSection, ServerSection
+from app.listening import bind
+from app.logging import logging_to
+from app.process import run
+from app.served import Model
+from app.serving import Parts
+from engine.core import Core, CoreConfig
+from engine.model.generation import GenerationDefaults
+from engine.plan import Launched, Plan
+from engine.scheduler import SchedulerConfig
+from engine.worker import QueueWorker
+from tests.app.rig import EOS, STORY, VOCABULARY, ByteTokenizer
+from tests.fakes import ScriptedRunner, saying
+
+
+class ObedientRunner(ScriptedRunner):
+    def launch(self, plan: Plan) -> Launched:
+        line = sys.stdin.readline().strip()
+        if line != "go":
+            raise RuntimeError(f"told to {line}")
+        return super().launch(plan)
+
+
+def main() -> int:
+    scheduler = SchedulerConfig(block_size=16, blocks=64, max_batch_tokens=256, max_sequences=4)
+    core = Core(CoreConfig(scheduler, model_context=256, max_queue=4, eos_token_ids=(EOS,)), VOCABULARY)
+    runner = ObedientRunner(saying(STORY), block_size=16, max_sequences=4)
+    model = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1)
+    config = Config(server=ServerSection(port=0, drain_seconds=3600.0), log=LogSection(format="json"))
+    with bind("127.0.0.1", 0) as listener, logging_to(sys.stderr, config.log):
+        return run(Parts(config, model, core, QueueWorker(runner), exact=True), listener)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""What the composition root puts together: memory → blocks, recordings, the loop's lag."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from app.config import Config, EngineSection
+from app.lag import measured_lag
+from app.memory import NotEnoughMemory, free_cpu_bytes, kv_blocks
+from app.served import Model
+from app.serving import Parts, serving
+from engine.core import Core, CoreConfig
+from engine.model.generation import GenerationDefaults
+from engine.plan import Sampling
+from engine.recording import replay
+from engine.request import Request, Stopping
+from engine.scheduler import SchedulerConfig
+from engine.worker import QueueWorker
+from tests.app.rig import EOS, STORY, VOCABULARY, ByteTokenizer
+from tests.fakes import ScriptedRunner, saying
+
+
+@pytest.mark.parametrize(
+    ("wanted", "free", "useful", "blocks"),
+    [
+        (0, 1000, 100, 50),  # half of the free memory
+        (0, 1000, 20, 20),  # no more than can be held
+        (70, 1000, 20, 70),  # what the operator says, while it fits
+    ],
+)
+def test_blocks_from_memory(wanted: int, free: int, useful: int, blocks: int) -> None:
+    assert kv_blocks(wanted, block_bytes=10, useful_blocks=useful, free_bytes=free, share=0.5) == blocks
+
+
+@pytest.mark.parametrize(("wanted", "free"), [(101, 1000), (0, 19)])
+def test_a_pool_that_does_not_fit_is_refused_with_what_to_change(wanted: int, free: int) -> None:
+    with pytest.raises(NotEnoughMemory, match="free"):
+        kv_blocks(wanted, block_bytes=10, useful_blocks=100, free_bytes=free, share=0.5)
+
+
+def test_free_memory_is_a_plausible_number() -> None:
+    assert 2**20 < free_cpu_bytes() < 2**60
+
+
+async def test_a_recording_of_a_live_run_replays_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    scheduler = SchedulerConfig(block_size=16, blocks=24, max_batch_tokens=64, max_sequences=4)
+    core = Core(CoreConfig(scheduler, model_context=256, max_queue=8, eos_token_ids=(EOS,)), VOCABULARY)
+    worker = QueueWorker(ScriptedRunner(saying(STORY), block_size=16, max_sequences=4))
+    steps = asyncio.ensure_future(asyncio.to_thread(worker.run_forever))
+    model = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1)
+    config = Config(engine=EngineSection(record=str(path)))
+    async with serving(Parts(config, model, core, worker, exact=True)) as (engine, _):
+        requests = [Request(f"r{i}", (i,) * 40, Sampling(), Stopping(120)) for i in range(4)]
+        streams = [engine.submit(request) for request in requests]
+        for stream in streams:
+            assert sum([len(delta.token_ids) async for delta in stream]) == 120
+    await steps
+    assert core.scheduler.preemptions > 0
+    assert await asyncio.to_thread(replay, path, VOCABULARY) > 120
+
+
+async def test_the_lag_of_a_loop_is_observed() -> None:
+    seen: asyncio.Queue[float] = asyncio.Queue()
+    async with measured_lag(seen.put_nowait):
+        assert await seen.get() >= 0
