@@ -107,6 +107,7 @@ class Core:
             root=root_key(self.config.fingerprint, request.salt),
             arrived=now,
             tokens=list(request.prompt),
+            prompt_tokens=len(request.prompt),
         )
 
     def _cancelled(self, request_id: str, now: float) -> list[Instruction]:

@@ -28,6 +28,7 @@ class Sequence:
     root: Key  # parent of its first block's key
     arrived: float
     tokens: list[int]  # prompt and output, as far as known
+    prompt_tokens: int  # how many of these are the prompt
 
     state: State = State.WAITING
     epoch: int = 0  # grows when it loses its place: rows of steps under way are then void
@@ -54,10 +55,6 @@ class Sequence:
     @property
     def choice(self) -> int:
         return self.sampling.choice
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.prompt)
 
     @property
     def output_tokens(self) -> int:
