@@ -1,19 +1,15 @@
 """The life of a serving process: two threads, signals, draining, and the exit code.
 
 The main thread loads the model and then runs its steps (torch on a second thread measured 25–35 % slower);
-the event loop, with HTTP and the engine's core, has the second thread. Signals arrive on the main thread and
-are handed over. Nothing here knows what is served: see `app/compose.py`.
+the event loop, with HTTP and the engine's core, has the second thread, and signals too (`app/signals.py`).
+Nothing here knows what is served: see `app/compose.py`.
 """
 
 import asyncio
 import os
-import signal
 import socket
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Thread
-from types import FrameType
 from typing import Any
 
 from structlog.stdlib import get_logger
@@ -21,6 +17,7 @@ from structlog.stdlib import get_logger
 from app.config import ServerSection
 from app.server import listen
 from app.serving import Parts, serving
+from app.signals import stop_signals
 from engine.engine import Engine
 
 EXIT_OK = 0
@@ -36,8 +33,8 @@ log = get_logger(__name__)
 
 def run(parts: Parts, listener: socket.socket) -> int:
     """Serves until a signal, or until the engine dies; returns the exit code. Call it on the main thread."""
-    service = Service(parts, listener)
-    with _signals(service.signalled):
+    with stop_signals() as signals:
+        service = Service(parts, listener, signals)
         service.thread.start()
         try:
             parts.worker.run_forever()
@@ -47,23 +44,23 @@ def run(parts: Parts, listener: socket.socket) -> int:
 
 
 class Service:
-    """The event loop's thread. `signalled` is for the main thread; all else runs on the loop."""
+    """The event loop's thread and all that runs on it."""
 
-    def __init__(self, parts: Parts, listener: socket.socket) -> None:
+    def __init__(self, parts: Parts, listener: socket.socket, signals: socket.socket) -> None:
         self.exit_code = EXIT_ENGINE_DIED
         self.thread = Thread(target=self._run, name="event loop")
         self._parts = parts
         self._listener = listener
+        self._signals = signals
         self._loop = _new_event_loop()
         self._stop = asyncio.Event()
-        self._signals = 0
 
-    def signalled(self, number: int, frame: FrameType | None) -> None:
+    def _signalled(self) -> None:
         """The first signal drains; the second ends the process on the spot."""
-        self._signals += 1
-        if self._signals > 1:
+        count = len(self._signals.recv(16))
+        if self._stop.is_set() or count > 1:
             os._exit(EXIT_AT_ONCE)
-        self._loop.call_soon_threadsafe(self._stop.set)
+        self._stop.set()
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -76,6 +73,7 @@ class Service:
                 self._parts.worker.stop()
 
     async def _serve(self) -> int:
+        self._loop.add_reader(self._signals, self._signalled)
         server = self._parts.config.server
         async with serving(self._parts) as (engine, app):
             site = await listen(app, server, self._listener)
@@ -109,17 +107,6 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop
-
-
-@contextmanager
-def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGINT go to `handler`."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def _url(listener: socket.socket) -> str:

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 128  # of one call: prompts × n
 MAX_TOP_LOGPROBS = 20
-MAX_LOGPROBS = 2**18  # of one call: choices × max_tokens × (top_logprobs + 1); 30 MB of JSON
+MAX_LOGPROBS = 2**18  # of one call: choices × max_tokens × (top_logprobs + 1), each some 100 bytes of JSON
 MAX_STOPS = 16
 INT32 = 2**31 - 1
 UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `_NEUTRAL`

@@ -53,7 +53,7 @@ class EventStream:
             raise ReaderGone
         assert isinstance(writer, StreamWriter)
         try:
-            await writer.write(frames, drain=False)  # never waits: a timeout around each frame costs 5 µs
+            await writer.write(frames, drain=False)  # never waits, so it needs no timer: few frames do
             if transport.get_write_buffer_size():
                 async with asyncio.timeout(self._seconds):
                     await writer.drain()

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from bench import models
 from bench.cells import Cell, Kind, matrix
+from engine.kernels.cpu import CpuKernels
 from engine.model.config import ModelConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -118,11 +119,12 @@ def _product_rate(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> floa
 
 
 def _ways(weight: Tensor) -> list[Callable[[Tensor], Tensor]]:
-    """torch's own product, and oneDNN's with packed weights."""
+    """torch's own product, oneDNN's with packed weights, and the engine's kernel."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     return [
         lambda x: functional.linear(x, weight),
         lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+        CpuKernels(weight.dtype).linear(weight, None),
     ]
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from app.compose import Parts, load
+from app.compose import load
 from app.config import Config, EngineSection, LogSection, ModelSection
+from app.serving import Parts
 from bench.peers.wire import Peer, Setup, Trace, claim_stdout, serve
 from engine.engine import Engine
 from engine.plan import Sampling

@@ -1,4 +1,4 @@
-"""The CPU's kernels: oneDNN for matrices, compiled code of ours for everything between them.
+"""The CPU's kernels: compiled code of ours on vectors, or on AMX tiles for bfloat16 where the machine has them.
 
 Attention is in cpu_attention.py and cpu_amx.py, what is done row by row in cpu_rowwise.py, the linear layers in
 cpu_linear.py; here is who calls what with which addresses, and what is small enough for one thread.
@@ -9,8 +9,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from engine.kernels import cpu_attention, cpu_rowwise
-from engine.kernels.cpu_native import Clock, Native, threads
+from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
+from engine.kernels.cpu_amx import amx_fits, attend_tiles
+from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads
+from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear
 
 _ELEMENT = {torch.float32: 4, torch.bfloat16: 2}
@@ -26,9 +28,12 @@ class UnsupportedOnCpu(Exception):
 class CpuKernels:
     """`engine.kernels.protocol.Kernels` for float32 and bfloat16. For one thread at a time."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, amx: bool | None = None) -> None:
+        """amx: use AMX tiles for bfloat16; None is where the machine has them."""
         if dtype not in _ELEMENT:
-            raise UnsupportedOnCpu(f"{dtype} is not supported on a CPU; set model.dtype to float32 or bfloat16")
+            raise UnsupportedOnCpu(
+                f"{dtype} is not supported on a CPU; set model.dtype to float32 or bfloat16"
+            )
         self.dtype = dtype
         self.exact = True
         self._element = _ELEMENT[dtype]
@@ -36,6 +41,28 @@ class CpuKernels:
         self._rows = cpu_rowwise.RowArguments(element=self._element)
         self._rows.counter = ctypes.addressof(self._rows)
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._amx = dtype == torch.bfloat16 and amx is not False and amx_available()
+        if amx and not self._amx:
+            raise UnsupportedOnCpu(
+                "AMX tiles were asked for; they need bfloat16 and a CPU and kernel with amx-bf16"
+            )
+        self.facts = (
+            f"CPU kernels on {'AMX tiles' if self._amx else 'vectors'}",
+            *(() if has_threads() else ("torch brought no GOMP_parallel: kernels run on one thread",)),
+        )
+
+    def warm_up(self) -> None:
+        """Compiles every kernel this dtype may need, or loads it from the cache: call before serving."""
+        rows = (cpu_rowwise.embed_rows, cpu_rowwise.norm_rows, cpu_rowwise.gate_rows)
+        shared = (cpu_attention.cut_segments, cpu_attention.store_segments)
+        lanes = (cpu_attention.attend_lanes, cpu_linear.linear_lanes)
+        for kernel in (
+            *rows,
+            *shared,
+            *lanes,
+            *((attend_tiles, cpu_linear.linear_tiles) if self._amx else ()),
+        ):
+            kernel.compile()
 
     @property
     def released_seconds(self) -> float:
@@ -52,9 +79,20 @@ class CpuKernels:
         return torch.zeros((blocks, *inside), dtype=self.dtype)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        op = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: op(x, packed, bias, "none", [], "")
+        inputs = weight.shape[1]
+        if self._element == 2 and inputs % 2:
+            raise UnsupportedOnCpu(
+                f"a bfloat16 layer of {inputs} inputs: an even number is needed; use float32"
+            )
+        self._reserve(cpu_linear.scratch_bytes(inputs))
+        tiles = self._amx and inputs % 32 == 0
+        weight = weight.to(self.dtype)
+        return cpu_linear.PackedLinear(weight, bias, tiles, lambda: self._scratch.data_ptr(), self._clock)
+
+    def _reserve(self, thread_bytes: int) -> None:
+        """Makes the scratch large enough for every thread a kernel may run on."""
+        if len(self._scratch) < thread_bytes * MAX_THREADS:
+            self._scratch = torch.empty(thread_bytes * MAX_THREADS, dtype=torch.uint8)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         rows, width = len(tokens), table.shape[1]
@@ -119,9 +157,10 @@ class CpuKernels:
         share = shape.heads // shape.kv_heads
         tokens = min(cpu_attention.tile_tokens(share), batch.longest_row)
         room = cpu_attention.scratch_bytes(tokens * share, shape.head_dim)
-        if len(self._scratch) < room * threads():
-            self._scratch = torch.empty(room * threads(), dtype=torch.uint8)
-        work = batch.scratch["attention"] = _Attention(pool, rope, shape, batch, tokens)
+        self._reserve(room)
+        tiles = self._amx and amx_fits(shape.head_dim)
+        kernel = attend_tiles if tiles else cpu_attention.attend_lanes
+        work = batch.scratch["attention"] = _Attention(kernel, pool, rope, shape, batch, tokens)
         work.arguments.scratch = self._scratch.data_ptr()
         work.arguments.scratch_bytes = room
         return work
@@ -130,7 +169,9 @@ class CpuKernels:
 class _Attention:
     """One step's attention: the arguments of its kernels, and which run on which segments."""
 
-    def __init__(self, pool: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch, tokens: int) -> None:
+    def __init__(
+        self, kernel: Native, pool: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch, tokens: int
+    ) -> None:
         element = pool.element_size()
         block_bytes, self.layer_bytes, values_bytes, head_bytes, _ = (n * element for n in pool.stride())
         decode = batch.longest_row == 1
@@ -153,10 +194,10 @@ class _Attention:
             scale=shape.scale * cpu_attention.LOG2_E,
         )
         self.arguments.counters = ctypes.addressof(self.arguments)
-        self._kept = (batch, rope)
+        self._kept: tuple[object, ...] = (batch, rope)
         products = len(batch.slots) * shape.heads * shape.head_dim * batch.longest_context * batch.longest_row
         self.small = products < _ALONE_PRODUCTS
-        self.phases = [(cpu_attention.attend_lanes, *self._cut(batch, tokens))]
+        self.phases = [(kernel, *self._cut(batch, tokens))]
         if not decode:
             self.phases.insert(0, (cpu_attention.store_segments, *self._cut(batch, _STORE_TOKENS)))
 

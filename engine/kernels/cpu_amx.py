@@ -21,7 +21,18 @@ from engine.kernels.cpu_attention import (
     soften,
     store_token,
 )
-from engine.kernels.cpu_lanes import LANES, claim, clear, get_i32, get_i64, load, load_words, put_i64, store_some, store_words
+from engine.kernels.cpu_lanes import (
+    LANES,
+    claim,
+    clear,
+    get_i32,
+    get_i64,
+    load,
+    load_words,
+    put_i64,
+    store_some,
+    store_words,
+)
 from engine.kernels.cpu_native import inner, native
 from engine.kernels.cpu_tiles import (
     CONFIGURATION_BYTES,
@@ -147,7 +158,13 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
         for row in range(0, rows, _ROWS):
             _weigh(a.head_dim, (groups + 1) // 2, weights + row * 2 * UNIT, starts, sums + row * width)
     for row in range(rows):
-        finish(a, sums + row * width, states + row * STATE_BYTES, token + row // share, head * share + row % share)
+        finish(
+            a,
+            sums + row * width,
+            states + row * STATE_BYTES,
+            token + row // share,
+            head * share + row % share,
+        )
 
 
 @native(AttendArguments)

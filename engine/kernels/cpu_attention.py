@@ -268,12 +268,14 @@ def _weigh(a: Any, rows: int, keys: int, weights: int, panels: int, sums: int, c
         if a.element == 4:
             multiply(rows, a.head_dim // LANES, x, 4 * UNIT, columns, width, sums, width, count)
         else:
-            multiply_packed(rows, a.head_dim // LANES, x, 4 * UNIT, columns, width, sums, width, (count + 1) // 2)
+            multiply_packed(
+                rows, a.head_dim // LANES, x, 4 * UNIT, columns, width, sums, width, (count + 1) // 2
+            )
 
 
 @inner
 def tile_height(left: int) -> int:
-    """Rows of the next tile when `left` remain: 8, or the smallest of 4, 2, 1 that holds them (rows of padding are free)."""
+    """Rows of the next tile when `left` remain: 8, or the least of 4, 2, 1 that holds them (padding is zeros)."""
     if left > 4:
         return 8
     return 4 if left > 2 else left
@@ -324,7 +326,13 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
             height = tile_height(rows - row)
             _weigh(a, height, keys, scores + row * 4 * UNIT, panels, sums + row * width, columns)
     for row in range(rows):
-        finish(a, sums + row * width, states + row * STATE_BYTES, token + row // share, head * share + row % share)
+        finish(
+            a,
+            sums + row * width,
+            states + row * STATE_BYTES,
+            token + row // share,
+            head * share + row % share,
+        )
 
 
 @native(AttendArguments)

@@ -38,14 +38,14 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite is untyped, and has no
         return "bfloat"
 
 
-class _Lanes(types.Type):
+class _Lanes(types.Type):  # type: ignore[misc]  # numba is untyped
     """Sixteen float32 in a register."""
 
     def __init__(self) -> None:
         super().__init__(name="Lanes")
 
 
-class _Words(types.Type):
+class _Words(types.Type):  # type: ignore[misc]  # numba is untyped
     """Sixteen int32 in a register: pairs of bf16, or a mask's makings."""
 
     def __init__(self) -> None:
@@ -74,6 +74,15 @@ def call(builder: Any, name: str, result: Any, *values: Any) -> Any:
 
 
 def pointer(builder: Any, address: Any) -> Any:
+    """An address as a pointer, in a function where address 0 is as good as any other.
+
+    Without the attribute LLVM drops stores. numba optimises an `inner` function alone and again inside its kernel;
+    the first round turns base + offset into a pointer of the offset, indexed by the base, and when the second
+    unrolls a loop whose offset starts at 0, it sees an access based on null: undefined, so the value becomes
+    poison. (Seen with numba 0.68, LLVM 22, -O3, only in kernels loaded from the cache: a fresh process runs the
+    function compiled alone.) llvmlite has no name for the attribute, hence the plain set's `add`.
+    """
+    set.add(builder.function.attributes, "null_pointer_is_valid")
     return builder.inttoptr(address, ir.PointerType())
 
 
@@ -128,7 +137,9 @@ def _mask(builder: Any, count: Any) -> Any:
 def spread(builder: Any, value: Any, vector: Any) -> Any:
     """A scalar in every lane."""
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(I32_VECTOR, [0] * LANES))
+    return builder.shuffle_vector(
+        first, ir.Constant(vector, ir.Undefined), ir.Constant(I32_VECTOR, [0] * LANES)
+    )
 
 
 def _load_masked(builder: Any, address: Any, count: Any, vector: Any, name: str) -> Any:
@@ -351,7 +362,9 @@ def _nearest(builder: Any, value: Any) -> Any:
 def _times_power_of_two(builder: Any, value: Any, power: Any) -> Any:
     """value * 2**power for whole powers that keep it normal; 0 where the power is -127 or less."""
     whole = builder.fptosi(power, I32_VECTOR)
-    bits = builder.add(builder.bitcast(value, I32_VECTOR), builder.shl(whole, ir.Constant(I32_VECTOR, [23] * LANES)))
+    bits = builder.add(
+        builder.bitcast(value, I32_VECTOR), builder.shl(whole, ir.Constant(I32_VECTOR, [23] * LANES))
+    )
     tiny = builder.fcmp_ordered("<=", power, ir.Constant(F32_VECTOR, [-127.0] * LANES))
     return builder.select(tiny, ir.Constant(F32_VECTOR, [0.0] * LANES), builder.bitcast(bits, F32_VECTOR))
 

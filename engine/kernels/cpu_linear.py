@@ -9,14 +9,26 @@ Weights are packed once into panels of 16 columns, [out / 16][k][16] in float32,
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from numba import carray
 from torch import Tensor
 
-from engine.kernels.cpu_lanes import LANES, claim, clear, load, load_some, put_i64, store, store_bf16, store_f32_some, store_some
-from engine.kernels.cpu_native import inner, native, structure
+from engine.kernels.cpu_lanes import (
+    LANES,
+    claim,
+    clear,
+    load,
+    load_some,
+    put_i64,
+    store,
+    store_bf16,
+    store_f32_some,
+    store_some,
+)
+from engine.kernels.cpu_native import Clock, inner, native, structure
 from engine.kernels.cpu_product import multiply, multiply_packed
 from engine.kernels.cpu_tiles import (
     CONFIGURATION_BYTES,
@@ -29,6 +41,7 @@ from engine.kernels.cpu_tiles import (
 )
 
 COLUMNS = 64  # of a piece of work
+_ALONE_PRODUCTS = 32768  # up to this many are faster on one thread
 
 _i64 = ctypes.c_int64
 LinearArguments = structure(
@@ -82,7 +95,7 @@ def _write(a: Any, row: int, rows: int, column: int, columns: int, sums: int) ->
 def _panels(a: Any, column: int, panels: int) -> int:
     """Writes the addresses of a piece's panels; returns the first."""
     panel_bytes = LANES * a.inputs * a.element
-    at = a.weight + column // LANES * panel_bytes
+    at: int = a.weight + column // LANES * panel_bytes
     for group in range(COLUMNS // LANES):
         put_i64(panels + 8 * group, at + group * panel_bytes)
     return at
@@ -104,7 +117,9 @@ def _lanes_piece(a: Any, row: int, end: int, column: int, panels: int) -> None:
             for at in range(0, rows * a.inputs, LANES):
                 count = min(LANES, rows * a.inputs - at)
                 store_f32_some(floats + 4 * at, load_some(source + 2 * at, count, 2), count)
-            multiply_packed(rows, COLUMNS // LANES, floats, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2)
+            multiply_packed(
+                rows, COLUMNS // LANES, floats, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2
+            )
         _write(a, row, rows, column, COLUMNS, sums)
         row += rows
 
@@ -188,3 +203,43 @@ def pack(weight: Tensor) -> Tensor:
 def scratch_bytes(inputs: int) -> int:
     """What one thread needs for a layer of so many inputs."""
     return 4 * COLUMNS * 32 + 8 * 4 * inputs + 512
+
+
+class PackedLinear:
+    """`engine.kernels.protocol.Linear` over packed weights. `tiles`: on AMX (bf16, `in` a multiple of 32)."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, tiles: bool, scratch: Callable[[], int], clock: Clock
+    ) -> None:
+        self._weight, self._clock, self._scratch = pack(weight), clock, scratch
+        self._bias = None if bias is None else bias.float().contiguous()
+        self._outputs, inputs = weight.shape
+        self._dtype, self._work = weight.dtype, weight.numel()
+        self._kernel = linear_tiles if tiles else linear_lanes
+        self._arguments = LinearArguments(
+            inputs=inputs,
+            weight=self._weight.data_ptr(),
+            bias=0 if self._bias is None else self._bias.data_ptr(),
+            outputs=self._outputs,
+            element=weight.element_size(),
+            block=256 if tiles else 64,
+            scratch_bytes=scratch_bytes(inputs),
+        )
+        self._arguments.counters = ctypes.addressof(self._arguments)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert x.dtype == self._dtype
+        assert x.is_contiguous(), "kernels read rows by address"
+        rows = x.shape[0]
+        out = torch.empty((rows, self._outputs), dtype=self._dtype)
+        arguments = self._arguments
+        arguments.next = arguments.thread = 0
+        arguments.x = x.data_ptr()
+        arguments.rows = rows
+        arguments.out = out.data_ptr()
+        arguments.scratch = self._scratch()
+        if rows * self._work > _ALONE_PRODUCTS:
+            self._kernel.together(arguments, self._clock)
+        else:
+            self._kernel.alone(arguments)
+        return out

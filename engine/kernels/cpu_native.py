@@ -59,7 +59,8 @@ class Native:
         self._body = body
         self._record = numba.from_dtype(np.dtype(arguments))
         self._address = 0
-        self._alone: Any = None
+        self._alone: Any = None  # keeps the interpreter lock
+        self._released: Any = None  # does not
 
     def compile(self) -> None:
         """Compiles, or loads from the cache: seconds, or milliseconds."""
@@ -70,6 +71,13 @@ class Native:
             self._compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._body)
         self._address = self._compiled.address
         self._alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self._released = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether it was compiled in an earlier process."""
+        self.compile()
+        return bool(self._compiled.cache_hits)
 
     def alone(self, arguments: ctypes.Structure) -> None:
         """Runs on this thread, the interpreter lock held: for work of some microseconds."""
@@ -83,10 +91,10 @@ class Native:
             self.compile()
         start = perf_counter()
         if _PARALLEL is None:
-            self._alone(ctypes.addressof(arguments))
+            self._released(ctypes.addressof(arguments))
         else:
-            _PARALLEL(self._address, ctypes.addressof(arguments), 0, 0)  # 0: as many as torch was told
-            clock.seconds += perf_counter() - start
+            _PARALLEL(self._address, ctypes.addressof(arguments), threads(), 0)
+        clock.seconds += perf_counter() - start
 
 
 def native(arguments: type[ctypes.Structure]) -> Callable[[_Body], Native]:
@@ -100,7 +108,7 @@ def inner(function: _F) -> _F:
     return compiled
 
 
-class _cache_directory:  # noqa: N801 (a context manager that reads as a phrase)
+class _cache_directory:
     """Points numba's cache at a directory named after the content of all kernel sources, while it is entered.
 
     numba notices a change of the kernel's own file only; a kernel is made of several.
@@ -139,5 +147,10 @@ def structure(name: str, **fields: type) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
+MAX_THREADS = max(os.cpu_count() or 1, torch.get_num_threads())
+"""No kernel runs on more: scratch is laid out for so many."""
+
+
 def threads() -> int:
-    return torch.get_num_threads() if _PARALLEL is not None else 1
+    """As many as torch was told to use."""
+    return min(torch.get_num_threads(), MAX_THREADS)

@@ -33,12 +33,12 @@ class _Tile:
 
     def emit(self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any) -> None:
         builder = self.builder
-        sums = [[cgutils.alloca_once(builder, F32_VECTOR) for _ in range(self.groups)] for _ in range(self.rows)]
+        sums = [
+            [cgutils.alloca_once(builder, F32_VECTOR) for _ in range(self.groups)] for _ in range(self.rows)
+        ]
         a_rows = [builder.add(a, builder.mul(a_row, ir.Constant(_I64, row))) for row in range(self.rows)]
         c_rows = [builder.add(c, builder.mul(c_row, ir.Constant(_I64, row))) for row in range(self.rows)]
-        starts = [
-            builder.load(_at(builder, b, 8 * group), typ=_I64, align=8) for group in range(self.groups)
-        ]
+        starts = [builder.load(_at(builder, b, 8 * group), typ=_I64, align=8) for group in range(self.groups)]
         for row, group in self._elements():
             loaded = builder.load(_at(builder, c_rows[row], group * _ROW), typ=F32_VECTOR, align=4)
             builder.store(loaded, sums[row][group])
@@ -46,7 +46,9 @@ class _Tile:
             offset = builder.mul(loop.index, b_step)
             step = ir.Constant(_I64, 8 if self.packed else 4)
             column = builder.mul(loop.index, step)
-            self._step(sums, [builder.add(row, column) for row in a_rows], [builder.add(s, offset) for s in starts])
+            self._step(
+                sums, [builder.add(row, column) for row in a_rows], [builder.add(s, offset) for s in starts]
+            )
         for row, group in self._elements():
             summed = builder.load(sums[row][group], typ=F32_VECTOR)
             builder.store(summed, _at(builder, c_rows[row], group * _ROW), align=4)
@@ -93,7 +95,16 @@ def _emit_rows(builder: Any, rows: int, packed: bool, groups: Any, values: list[
 
 def _product(packed: bool) -> Any:
     def product(
-        context: Any, rows: Any, groups: Any, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any
+        context: Any,
+        rows: Any,
+        groups: Any,
+        a: Any,
+        a_row: Any,
+        b: Any,
+        b_step: Any,
+        c: Any,
+        c_row: Any,
+        count: Any,
     ) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             for height in TILE_ROWS:

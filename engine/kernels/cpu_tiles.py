@@ -140,9 +140,7 @@ weigh_4, weigh_1 = _multiply(4, along=True), _multiply(1, along=True)
 
 
 def _square() -> Any:
-    def square(
-        context: Any, a: Any, a_row: Any, b: Any, b_far: Any, c: Any, count: Any
-    ) -> tuple[Any, Any]:
+    def square(context: Any, a: Any, a_row: Any, b: Any, b_far: Any, c: Any, count: Any) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             _emit_square(builder, *values)
             return context.get_dummy_value()
