@@ -17,7 +17,8 @@ from app.served import Model
 from app.serving import Parts
 from engine.chat_template import ChatTemplateError
 from engine.core import Core, CoreConfig
-from engine.kernels.select import UnsupportedDevice, make_kernels
+from engine.kernels.protocol import UnsupportedDevice
+from engine.kernels.select import make_kernels
 from engine.model.errors import ModelError
 from engine.model.loading import Loaded, load_model
 from engine.runner import ModelRunner

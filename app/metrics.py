@@ -64,8 +64,8 @@ class Metrics:
         info.labels(**self._labels, **facts).set(1)
 
     def _make_counters(self) -> None:
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts, of finished requests.")
-        self._generated = self._counter("vllm:generation_tokens", "Tokens generated, of finished requests.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts, counted when admitted.")
+        self._generated = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._preemptions = self._counter("vllm:num_preemptions", "Preemptions.")
         self._queries = self._counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self._hits = self._counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
@@ -84,7 +84,7 @@ class Metrics:
         )
         self._resumptions = self._counter(
             "sluice:resumptions",
-            "Preempted sequences that came back and finished, by way and tier.",
+            "Preempted sequences that came back, by way and tier.",
             way=self._way,
             tier="none",
         )
@@ -140,6 +140,9 @@ class Metrics:
     def observe_step(self, step: StepRecord) -> None:
         self._computed.inc(step.computed_tokens)
         self._recomputed.inc(step.recomputed_tokens)
+        self._generated.inc(step.sampled_tokens)
+        self._prompt_tokens.inc(step.prompt_tokens)
+        self._resumptions.inc(step.resumptions)
         self._preemptions.inc(step.preemptions)
         self._victims.inc(step.preemptions)
         self._queries.inc(step.prefix_queries)
@@ -150,14 +153,10 @@ class Metrics:
     def observe_finished(self, choice: Finished) -> None:
         self._successes[choice.reason].inc()
         if choice.choice == 0:  # a request's choices share its prompt
-            self._prompt_tokens.inc(choice.prompt_tokens)
             self._prompt_length.observe(choice.prompt_tokens)
-        self._generated.inc(choice.output_tokens)
         self._output_length.observe(choice.output_tokens)
         self._e2e.observe(choice.finished - choice.arrived)
         self._queued.observe(choice.queued_seconds)
-        if choice.reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._resumptions.inc(choice.preemptions)
         self._observe_tokens(choice)
 
     def _observe_tokens(self, choice: Finished) -> None:

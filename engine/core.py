@@ -203,6 +203,7 @@ def _account(scheduled: Scheduled, result: StepResult) -> Account:
         prefill_tokens=sum(len(row.tokens) for row in scheduled.rows) - decode,
         decode_tokens=decode,
         recomputed_tokens=scheduled.recomputed_tokens,
+        sampled_tokens=len(result.tokens),
         seconds=result.seconds,
         gil_seconds=result.gil_seconds,
     )

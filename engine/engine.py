@@ -28,7 +28,10 @@ class StepRecord:
     decode_tokens: int
     computed_tokens: int
     recomputed_tokens: int
+    sampled_tokens: int
+    prompt_tokens: int  # of requests first admitted
     preemptions: int
+    resumptions: int
     prefix_queries: int  # tokens looked up in the prefix cache
     prefix_hits: int  # tokens found there
     running: int
@@ -68,7 +71,7 @@ class Engine:
         self.dead: asyncio.Future[BaseException] = self._loop.create_future()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._counted = (0, 0, 0)  # preemptions, prefix queries, prefix hits told to observers so far
+        self._counted = (0,) * 5  # the scheduler's counters, as told to observers so far
         worker.start(self._report)
 
     # --- for clients ----------------------------------------------------------------------------------------------
@@ -189,8 +192,14 @@ class Engine:
 
     def _record(self, account: Account) -> StepRecord:
         scheduler = self.core.scheduler
-        counters = (scheduler.preemptions, scheduler.prefix_queries, scheduler.prefix_hits)
-        preemptions, queries, hits = (
+        counters = (
+            scheduler.prompt_tokens,
+            scheduler.preemptions,
+            scheduler.resumptions,
+            scheduler.prefix_queries,
+            scheduler.prefix_hits,
+        )
+        prompt_tokens, preemptions, resumptions, queries, hits = (
             now - before for now, before in zip(counters, self._counted, strict=True)
         )
         self._counted = counters
@@ -201,7 +210,10 @@ class Engine:
             decode_tokens=account.decode_tokens,
             computed_tokens=account.prefill_tokens + account.decode_tokens,
             recomputed_tokens=account.recomputed_tokens,
+            sampled_tokens=account.sampled_tokens,
+            prompt_tokens=prompt_tokens,
             preemptions=preemptions,
+            resumptions=resumptions,
             prefix_queries=queries,
             prefix_hits=hits,
             running=len(scheduler.running),

@@ -74,6 +74,7 @@ class Account:
     prefill_tokens: int  # positions computed in rows longer than one token, or short of the sequence's end
     decode_tokens: int
     recomputed_tokens: int  # of these positions, computed once before
+    sampled_tokens: int
     seconds: float
     gil_seconds: float
 

@@ -64,7 +64,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Finished:
-    """The accounts of one sequence (choice) at its end. Times are the engine clock's seconds; None: never came so far."""
+    """The accounts of one sequence (choice) at its end. Times are seconds of the engine's clock; None: never came."""
 
     request: str
     choice: int

@@ -161,15 +161,18 @@ class ModelRunner:
 
     def launch(self, plan: Plan) -> Done:
         """Computes the plan; its result is ready when this returns."""
-        started, released = self._clock(), self._kernels.released_seconds
+        started, released = self._clock(), self._released_seconds()
         for placement in plan.placements:
             self.tables.place(placement)
             self._sampler.place(placement.slot, placement.sampling)
         with torch.inference_mode():
             tokens, logprobs = self._step(plan.rows)
         seconds = self._clock() - started
-        held = max(0.0, seconds - (self._kernels.released_seconds - released))
+        held = max(0.0, seconds - (self._released_seconds() - released))
         return Done(StepResult(plan.step, tokens, logprobs, seconds, held))
+
+    def _released_seconds(self) -> float:
+        return self._kernels.released_seconds + self._sampler.released_seconds
 
     def warm_up(self) -> None:
         """Takes what a first step would wait for (compilers, page faults).
@@ -181,6 +184,7 @@ class ModelRunner:
         decode = Row(slot=0, start=len(tokens) - 1, tokens=(PENDING,), blocks_at=0, blocks=(), samples=True)
         self.launch(Plan(0, (Placement(0, Sampling()),), (prefill,)))
         self.launch(Plan(0, (), (decode,)))
+        self._sampler.warm_up()
 
     def batch(self, flat: FlatRows) -> Batch:
         """The rows for the model. Fills in pending tokens, in `flat` too, from their slots' last draws."""

@@ -43,7 +43,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.prefix_queries = 0  # tokens looked up in the prefix cache, and of these …
         self.prefix_hits = 0  # … found, both at first admissions alone
+        self.prompt_tokens = 0  # of requests admitted, each counted once
         self.preemptions = 0
+        self.resumptions = 0
         self._order = ORDERS[config.order]
         self._victim = VICTIMS[config.victim]
         self._waiting: list[tuple[tuple[float, ...], int, int, Sequence]] = []
@@ -142,6 +144,9 @@ class Scheduler:
             sequence.admitted, sequence.cached_tokens = now, matched
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += matched
+            self.prompt_tokens += sequence.prompt_tokens * (sequence.choice == 0)
+        else:
+            self.resumptions += 1
         sequence.admissions += 1
         sequence.queued_seconds += now - sequence.waiting_since
         sequence.admitted_as = self._admissions

@@ -38,7 +38,7 @@ TALE_BOOKS = COLLECTIONS | {
 SHINGLE = 12
 CHARS_PER_TOKEN = 3.5
 SHORT_CHAT = 1300  # characters; half of the chats are no longer than this
-GREETINGS = 300
+GREETINGS = 600
 TITLED = re.compile(
     r"^([A-Z][A-Z',\- ]{5,}[A-Z]) (?=(?:An?|The|There|One|Once|In|Some|Two|When|It|At|Long)\b)"
 )

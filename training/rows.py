@@ -77,8 +77,11 @@ def plain_pieces(encoded: list[Ids], context: int, rng: np.random.Generator) -> 
             yield Piece(part, np.full(len(part), PLAIN, dtype=np.uint8))
 
 
-def pack(pieces: list[Piece], context: int) -> Rows:
-    """Fill rows greedily, largest piece first, each into the fullest row with room; pads weigh nothing."""
+def pack(pieces: list[Piece], context: int, rng: np.random.Generator) -> Rows:
+    """Fill rows greedily, largest piece first, each into the fullest row with room; pads weigh nothing.
+
+    The pieces of a row then change places at random, or else a short chat would never begin one.
+    """
     room: list[list[int]] = [[] for _ in range(context + 2)]
     filled: list[list[Piece]] = []
     for piece in sorted(pieces, key=lambda item: -len(item.ids)):
@@ -89,7 +92,7 @@ def pack(pieces: list[Piece], context: int) -> Rows:
             filled.append([])
         filled[row].append(piece)
         room[space - size].append(row)
-    return _stack(filled, context)
+    return _stack([[row[i] for i in rng.permutation(len(row))] for row in filled], context)
 
 
 def _stack(filled: list[list[Piece]], context: int) -> Rows:
@@ -107,7 +110,7 @@ def epoch_rows(tokenizer: Tokenizer, works: list[Work], context: int, seed: int)
     rng = np.random.default_rng(seed)
     pieces = list(plain_pieces(encode_works(tokenizer, works), context, rng))
     pieces += chat_pieces(tokenizer, works, context, seed)
-    packed = pack(pieces, context)
+    packed = pack(pieces, context, rng)
     order = rng.permutation(len(packed.ids))
     return Rows(packed.ids[order], packed.weights[order])
 

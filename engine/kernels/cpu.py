@@ -13,7 +13,7 @@ from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
 from engine.kernels.cpu_amx import amx_fits, attend_tiles
 from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads
 from engine.kernels.cpu_tiles import amx_available
-from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear
+from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
 
 _ELEMENT = {torch.float32: 4, torch.bfloat16: 2}
 _STORE_TOKENS = 64  # a piece of work when keys and values are stored apart from attention
@@ -21,7 +21,7 @@ _ALONE_NUMBERS = 16384  # elementwise work up to this many numbers is faster on 
 _ALONE_PRODUCTS = 32768  # and attention up to this many
 
 
-class UnsupportedOnCpu(Exception):
+class UnsupportedOnCpu(UnsupportedDevice):
     """The CPU's kernels cannot run this model or this pool as configured."""
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels import triton_attention, triton_matmul, triton_rowwise
-from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear
+from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class UnsupportedDtype(Exception):
+class UnsupportedDtype(UnsupportedDevice):
     """A dtype that no CUDA kernel here takes: choose one of bfloat16, float16, float32 (model.dtype)."""
 
 

@@ -13,6 +13,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+
+class UnsupportedDevice(Exception):
+    """The device, or the dtype or a model's shape on it, is not one that Sluice has kernels for."""
+
+
 Linear = Callable[[Tensor], Tensor]
 """[tokens, in_features] -> [tokens, out_features], dtype kept."""
 
@@ -42,8 +47,9 @@ class AttentionShape:
 
 @dataclass(slots=True)
 class Batch:
-    """One step's rows as arrays, on the kernels' device. T tokens, R rows; row r owns tokens row_starts[r]:row_starts[r+1].
+    """One step's rows as arrays, on the kernels' device: T tokens, R rows.
 
+    Row r owns the tokens row_starts[r]:row_starts[r + 1].
     `tables` is persistent, [max_sequences, max_blocks_per_sequence]; row r's block table is tables[slots[r]].
     Token t sits at positions[t]; its KV goes to block tables[slot][position // block_size], offset
     position % block_size, and it attends to positions 0 … positions[t] of its row.

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 import torch
 from llvmlite.binding import get_host_cpu_features
 
-from engine.kernels.protocol import Kernels
+from engine.kernels.protocol import Kernels, UnsupportedDevice
 
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class UnsupportedDevice(Exception):
-    """The device or the dtype on it is not one that Sluice has kernels for."""
 
 
 @dataclass(frozen=True, slots=True)

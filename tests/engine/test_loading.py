@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.kernels.select import UnsupportedDevice, choose_dtype
+from engine.kernels.protocol import UnsupportedDevice
+from engine.kernels.select import choose_dtype
 from engine.model.config import ModelConfig, parse_config, read_config
 from engine.model.errors import BrokenCheckpoint, ModelError, UnsupportedModel
 from engine.model.generation import parse_generation, read_generation

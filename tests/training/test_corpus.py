@@ -70,7 +70,7 @@ def test_packing_keeps_every_token_and_splits_no_piece(sizes: list[int]) -> None
         rows.Piece(np.full(size, i + 1, dtype=np.int16), np.full(size, 10, dtype=np.uint8))
         for i, size in enumerate(sizes)
     ]
-    packed = rows.pack(pieces, 32)
+    packed = rows.pack(pieces, 32, np.random.default_rng(0))
     assert packed.ids.shape[1] == 33
     for i, size in enumerate(sizes):
         assert sorted((packed.ids == i + 1).sum(axis=1))[-1] == size
