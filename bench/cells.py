@@ -1,7 +1,7 @@
 """What is measured: how many streams, over which context, prefill or decode."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -20,6 +20,10 @@ class Cell:
     def tokens(self) -> int:
         """Of all prompts."""
         return self.streams * self.context
+
+    def within(self, max_positions: int, new_tokens: int) -> "Cell":
+        """Its context shortened to leave room for `new_tokens`: what is run, where a model ends at it."""
+        return replace(self, context=max(1, min(self.context, max_positions - new_tokens)))
 
 
 def matrix(streams: Iterable[int], contexts: Iterable[int], *, prefill_tokens: int) -> list[Cell]:

@@ -69,11 +69,12 @@ async def stream(session: ClientSession, body: dict[str, Any]) -> Answer:
 
 async def _events(response: ClientResponse) -> AsyncIterator[dict[str, Any]]:
     async for line in response.content:
-        data = line.removeprefix(b"data: ").strip()
-        if data == b"[DONE]":
+        name, _, data = line.strip().partition(b":")
+        if name != b"data":  # a blank line, or a comment that keeps the connection alive
+            continue
+        if data.strip() == b"[DONE]":
             return
-        if data:
-            yield json.loads(data)
+        yield json.loads(data)
     raise Incomplete("the stream ended without [DONE]")
 
 

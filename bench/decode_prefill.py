@@ -27,7 +27,8 @@ from bench.cells import Cell, Kind, matrix
 from bench.limits import ITEM_BYTES, Meter
 from bench.peers.wire import Setup
 from bench.process import Program
-from bench.session import Effort, Session, row
+from bench.session import Effort, ModelChanged, Session, row
+from engine.model.errors import ModelError
 
 MODULES = {
     "sluice": "bench.peers.sluice",
@@ -36,7 +37,7 @@ MODULES = {
     "cb": "bench.peers.transformers_cb",
 }
 DEFAULT = Effort()
-PREFILL_ROOM_TOKENS = 16384  # of KV cache, beside the decodes' contexts
+PREFILL_ROOM_TOKENS = 16384  # of KV cache, beside the decodes' contexts; more for larger prefills
 
 
 def arguments() -> argparse.Namespace:
@@ -88,8 +89,8 @@ class Bench:
         self._bar = progress.add_task("", total=total)
 
     def run(self) -> None:
-        for name in self._options.models:
-            model = models.find(name, self._options.model_cache)
+        found = [models.find(name, self._options.model_cache) for name in self._options.models]
+        for model in found:  # all of them, before hours go into the first
             for dtype in self._options.dtypes:
                 self._run_model(model, dtype)
 
@@ -123,21 +124,26 @@ class Bench:
         meter = Meter(model.config, setup.dtype, setup.threads)
         for cell in self._cells:
             self._note(f"limit of {cell.kind} {cell.streams} x {cell.context}")
-            self._write(row(setup, cell, report.LIMIT) | {"tokens_per_second": meter.tokens_per_second(cell)})
+            limit = meter.tokens_per_second(self._effort().within(cell, model.config.max_positions))
+            self._write(row(setup, cell, report.LIMIT) | {"tokens_per_second": limit})
             self._progress.advance(self._bar)
 
     def _note(self, text: str) -> None:
-        self._progress.update(self._bar, description=text[:60])
+        self._progress.update(self._bar, description=text.partition("\n")[0][:60])
         if not self._progress.console.is_terminal:
             print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
     def _setup(self, model: models.BenchModel, dtype: str) -> Setup:
-        longest = max((cell.tokens for cell in self._cells if cell.kind is Kind.DECODE), default=0)
+        longest, prefill = (
+            max((cell.tokens for cell in self._cells if cell.kind is kind), default=0)
+            for kind in (Kind.DECODE, Kind.PREFILL)
+        )
+        room = max(prefill, PREFILL_ROOM_TOKENS)
         return Setup(
             model=str(model.directory),
             dtype=dtype,
             vocabulary=model.config.vocab_size,
-            kv_tokens=longest + max(self._options.streams) * DEFAULT.max_tokens + PREFILL_ROOM_TOKENS,
+            kv_tokens=longest + max(self._options.streams) * DEFAULT.max_tokens + room,
             max_streams=max(self._options.streams),
             threads=self._options.threads,
         )
@@ -160,7 +166,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / time.strftime("decode_prefill-%Y%m%d-%H%M%S.jsonl")
     console = report.console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    name = TextColumn("{task.description}", markup=False)  # a peer's last words are no markup
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         path.open("w", buffering=1) as file,
         Progress(*columns, TimeRemainingColumn(), console=console) as progress,
@@ -170,9 +177,15 @@ def main() -> None:
             file.write(json.dumps(line) + "\n")
 
         write({"machine": machine.description(), "options": {k: str(v) for k, v in vars(options).items()}})
-        Bench(options, write, progress).run()
+        failure = None
+        try:
+            Bench(options, write, progress).run()
+        except (ModelChanged, ModelError) as error:
+            failure = str(error)
     report.show(report.read([path]), console)
     console.print(f"rows: {path}")
+    if failure:
+        sys.exit(failure)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ from pathlib import Path
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
+class NoSuchProcess(Exception):
+    """A process to be watched is not there, or no longer."""
+
+
 def description() -> dict[str, object]:
     """Processor, cores and kernel, for the head of a file of rows."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
@@ -51,6 +55,9 @@ class Others:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process holds now."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    """Memory that a process holds now. Raises NoSuchProcess."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NoSuchProcess(f"no process {pid} here") from error
     return pages * os.sysconf("SC_PAGE_SIZE")

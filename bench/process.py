@@ -1,5 +1,6 @@
 """A peer's process, from the bench's side: start it, ask it, end it."""
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -28,16 +29,24 @@ class Program:
 
 
 class PeerProcess:
-    """Loads at once (seconds to a minute). A context manager: the process ends with the block."""
+    """Loads at once (seconds to a minute). Raises PeerFailed, or OSError when there is no such Python."""
 
     def __init__(self, program: Program, setup: Setup) -> None:
         self.name = program.name
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         command = [program.python, "-m", program.module, json.dumps(asdict(setup))]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-        self.facts: dict[str, Any] = self._answer()["ready"]
+        with contextlib.ExitStack() as undo:
+            self._errors: IO[bytes] = undo.enter_context(tempfile.TemporaryFile())
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
+            undo.callback(self.close)
+            self.facts: dict[str, Any] = self._answer("ready")
+            undo.pop_all()  # it is up: close() is the caller's from here on
 
     @property
     def pid(self) -> int:
@@ -46,17 +55,17 @@ class PeerProcess:
     def ask(self, job: Job) -> Sequence[Trace]:
         """One trace a stream. Raises PeerFailed."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
-        self._process.stdin.flush()
-        return [Trace(**trace) for trace in self._answer()["traces"]]
+        with contextlib.suppress(BrokenPipeError):  # it died since: then no answer comes, and that says why
+            self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+            self._process.stdin.flush()
+        return [Trace(**trace) for trace in self._answer("traces")]
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, key: str) -> Any:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # nothing, or what a process wrote before it was killed
             raise PeerFailed(f"{self.name} ended with code {self._process.wait()}:\n{self._last_words()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)[key]
 
     def _last_words(self) -> str:
         self._errors.seek(0)
@@ -65,7 +74,10 @@ class PeerProcess:
     def close(self) -> None:
         """Ends its input, and the process itself if it does not heed that."""
         assert self._process.stdin
-        self._process.stdin.close()
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):  # closing writes what a dead peer did not take
+            self._process.stdin.close()
+        self._process.stdout.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -19,6 +19,7 @@ from bench.process import PeerFailed, PeerProcess, Program
 REFERENCE = "generate"
 """The peer whose tokens are compared with: plain transformers."""
 
+PREFILL_NEW_TOKENS = 1
 PROBE_TOKENS = 8
 """New tokens of the untimed run that brings a decode's context into the cache and shows the peer's speed."""
 
@@ -39,6 +40,11 @@ class Effort:
         90.0  # a peer that would take longer to compute a cell's prompts leaves that cell out
     )
 
+    def within(self, cell: Cell, max_positions: int) -> Cell:
+        """The cell as a model of so many positions runs it: what is generated has room after the context."""
+        new_tokens = PREFILL_NEW_TOKENS if cell.kind is Kind.PREFILL else self.max_tokens
+        return cell.within(max_positions, new_tokens)
+
 
 class Session:
     """`parent` is the bench's own process; `note` is told in words what happens, for whoever watches."""
@@ -54,6 +60,7 @@ class Session:
         self._note = note
         self._peers: list[PeerProcess] = []
         self._prefill_rates: dict[str, float] = {}  # tokens/s, as last seen
+        self._probe_rates: dict[str, float] = {}  # the same of decodes' contexts, part of which may be cached
 
     def load(self, programs: Sequence[Program]) -> None:
         """A peer that cannot be started is absent, with the reason. Raises ModelChanged."""
@@ -91,40 +98,59 @@ class Session:
     def _prepared(self, peer: PeerProcess, cell: Cell) -> Job | None:
         """An untimed run, and the job that follows from it; None when the peer is too slow for the cell."""
         first = self._job(cell, repeat=-1)
-        rate = self._prefill_rates.get(peer.name)
-        if rate is not None and cell.tokens / rate > self._effort.patience_seconds:
-            self._note(f"{peer.name} leaves out {cell}: its prompts would take {cell.tokens / rate:.0f} s")
+        if (expected := self._expected_seconds(peer, first)) > self._effort.patience_seconds:
+            self._note(f"{peer.name} leaves out {cell}: its prompts would take {expected:.0f} s")
             return None
         traces = self._asked(peer, first)
         if traces is None:
             return None
         if cell.kind is Kind.PREFILL:
-            self._prefill_rates[peer.name] = cell.tokens / figures.prefill_seconds(traces)
             return first
-        seconds, _ = figures.decode_window(traces)
-        steps = round(self._effort.seconds / seconds * (PROBE_TOKENS - 1))
-        return replace(first, new_tokens=min(self._effort.max_tokens, max(self._effort.min_tokens, steps)))
+        self._probe_rates[peer.name] = _prefill_rate(first, traces)
+        # Computing the contexts may have taken the last stream longer than the first one's few tokens. They
+        # are cached now, so that more tokens are enough.
+        again = replace(first, new_tokens=self._effort.max_tokens)
+        return self._timed(first, traces) or self._timed(again, self._asked(peer, again))
+
+    def _expected_seconds(self, peer: PeerProcess, job: Job) -> float:
+        """For the prompts, by what prefills showed; by decodes where none was run; 0 as long as none was."""
+        rate = self._prefill_rates.get(peer.name, self._probe_rates.get(peer.name))
+        return 0.0 if rate is None else job.streams * job.context / rate
+
+    def _timed(self, job: Job, traces: Sequence[Trace] | None) -> Job | None:
+        """The job with as many new tokens as fill the time aimed at; None when its decode was not seen."""
+        if traces is None:
+            return None
+        try:
+            seconds, tokens = figures.decode_window(traces)
+        except figures.Unmeasurable as error:
+            self._note(f"{job} tells nothing of decoding: {error}")
+            return None
+        steps = round(self._effort.seconds / seconds * tokens / job.streams)
+        return replace(job, new_tokens=min(self._effort.max_tokens, max(self._effort.min_tokens, steps)))
 
     def _job(self, cell: Cell, repeat: int) -> Job:
-        """Prefills compute new prompts each time; decodes share theirs, so contexts are cached.
-
-        The longest context leaves room for what is generated after it.
-        """
+        """Prefills compute new prompts each time; decodes share theirs, so contexts are cached."""
+        context = self._effort.within(cell, self._max_positions).context
         if cell.kind is Kind.PREFILL:
-            context = min(cell.context, self._max_positions - 1)
-            return Job(cell.streams, context, 1, seed=(context * 1000 + cell.streams) * 100 + repeat + 2)
-        context = min(cell.context, self._max_positions - self._effort.max_tokens)
+            # By the cell's own context: of two shortened alike, the second must not find the first's cached.
+            seed = (cell.context * 1000 + cell.streams) * 100 + repeat + 2
+            return Job(cell.streams, context, PREFILL_NEW_TOKENS, seed)
         return Job(cell.streams, context, PROBE_TOKENS, 0)
 
     def _asked(self, peer: PeerProcess, job: Job) -> Sequence[Trace] | None:
         """None when the peer died of it; it is absent from then on."""
         try:
-            return peer.ask(job)
+            traces = peer.ask(job)
         except PeerFailed as error:
             self.absent[peer.name] = str(error)
             self._note(f"{peer.name} failed: {error}")
             self._peers.remove(peer)
+            peer.close()
             return None
+        if job.new_tokens == PREFILL_NEW_TOKENS:
+            self._prefill_rates[peer.name] = _prefill_rate(job, traces)
+        return traces
 
     def _repeat(self, cell: Cell, repeat: int, jobs: dict[PeerProcess, Job]) -> Iterator[dict[str, Any]]:
         """Runs one repeat of each peer; rows come after all ran, since they need the reference's tokens."""
@@ -133,14 +159,14 @@ class Session:
             asked = replace(job, seed=self._job(cell, repeat).seed)
             others = Others(self._parent, peer.pid)
             at, traces = time.time(), self._asked(peer, asked)
-            if traces is not None:
-                facts = {
-                    "at": at,
-                    "place": place,
-                    "others_cores": round(others.cores(), 3),
-                    "job": asdict(asked),
-                }
+            if traces is None:
+                continue
+            cores = round(others.cores(), 3)
+            facts = {"at": at, "place": place, "others_cores": cores, "job": asdict(asked)}
+            try:
                 done.append((peer.name, traces, facts | _figure(asked, traces)))
+            except figures.Unmeasurable as error:
+                self._note(f"{peer.name}, {asked} tells nothing of decoding: {error}")
         reference = next((traces for name, traces, _ in done if name == REFERENCE), None)
         for name, traces, facts in done:
             agrees = None if reference is None else figures.agreement(traces, reference)
@@ -148,8 +174,9 @@ class Session:
 
 
 def weights_state(directory: Path) -> dict[str, int]:
-    """When each file of weights was written."""
-    return {path.name: path.stat().st_mtime_ns for path in sorted(directory.glob("*.safetensors"))}
+    """When each file that says what the weights are, or how to use them, was written."""
+    files = [directory / "config.json", *directory.glob("*.safetensors*")]  # an index of shards too
+    return {path.name: path.stat().st_mtime_ns for path in sorted(files)}
 
 
 def row(setup: Setup, cell: Cell, peer: str) -> dict[str, Any]:
@@ -158,8 +185,13 @@ def row(setup: Setup, cell: Cell, peer: str) -> dict[str, Any]:
     return {"model": setup.model, "peer": peer} | which
 
 
+def _prefill_rate(job: Job, traces: Sequence[Trace]) -> float:
+    """Tokens of prompts a second."""
+    return job.streams * job.context / figures.prefill_seconds(traces)
+
+
 def _figure(job: Job, traces: Sequence[Trace]) -> dict[str, Any]:
-    if job.new_tokens == 1:
+    if job.new_tokens == PREFILL_NEW_TOKENS:
         seconds, tokens = figures.prefill_seconds(traces), job.streams * job.context
     else:
         seconds, tokens = figures.decode_window(traces)

@@ -12,13 +12,13 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from aiohttp import ClientConnectionError, ClientSession, ClientTimeout, TCPConnector
+from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -54,7 +54,7 @@ def bodies(count: int, prompt_words: int, max_tokens: int, model: str) -> list[d
         {
             "model": model,
             "prompt": " ".join(drawn.choices(WORDS, k=drawn.randint(1, prompt_words))),
-            "max_tokens": drawn.randint(max_tokens // 2, max_tokens),
+            "max_tokens": drawn.randint((max_tokens + 1) // 2, max_tokens),
             "temperature": 0.0 if number % 2 else 0.8,
             "seed": number,
             "ignore_eos": True,
@@ -70,24 +70,31 @@ class Watch:
     resident_bytes: list[int] = field(default_factory=list)
     client_lags: list[float] = field(default_factory=list)  # a client that lags measures itself
 
+    def sample(self, pid: int | None) -> None:
+        if pid is not None:
+            self.resident_bytes.append(machine.resident_bytes(pid))
+
 
 @asynccontextmanager
 async def watching(pid: int | None) -> AsyncIterator[Watch]:
+    """Samples until the block ends. Raises NoSuchProcess: at once, or at the end if the process went."""
     watch = Watch()
+    watch.sample(pid)
     task = asyncio.create_task(_watch(watch, pid))
     try:
         yield watch
     finally:
         task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def _watch(watch: Watch, pid: int | None) -> None:
     while True:
-        if pid is not None:
-            watch.resident_bytes.append(machine.resident_bytes(pid))
         due = time.perf_counter() + SAMPLE_SECONDS
         await asyncio.sleep(SAMPLE_SECONDS)
         watch.client_lags.append(time.perf_counter() - due)
+        watch.sample(pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ async def alone(session: ClientSession, requests: Sequence[dict[str, Any]]) -> l
 
 def verdict(streamed: client.Answer | BaseException, truth: client.Answer) -> str:
     if isinstance(streamed, BaseException):
-        return f"failed: {streamed}"
+        return f"failed: {type(streamed).__name__} {streamed}".rstrip()  # a timeout has no words of its own
     if not streamed.complete:
         return "incomplete"
     return "right" if streamed.same(truth) else "wrong"
@@ -154,7 +161,7 @@ def summary(run: Run, idle: Metrics, verdicts: Sequence[str], state: dict[str, A
         "right": verdicts.count("right"),
         "seconds": run.seconds,
         "tokens_per_second": tokens / run.seconds,
-        "first_chunk_p99_seconds": _p99([answer.times[0] for answer in whole]),
+        "first_chunk_p99_seconds": _p99([answer.times[0] for answer in whole if answer.times]),
         "lag_p50_seconds": run.metrics.lag.quantile(0.5),
         "lag_p99_seconds": run.metrics.lag.quantile(0.99),
         "lag_observations": run.metrics.lag.count,
@@ -249,8 +256,8 @@ def main() -> None:
     options = arguments()
     try:
         figures, rows = asyncio.run(measure(options))
-    except (ClientConnectionError, client.Incomplete, NoSuchMetric) as error:
-        sys.exit(f"{options.url} cannot be measured: {error}")
+    except (ClientError, TimeoutError, client.Incomplete, NoSuchMetric, machine.NoSuchProcess) as error:
+        sys.exit(f"{options.url} cannot be measured: {type(error).__name__} {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / time.strftime("streams-%Y%m%d-%H%M%S.jsonl")
     head = {"machine": machine.description(), "summary": figures}

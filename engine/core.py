@@ -14,7 +14,7 @@ from engine.request import Delta, FinishReason, Request
 from engine.scheduler import Scheduled, Scheduler, SchedulerConfig
 from engine.sequence import Sequence
 from engine.text import OutputText
-from kvstore.block import root_key
+from kvstore.block import Key, extend_keys, root_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,11 @@ class Core:
     def _arrived(self, request: Request, now: float) -> list[Instruction]:
         if refusal := self._refusal(request):
             return [refusal]
-        self.sequences[request.id] = [self._new_sequence(request, choice, now) for choice in range(request.n)]
+        root, keys = root_key(self.config.fingerprint, request.salt), list[Key]()
+        extend_keys(keys, root, request.prompt, self.config.scheduler.block_size)  # once for all choices
+        self.sequences[request.id] = [
+            self._new_sequence(request, choice, root, list(keys), now) for choice in range(request.n)
+        ]
         for sequence in self.sequences[request.id]:
             self.scheduler.enqueue(sequence, now)
         return []
@@ -90,7 +94,9 @@ class Core:
             return Reject(request.id, "queue_full", message, None)
         return None
 
-    def _new_sequence(self, request: Request, choice: int, now: float) -> Sequence:
+    def _new_sequence(
+        self, request: Request, choice: int, root: Key, keys: list[Key], now: float
+    ) -> Sequence:
         stopping = request.stopping
         enders = stopping.stop_token_ids + (() if stopping.ignore_eos else self.config.eos_token_ids)
         self._arrivals += 1
@@ -104,7 +110,8 @@ class Core:
                 suppressed_until=len(request.prompt) + stopping.min_tokens,
             ),
             text=OutputText(self._vocabulary, stopping.stop, stopping.include_stop_str),
-            root=root_key(self.config.fingerprint, request.salt),
+            root=root,
+            keys=keys,
             arrived=now,
             tokens=list(request.prompt),
             prompt_tokens=len(request.prompt),
@@ -128,7 +135,8 @@ class Core:
     def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
         """Commits a step row by row. Rows of sequences that lost their place meanwhile are void."""
         step = self._outstanding.popleft()
-        news: list[Instruction] = [_account(step.scheduled, result)]
+        news: list[Instruction] = []
+        kept = 0
         drawn = zip(result.tokens, result.logprobs, strict=True)
         rows, sequences = step.scheduled.rows, step.scheduled.sequences
         for row, sequence, epoch in zip(rows, sequences, step.epochs, strict=True):
@@ -138,11 +146,12 @@ class Core:
             if token is not None:
                 sequence.tokens.append(token)
                 sequence.pending -= 1
+                kept += 1
             self.scheduler.computed(sequence, row.start + len(row.tokens))
             if token is not None:
                 news += self._drawn(sequence, token, logprob, now)
         assert next(drawn, None) is None, "more tokens drawn than rows sampled"
-        return news
+        return [_account(step.scheduled, result, kept), *news]
 
     def _drawn(
         self, sequence: Sequence, token: int, logprob: Logprob | None, now: float
@@ -195,7 +204,7 @@ class Core:
             assert self.scheduler.pool.held == 0, f"{self.scheduler.pool.held} blocks leaked"
 
 
-def _account(scheduled: Scheduled, result: StepResult) -> Account:
+def _account(scheduled: Scheduled, result: StepResult, kept: int) -> Account:
     decode = sum(len(row.tokens) == 1 and row.samples for row in scheduled.rows)
     return Account(
         step=result.step,
@@ -203,7 +212,7 @@ def _account(scheduled: Scheduled, result: StepResult) -> Account:
         prefill_tokens=sum(len(row.tokens) for row in scheduled.rows) - decode,
         decode_tokens=decode,
         recomputed_tokens=scheduled.recomputed_tokens,
-        sampled_tokens=len(result.tokens),
+        sampled_tokens=kept,
         seconds=result.seconds,
         gil_seconds=result.gil_seconds,
     )

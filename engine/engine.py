@@ -4,6 +4,7 @@ It decides nothing: what to compute is scheduler.py's, how is the runner's, on w
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Recorder(Protocol):
 
 
 class Engine:
-    """One replica. All methods belong to the event-loop thread that created it."""
+    """One replica. All methods but `stop` belong to the event-loop thread that created it."""
 
     def __init__(
         self,
@@ -112,7 +113,10 @@ class Engine:
         return not left and self.failure is None
 
     def stop(self) -> None:
-        """Ends the worker once its steps are done. The engine takes nothing after this."""
+        """Ends the worker once its steps are done. The engine takes nothing after this, and tells nobody:
+
+        `drain` first. A ThreadWorker is waited for: call this on a thread other than the loop's then.
+        """
         self.draining = True
         self._worker.stop()
 
@@ -152,15 +156,22 @@ class Engine:
     def _feed(self, event: Event) -> list[Instruction]:
         now = self._clock()
         try:
-            instructions = self.core.handle(event, now)
-            if self._recorder is not None:
-                self._recorder.record(now, event, instructions)
+            instructions = self._handle(event, now)
             for instruction in instructions:
                 self._carry_out(instruction)
             self._note_idleness()
         except Exception as error:  # a bug of ours: nothing after it can be trusted, so the engine ends
             self._die(error)
             raise
+        return instructions
+
+    def _handle(self, event: Event, now: float) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        try:
+            instructions = self.core.handle(event, now)
+        finally:  # the event that the core fails at is the one that a replay must have
+            if self._recorder is not None:
+                self._recorder.record(now, event, instructions)
         return instructions
 
     def _carry_out(self, instruction: Instruction) -> None:
@@ -235,7 +246,8 @@ class Engine:
 
     def _report(self, result: StepResult | BaseException) -> None:
         """Called on the worker's thread, once a step."""
-        self._loop.call_soon_threadsafe(self._reported, result)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: a last step outlived whom it was for
+            self._loop.call_soon_threadsafe(self._reported, result)
 
     def _reported(self, result: StepResult | BaseException) -> None:
         if isinstance(result, BaseException):

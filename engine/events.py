@@ -74,7 +74,7 @@ class Account:
     prefill_tokens: int  # positions computed in rows longer than one token, or short of the sequence's end
     decode_tokens: int
     recomputed_tokens: int  # of these positions, computed once before
-    sampled_tokens: int
+    sampled_tokens: int  # without those of void rows: what clients get
     seconds: float
     gil_seconds: float
 

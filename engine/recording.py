@@ -74,7 +74,7 @@ def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, float, Event]]:
         try:
             now, kind, event, _ = from_json(raw)
             yield raw, now, EVENTS[kind].validate_python(event)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise RecordingError(f"line {number} is not an event: {error}") from error
 
 
@@ -105,13 +105,13 @@ class FileRecorder:
 
     async def _batch(self) -> bytes:
         """All the lines that wait, at least one; nothing at the end."""
-        batch = b""
+        batch: list[bytes] = []
         while (raw := await self._lines.get()) is not None:
-            batch += raw
+            batch.append(raw)
             if self._lines.empty():
-                return batch
+                return b"".join(batch)
         self._lines.put_nowait(None)  # the end stays the end, should lines have come before it
-        return batch
+        return b"".join(batch)
 
     @contextlib.asynccontextmanager
     async def writing(self, path: Path, config: CoreConfig) -> AsyncIterator["FileRecorder"]:
@@ -129,3 +129,5 @@ class FileRecorder:
             await self._write(path, config)
         except OSError as error:
             self.failure = error
+            while not self._lines.empty():  # room for the end, which may be waiting for it
+                self._lines.get_nowait()

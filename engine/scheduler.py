@@ -6,7 +6,7 @@ device pool's books. What happens to tokens is core.py's.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from engine.plan import Placement, Row
 from engine.sequence import Sequence, State
@@ -14,6 +14,12 @@ from kvstore.block import Key
 from kvstore.device import DevicePool
 from policies.order import ORDERS
 from policies.preemption import VICTIMS
+
+PASSED_OVER = 32
+"""Waiters that one step passes over, at most, because their next block is being computed: each costs a look-up."""
+
+STALE = 64
+"""Entries of ended sequences that the waiting heap may hold beyond as many as it has waiters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,8 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence, now: float) -> None:
         """Takes a running sequence's blocks and slot; it waits again, and its KV is computed again."""
+        computed_in_the_end = sequence.scheduled  # void or not, the rows under way are computed
+        sequence.computed_before = max(sequence.computed_before, computed_in_the_end)
         self._leave(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
@@ -105,7 +113,7 @@ class Scheduler:
         """Takes waiters in while the budget, the slots and the pool have room for all their tokens."""
         placed: list[Sequence] = []
         set_aside: list[Sequence] = []
-        while budget > 0 and self._slots and (sequence := self._peek()):
+        while budget > 0 and self._slots and len(set_aside) < PASSED_OVER and (sequence := self._peek()):
             keys = sequence.block_keys(self.config.block_size)
             reusable = keys[
                 : (len(sequence.tokens) - 1) // self.config.block_size
@@ -222,6 +230,7 @@ class Scheduler:
             self._waiting_count -= 1  # its heap entry is skipped when it comes up
             sequence.queued_seconds += now - sequence.waiting_since
         sequence.state = State.FINISHED
+        self._drop_stale()
 
     def _leave(self, sequence: Sequence) -> None:
         self._no_longer_computing(sequence, *sequence.keys[sequence.published :])
@@ -257,6 +266,12 @@ class Scheduler:
     def _pop(self) -> Sequence:
         sequence: Sequence = heappop(self._waiting)[-1]
         return sequence
+
+    def _drop_stale(self) -> None:
+        """Rebuilds the heap when most of it is gone: clients may come and leave while its head cannot move."""
+        if len(self._waiting) > 2 * self._waiting_count + STALE:
+            self._waiting = [entry for entry in self._waiting if entry[-1].state is State.WAITING]
+            heapify(self._waiting)
 
     def waiters(self) -> Iterator[Sequence]:
         return (entry[-1] for entry in self._waiting if entry[-1].state is State.WAITING)

@@ -39,12 +39,12 @@ class Sequence:
     published: int = 0  # blocks of the table cached under their keys
     scheduled: int = 0
     computed: int = 0
-    pending: int = 0  # tokens being sampled, one a step under way at most
+    pending: int = 0  # tokens being sampled, at most one a step under way
 
     admissions: int = 0
     preemptions: int = 0
     admitted_as: int = -1
-    computed_before: int = 0  # highest position + 1 it ever had KV for: below this, work is done again
+    computed_before: int = 0  # highest position + 1 ever computed for it: below this, work is done again
     cached_tokens: int = 0  # of the prompt, at the first admission
     recomputed_tokens: int = 0
     admitted: float | None = None
@@ -77,7 +77,7 @@ class Sequence:
 
     def next_tokens(self, count: int) -> tuple[int, ...]:
         """The ids at positions scheduled … scheduled + count - 1."""
-        if self.scheduled == len(self.tokens):
+        if self.scheduled >= len(self.tokens):
             return (PENDING,)
         return tuple(self.tokens[self.scheduled : self.scheduled + count])
 

@@ -9,6 +9,7 @@ import codecs
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 _utf8 = codecs.getincrementaldecoder("utf-8")
@@ -79,7 +80,7 @@ class StopStrings:
     def __init__(self, stop: Sequence[str], *, include_stop_str: bool = False, held: str = "") -> None:
         """`held` comes from another one's property, with the same strings."""
         assert all(stop), "an empty stop string is refused at the door"
-        self._root = _automaton(stop)
+        self._root = _automaton(tuple(stop))
         self._include = include_stop_str
         self._node = self._root
         self._held = ""
@@ -163,7 +164,8 @@ class OutputText:
         return released + self._stops.flush()
 
 
-def _automaton(stop: Sequence[str]) -> _Node:
+@lru_cache(maxsize=8)  # a request's choices are made one after another, with one automaton; it never changes
+def _automaton(stop: tuple[str, ...]) -> _Node:
     """The root of the trie of `stop`, with fallbacks and matches filled in, breadth first."""
     root = _trie(stop)
     queue = deque([root])

@@ -15,7 +15,10 @@ Report = Callable[[StepResult | BaseException], None]
 
 
 class Worker(Protocol):
-    """What the engine needs: `report` is called once a plan, in order, from any thread; an exception is the last."""
+    """What the engine needs: `report` is called once a plan, in order, from any thread.
+
+    An exception ends the work: what may still be reported after it (steps launched before) counts no more.
+    """
 
     def start(self, report: Report) -> None: ...
 
@@ -72,6 +75,7 @@ class QueueWorker:
                 self._report(launched.collect())
         except Exception as error:  # noqa: BLE001 (as above)
             self._report(error)
+            self._plans.put(None)
 
 
 class ThreadWorker(QueueWorker):

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from engine.core import Core, CoreConfig
-from engine.events import Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.events import Account, Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
 from engine.plan import Launched, Sampling
 from engine.request import Delta, Finished, FinishReason, Request, Stopping
 from engine.scheduler import SchedulerConfig
@@ -64,6 +64,7 @@ class Driver:
         self.deltas: dict[tuple[str, int], list[Delta]] = {}
         self.finished: dict[tuple[str, int], Finished] = {}
         self.rejected: dict[str, Reject] = {}
+        self.accounts: list[Account] = []
         self._under_way: deque[Launched] = deque()
 
     def arrive(self, *requests: Request) -> None:
@@ -113,5 +114,5 @@ class Driver:
                 self.finished[finished.request, finished.choice] = finished
             case Reject():
                 self.rejected[instruction.request_id] = instruction
-            case _:
-                pass
+            case Account():
+                self.accounts.append(instruction)

@@ -1,6 +1,7 @@
 """The shell: streams, cancels, draining and death, with a scripted runner on a real worker thread."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 
 from engine.core import Core
 from engine.engine import Engine, StepRecord
-from engine.plan import Launched, Plan
-from engine.recording import Difference, FileRecorder, RecordingError, replay
+from engine.events import Cancelled
+from engine.plan import Launched, Plan, StepResult
+from engine.recording import Difference, FileRecorder, RecordingError, header, replay
 from engine.request import EngineDead, Finished, FinishReason, QueueFull, Refused
 from engine.stream import Stream
-from engine.worker import ThreadWorker
+from engine.worker import QueueWorker, ThreadWorker
 from tests.engine.driving import VOCABULARY, Driver, core_config, request
 from tests.fakes import ScriptedRunner, hashed
 
@@ -24,6 +26,29 @@ class BreakingRunner(ScriptedRunner):
     def launch(self, plan: Plan) -> Launched:
         if plan.step == 3:
             raise RuntimeError("the device is gone")
+        return super().launch(plan)
+
+
+class BreakingLaunched:
+    def collect(self) -> StepResult:
+        raise RuntimeError("the device is gone")
+
+
+class BreakingLate(ScriptedRunner):
+    """Launches its first step; what came of it cannot be had."""
+
+    def launch(self, plan: Plan) -> Launched:
+        return BreakingLaunched()
+
+
+class Held(ScriptedRunner):
+    """Its second step takes until `released`."""
+
+    released: threading.Event
+
+    def launch(self, plan: Plan) -> Launched:
+        if plan.step == 2:
+            self.released.wait()
         return super().launch(plan)
 
 
@@ -113,6 +138,38 @@ async def test_a_dead_runner_ends_every_stream_and_refuses_more() -> None:
             engine.submit(request("b", [1]))
 
 
+def test_a_worker_ends_when_a_result_cannot_be_collected() -> None:
+    reports: list[StepResult | BaseException] = []
+    worker = QueueWorker(BreakingLate(hashed(98), block_size=4, max_sequences=8), overlap=True)
+    worker.start(reports.append)
+    worker.submit(Plan(1, (), ()))
+    worker.run_forever()
+    assert [str(report) for report in reports] == ["the device is gone"]
+
+
+def test_a_step_may_end_after_its_loop_has_closed() -> None:
+    """A drain that ran out of time leaves a step under way; the worker then still ends in peace."""
+    runner = Held(hashed(98), block_size=4, max_sequences=8)
+    runner.released = threading.Event()
+    worker = QueueWorker(runner)
+
+    async def serve() -> None:
+        engine = Engine(Core(core_config(), VOCABULARY), worker, exact=True)
+        await anext(engine.submit(request("a", [1], max_tokens=30)))
+        assert not await engine.drain(0)
+        engine.stop()
+
+    def serve_and_release() -> None:
+        asyncio.run(serve())
+        runner.released.set()
+
+    loop = threading.Thread(target=serve_and_release)
+    loop.start()
+    worker.run_forever()
+    loop.join()
+    assert len(runner.plans) == 2
+
+
 async def test_drain_waits_for_those_at_hand_and_takes_no_more() -> None:
     async with running() as engine:
         stream = engine.submit(request("a", [1], max_tokens=30))
@@ -161,6 +218,32 @@ async def test_a_recorded_run_replays_byte_for_byte(tmp_path: Path) -> None:
     changed = path.read_bytes().replace(b'"max_tokens":20', b'"max_tokens":19', 1)
     path.write_bytes(changed)
     with pytest.raises(Difference, match="event"):
+        replay(path, VOCABULARY)
+
+
+async def test_the_event_that_kills_the_core_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    async with FileRecorder().writing(path, core_config()) as recorder, running(recorder=recorder) as engine:
+        with pytest.raises(AssertionError):
+            engine.submit(request("a", []))
+        assert isinstance(await engine.dead, AssertionError)
+    with pytest.raises(AssertionError):
+        replay(path, VOCABULARY)
+
+
+async def test_a_recording_ends_when_its_disk_fails(tmp_path: Path) -> None:
+    """Even with the line that says so waiting for room behind those that cannot be written."""
+    recorder = FileRecorder(limit=1)
+    async with asyncio.timeout(60), recorder.writing(tmp_path / "none" / "run.jsonl", core_config()):
+        recorder.record(0.0, Cancelled("nobody"), [])
+    assert isinstance(recorder.failure, FileNotFoundError)
+
+
+@pytest.mark.parametrize("line", ["hello", "7", '[0.0, "Nothing", {}, []]', '[0.0, "Cancelled", 7, []]'])
+def test_a_line_that_is_no_event_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(header(core_config()) + b"\n" + line.encode() + b"\n")
+    with pytest.raises(RecordingError, match="line 2"):
         replay(path, VOCABULARY)
 
 

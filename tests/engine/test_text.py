@@ -160,3 +160,13 @@ def test_the_longest_of_matches_that_end_together_wins() -> None:
 def test_the_stop_string_is_left_in_when_asked() -> None:
     stops = StopStrings(["\n\n"], include_stop_str=True)
     assert [stops.push("a\n"), stops.push("\nb")] == [("a", None), ("\n\n", "\n\n")]
+
+
+def test_equal_stop_strings_share_their_automaton() -> None:
+    """128 choices with 16 long stop strings each cost one automaton, not 128."""
+    first, second = (OutputText(BYTES, ("ab", "abb")) for _ in range(2))
+    assert first._stops is not None
+    assert second._stops is not None
+    assert first._stops._root is second._stops._root
+    assert first.push(ord("a")).text == ""
+    assert second.push(ord("b")).text == "b"
