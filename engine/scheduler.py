@@ -114,15 +114,11 @@ class Scheduler:
         placed: list[Sequence] = []
         set_aside: list[Sequence] = []
         while budget > 0 and self._slots and len(set_aside) < PASSED_OVER and (sequence := self._peek()):
-            keys = sequence.block_keys(self.config.block_size)
-            reusable = keys[
-                : (len(sequence.tokens) - 1) // self.config.block_size
-            ]  # the last token is always computed
+            reusable = self._reusable_keys(sequence)
             matched = self.pool.match(reusable)
             if len(matched) < len(reusable) and reusable[len(matched)] in self._computing:
-                set_aside.append(
-                    self._pop()
-                )  # someone is computing its next block right now: never compute it twice
+                # Someone computes its next block right now: never compute it twice.
+                set_aside.append(self._pop())
                 continue
             if not self._take_blocks(sequence, matched):
                 break
@@ -134,6 +130,11 @@ class Scheduler:
         for sequence in set_aside:
             self._push(sequence)
         return placed
+
+    def _reusable_keys(self, sequence: Sequence) -> list[Key]:
+        """Keys of the blocks that need not be computed when cached: all full ones short of the last token."""
+        keys = sequence.block_keys(self.config.block_size)
+        return keys[: (len(sequence.tokens) - 1) // self.config.block_size]
 
     def _take_blocks(self, sequence: Sequence, matched: list[int]) -> bool:
         """Holds the matched blocks and room for the rest, all or nothing; one block is left for those who run."""
@@ -152,7 +153,7 @@ class Scheduler:
             sequence.admitted, sequence.cached_tokens = now, matched
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += matched
-            self.prompt_tokens += sequence.prompt_tokens * (sequence.choice == 0)
+            self.prompt_tokens += sequence.prompt_tokens if sequence.choice == 0 else 0
         else:
             self.resumptions += 1
         sequence.admissions += 1
