@@ -1,0 +1,86 @@
+"""What the core and the store say to each other: copies and drops go out, their outcomes come back. Plain data.
+
+The core decides which block goes where and owns the slots (residency.py); the store moves bytes (store.py).
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvstore.block import Key
+
+DEVICE = "device"
+HOST = "host"
+DISK = "disk"
+
+
+class Loss(StrEnum):
+    """Why a block did not arrive. The answer stays right: what is lost is computed again."""
+
+    MISSING = "missing"  # the source has no such record
+    CORRUPT = "corrupt"  # its checksum, size, key or fingerprint is not what it should be
+    IO = "io"  # the system refused
+    FULL = "full"  # no room: the quota, or the file system under it
+    DOWN = "down"  # the tier is not in use just now
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A block, and where it is or is to be. Tiers that are memory go by `slot`, the others by `key`."""
+
+    key: Key
+    slot: int = -1  # of a tier that is memory; -1 elsewhere
+    parent: Key = b""  # what the tier keeps for a restart: the key before it in its chain (b"": it is the first) …
+    depth: int = 0  # … how many blocks stand before it …
+    tokens: int = 0  # … and how many of its positions are computed: block_size, or less for a snapshot's tail
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy blocks from one tier to another; `sources[i]` to `targets[i]`, the same block.
+
+    `drops` leave the target with it, in the same transaction: the target's quota never sees both. Until its CopyDone
+    the core keeps the slots at both ends for this copy alone. A copy that writes the device waits for the end of
+    step `after`, which may still write there (0: none does).
+    """
+
+    id: int
+    source: str
+    target: str
+    sources: tuple[Place, ...]
+    targets: tuple[Place, ...]
+    drops: tuple[Key, ...] = ()
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget these records of a tier that is not memory. No answer comes: nobody relies on it."""
+
+    tier: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDone:
+    """A copy has ended, and touches no slot any more. `lost`: (index into its blocks, why) of those that failed."""
+
+    id: int
+    lost: tuple[tuple[int, Loss], ...] = ()
+    seconds: float = 0.0  # from the moment a thread took it up
+    queued_seconds: float = 0.0  # from submission until then
+
+
+@dataclass(frozen=True, slots=True)
+class TierDown:
+    """A tier is out of use. Copies under way still end with a CopyDone, however late."""
+
+    tier: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TierUp:
+    """A tier is in use (again), holding just these records, parents before children."""
+
+    tier: str
+    records: tuple[Place, ...]
