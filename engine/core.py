@@ -8,13 +8,27 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from engine.events import Account, Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.events import (
+    Account,
+    Arrived,
+    Cancelled,
+    Emit,
+    Event,
+    Instruction,
+    Preempted,
+    Pruned,
+    Reject,
+    Report,
+    Run,
+    StepDone,
+)
 from engine.plan import Logprob, Plan, StepResult
 from engine.request import Delta, FinishReason, Request
 from engine.scheduler import Scheduled, Scheduler, SchedulerConfig
-from engine.sequence import Sequence
+from engine.sequence import Sequence, State
 from engine.text import OutputText
 from kvstore.block import Key, extend_keys, root_key
+from kvstore.copies import DEVICE, CopyDone, TierDown, TierUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +68,25 @@ class Core:
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Changes the state by one event at time `now` (seconds, never falling). A next step comes first."""
+        news: list[Instruction] = []
         match event:
+            case StepDone(result):
+                news = self._step_done(result, now)
             case Arrived(request):
                 news = self._arrived(request, now)
             case Cancelled(request_id):
                 news = self._cancelled(request_id, now)
-            case StepDone(result):
-                news = self._step_done(result, now)
-        return [*self._next_steps(now), *news]
+            case Preempted(request_id):
+                self._preempted(request_id, now)
+            case Pruned(tier, blocks):
+                self._pruned(tier, blocks, now)
+            case CopyDone():
+                self.scheduler.copied(event, now)
+            case TierDown(tier):
+                self.scheduler.tier_down(tier)
+            case TierUp():
+                self.scheduler.residency.tier_up(event, now)
+        return [*self._next_steps(now), *news, *self.scheduler.residency.take(now)]
 
     # --- requests come and go -------------------------------------------------------------------------------------
 
@@ -121,11 +146,24 @@ class Core:
         sequences = list(self.sequences.get(request_id, ()))
         return [i for sequence in sequences for i in self._end(sequence, FinishReason.CANCELLED, now)]
 
+    def _preempted(self, request_id: str, now: float) -> None:
+        for sequence in self.sequences.get(request_id, ()):
+            if sequence.state is State.RUNNING:
+                self.scheduler.preempt(sequence, now)
+
+    def _pruned(self, tier: str, blocks: int, now: float) -> None:
+        if tier == DEVICE:
+            self.scheduler.pool.clear_cache()
+        elif blocks:
+            self.scheduler.residency.prune(tier, blocks, now)
+        else:
+            self.scheduler.residency.clear(tier)
+
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def _next_steps(self, now: float) -> Iterable[Run]:
         while len(self._outstanding) < self.config.max_outstanding:
-            scheduled = self.scheduler.schedule(now)
+            scheduled = self.scheduler.schedule(now, self._steps if self._outstanding else 0)
             if scheduled is None:
                 return
             self._outstanding.append(Outstanding(scheduled, [s.epoch for s in scheduled.sequences]))
@@ -147,7 +185,7 @@ class Core:
                 sequence.tokens.append(token)
                 sequence.pending -= 1
                 kept += 1
-            self.scheduler.computed(sequence, row.start + len(row.tokens))
+            self.scheduler.computed(sequence, row.start + len(row.tokens), now)
             if token is not None:
                 news += self._drawn(sequence, token, logprob, now)
         assert next(drawn, None) is None, "more tokens drawn than rows sampled"
@@ -194,14 +232,15 @@ class Core:
 
     @property
     def idle(self) -> bool:
+        """Nobody is served. Copies may still be under way: see Residency.quiet."""
         return not self.sequences and not self._outstanding
 
     def check(self) -> None:
         """Asserts that the books balance; when idle, that nothing is left (design §4.4)."""
-        self.scheduler.pool.check([sequence.table for sequence in self.scheduler.running])
         self.scheduler.check()
-        if self.idle:
+        if self.idle and self.scheduler.residency.quiet:
             assert self.scheduler.pool.held == 0, f"{self.scheduler.pool.held} blocks leaked"
+            assert not self.scheduler.residency.pinned, "pins leaked"
 
 
 def _account(scheduled: Scheduled, result: StepResult, kept: int) -> Account:

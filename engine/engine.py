@@ -1,22 +1,38 @@
 """The shell around the core: feeds it events, carries its instructions out. Lives on the event-loop thread.
 
-It decides nothing: what to compute is scheduler.py's, how is the runner's, on which thread is worker.py's.
+It decides nothing: what to compute is scheduler.py's, how is the runner's, on which thread is worker.py's, and how
+bytes are moved is the store's (kvstore/store.py).
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.core import Core
-from engine.events import Account, Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.events import (
+    Account,
+    Arrived,
+    Cancelled,
+    Emit,
+    Event,
+    Instruction,
+    Preempted,
+    Pruned,
+    Reject,
+    Report,
+    Run,
+    StepDone,
+)
 from engine.plan import StepResult
+from engine.records import CopyRecord
 from engine.request import EngineDead, Finished, QueueFull, Refused, Request
-from engine.sequence import Sequence
+from engine.sequence import Sequence, State
 from engine.stream import Stream
 from engine.worker import Worker
+from kvstore.copies import DEVICE, Copy, CopyDone, Drop, TierDown, TierUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +48,11 @@ class StepRecord:
     sampled_tokens: int
     prompt_tokens: int  # of requests first admitted
     preemptions: int
-    resumptions: int
-    prefix_queries: int  # tokens looked up in the prefix cache
+    resumptions: Mapping[tuple[str, str], int]  # by way, and the lowest tier that they took from
+    prefix_queries: int  # tokens looked up in all tiers
     prefix_hits: int  # tokens found there
+    hit_tokens: Mapping[str, int]  # by tier, at every admission
+    dropped_blocks: int  # not saved below the device: no room, or too much on its way
     running: int
     waiting: int
     kv_used_blocks: int
@@ -47,6 +65,19 @@ class Recorder(Protocol):
     def record(self, now: float, event: Event, instructions: list[Instruction]) -> None: ...
 
 
+class Store(Protocol):
+    """What the engine needs of the tiers (kvstore/store.py has the real one).
+
+    `report` may be called on any thread. `submit` and `drop` never block.
+    """
+
+    def start(self, report: Callable[[CopyDone | TierDown | TierUp], None]) -> None: ...
+
+    def submit(self, copy: Copy) -> None: ...
+
+    def drop(self, drop: Drop) -> None: ...
+
+
 class Engine:
     """One replica. All methods but `stop` belong to the event-loop thread that created it."""
 
@@ -56,6 +87,7 @@ class Engine:
         worker: Worker,
         *,
         exact: bool,
+        store: Store | None = None,
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder | None = None,
     ) -> None:
@@ -63,8 +95,13 @@ class Engine:
         self.exact = exact
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finished: list[Callable[[Finished], None]] = []
+        self.on_copy: list[Callable[[CopyRecord], None]] = []
+        self.on_tier: list[Callable[[str, bool, str], None]] = []  # (tier, up, reason)
         self.draining = False
         self._worker = worker
+        self._store = store
+        self._copies: dict[int, Copy] = {}  # told, and not done
+        self._held_copies: list[Copy] = []  # these wait for a step to end
         self._clock = clock
         self._recorder = recorder
         self._streams: dict[str, Stream] = {}
@@ -72,8 +109,14 @@ class Engine:
         self.dead: asyncio.Future[BaseException] = self._loop.create_future()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._counted = (0,) * 5  # the scheduler's counters, as told to observers so far
+        self._quiet = asyncio.Event()  # idle, and nothing is on its way between tiers
+        self._quiet.set()
+        self._counted = core.scheduler.counts.copy()  # as told to observers so far
+        self._counted_drops = 0
+        self._last_step_done = 0
         worker.start(self._report)
+        if store is not None:
+            store.start(self._report_copy)
 
     # --- for clients ----------------------------------------------------------------------------------------------
 
@@ -101,16 +144,22 @@ class Engine:
     async def drain(self, seconds: float) -> bool:
         """Takes no more requests and waits for those at hand; after `seconds` cancels what is left.
 
-        Returns whether all of them ended by themselves.
+        Then, for at most as long again, it waits for what is still to be saved. Returns whether all requests ended by
+        themselves.
         """
         self.draining = True
-        idle: asyncio.Future[Any] = asyncio.ensure_future(self._idle.wait())
-        await asyncio.wait([idle, self.dead], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
+        await self._wait(self._idle, seconds)
         left = list(self.core.sequences)
         for request_id in left:
             self.cancel(request_id)
+        await self._wait(self._quiet, seconds)
         return not left and self.failure is None
+
+    async def _wait(self, event: asyncio.Event, seconds: float) -> None:
+        """Until the event, the engine's death, or the time is over."""
+        happened: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
+        await asyncio.wait([happened, self.dead], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        happened.cancel()
 
     def stop(self) -> None:
         """Ends the worker once its steps are done. The engine takes nothing after this, and tells nobody:
@@ -119,6 +168,25 @@ class Engine:
         """
         self.draining = True
         self._worker.stop()
+
+    def preempt(self, request_id: str) -> bool:
+        """Makes a request give up its place now; it comes back in its turn. False when none of it is running."""
+        sequences = self.core.sequences.get(request_id, ()) if self.failure is None else ()
+        if not any(sequence.state is State.RUNNING for sequence in sequences):
+            return False
+        self._feed(Preempted(request_id))
+        return True
+
+    def prune(self, tier: str, blocks: int) -> int:
+        """Shrinks a tier to `blocks` by the eviction policy; 0 forgets all that is idle. Returns how many left."""
+        before = self._blocks_in(tier)
+        if self.failure is None:
+            self._feed(Pruned(tier, blocks))
+        return before - self._blocks_in(tier)
+
+    def _blocks_in(self, tier: str) -> int:
+        scheduler = self.core.scheduler
+        return scheduler.pool.cached if tier == DEVICE else len(scheduler.residency.shelf(tier))
 
     # --- for operators --------------------------------------------------------------------------------------------
 
@@ -139,12 +207,27 @@ class Engine:
             "kv_cached_blocks": scheduler.pool.cached,
             "running": len(scheduler.running),
             "waiting": scheduler.waiting,
-            "preemptions": scheduler.preemptions,
+            "preemptions": scheduler.counts.preemptions,
+            "tiers": self._tiers(),
             "policies": {
                 "order": scheduler.config.order,
                 "victim": scheduler.config.victim,
-                "resume": "recompute",
+                "resume": scheduler.config.resume,
+                "eviction": scheduler.config.residency.eviction,
+                "placement": scheduler.config.residency.placement,
             },
+        }
+
+    def _tiers(self) -> dict[str, object]:
+        residency = self.core.scheduler.residency
+        return {
+            shelf.name: {
+                "up": shelf.up,
+                "blocks": len(shelf),
+                "capacity_blocks": shelf.capacity,
+                "pinned_blocks": shelf.pinned,
+            }
+            for shelf in (residency.host, residency.disk)
         }
 
     def requests(self) -> list[dict[str, object]]:
@@ -186,6 +269,30 @@ class Engine:
                 self._account(instruction)
             case Reject():
                 pass  # submit() raises it
+            case Copy():
+                self._start_copy(instruction)
+            case Drop():
+                self._tiers_below.drop(instruction)
+
+    @property
+    def _tiers_below(self) -> Store:
+        assert self._store is not None, "the core has tiers that the engine has not"
+        return self._store
+
+    def _start_copy(self, copy: Copy) -> None:
+        self._copies[copy.id] = copy
+        if copy.after > self._last_step_done:
+            self._held_copies.append(copy)
+        else:
+            self._tiers_below.submit(copy)
+
+    def _step_ended(self, step: int) -> None:
+        """Copies that waited for the step may begin."""
+        self._last_step_done = step
+        ready = [copy for copy in self._held_copies if copy.after <= step]
+        self._held_copies = [copy for copy in self._held_copies if copy.after > step]
+        for copy in ready:
+            self._tiers_below.submit(copy)
 
     def _settle(self, finished: Finished) -> None:
         stream = self._streams[finished.request]
@@ -202,18 +309,10 @@ class Engine:
                 observe(record)
 
     def _record(self, account: Account) -> StepRecord:
-        scheduler = self.core.scheduler
-        counters = (
-            scheduler.prompt_tokens,
-            scheduler.preemptions,
-            scheduler.resumptions,
-            scheduler.prefix_queries,
-            scheduler.prefix_hits,
-        )
-        prompt_tokens, preemptions, resumptions, queries, hits = (
-            now - before for now, before in zip(counters, self._counted, strict=True)
-        )
-        self._counted = counters
+        scheduler, before = self.core.scheduler, self._counted
+        now, dropped = scheduler.counts, scheduler.residency.dropped_blocks
+        self._counted = now.copy()
+        dropped_since, self._counted_drops = dropped - self._counted_drops, dropped
         return StepRecord(
             step=account.step,
             rows=account.rows,
@@ -222,11 +321,13 @@ class Engine:
             computed_tokens=account.prefill_tokens + account.decode_tokens,
             recomputed_tokens=account.recomputed_tokens,
             sampled_tokens=account.sampled_tokens,
-            prompt_tokens=prompt_tokens,
-            preemptions=preemptions,
-            resumptions=resumptions,
-            prefix_queries=queries,
-            prefix_hits=hits,
+            prompt_tokens=now.prompt_tokens - before.prompt_tokens,
+            preemptions=now.preemptions - before.preemptions,
+            resumptions=now.resumptions - before.resumptions,
+            prefix_queries=now.prefix_queries - before.prefix_queries,
+            prefix_hits=now.prefix_hits - before.prefix_hits,
+            hit_tokens=now.hit_tokens - before.hit_tokens,
+            dropped_blocks=dropped_since,
             running=len(scheduler.running),
             waiting=scheduler.waiting,
             kv_used_blocks=scheduler.pool.held,
@@ -236,11 +337,14 @@ class Engine:
         )
 
     def _note_idleness(self) -> None:
-        if self.core.idle:
-            assert self.core.scheduler.pool.held == 0, "blocks leaked"
-            self._idle.set()
-        else:
-            self._idle.clear()
+        idle = self.core.idle
+        quiet = idle and self.core.scheduler.residency.quiet
+        assert not quiet or self.core.scheduler.pool.held == 0, "blocks leaked"
+        for event, happened in ((self._idle, idle), (self._quiet, quiet)):
+            if happened:
+                event.set()
+            else:
+                event.clear()
 
     # --- the worker's side ----------------------------------------------------------------------------------------
 
@@ -253,7 +357,31 @@ class Engine:
         if isinstance(result, BaseException):
             self._die(result)
         elif self.failure is None:
+            self._step_ended(result.step)
             self._feed(StepDone(result))
+
+    def _report_copy(self, event: CopyDone | TierDown | TierUp) -> None:
+        """Called on the store's threads."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._reported_copy, event)
+
+    def _reported_copy(self, event: CopyDone | TierDown | TierUp) -> None:
+        if self.failure is not None:
+            return
+        self._feed(event)
+        match event:
+            case CopyDone():
+                record = CopyRecord.of(self._copies.pop(event.id), event)
+                for observe_copy in self.on_copy:
+                    observe_copy(record)
+            case TierDown(tier, reason):
+                self._tell_tier(tier, False, reason)
+            case TierUp(tier, records):
+                self._tell_tier(tier, True, f"{len(records)} records")
+
+    def _tell_tier(self, tier: str, up: bool, reason: str) -> None:
+        for observe in self.on_tier:
+            observe(tier, up, reason)
 
     def _die(self, failure: BaseException) -> None:
         if self.failure is None:

@@ -1,12 +1,13 @@
 """The core's alphabet: events go in, instructions come out. Plain data, so that a run can be recorded and replayed.
 
-Copies between tiers and timers join these when the tiers do.
+What concerns bytes (copies, their ends, tiers that come and go) is defined in kvstore/copies.py.
 """
 
 from dataclasses import dataclass
 
 from engine.plan import Plan, StepResult
 from engine.request import Delta, Finished, Request
+from kvstore.copies import Copy, CopyDone, Drop, TierDown, TierUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,25 @@ class StepDone:
     result: StepResult
 
 
-Event = Arrived | Cancelled | StepDone
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """An operator wants a request to give its place up now. It waits again, and comes back in its turn."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """An operator wants a tier to keep at most `blocks`, the rest evicted by the policy; 0 forgets all that is idle.
+
+    The device tier forgets its idle blocks whatever `blocks` says.
+    """
+
+    tier: str
+    blocks: int
+
+
+Event = Arrived | Cancelled | StepDone | Preempted | Pruned | CopyDone | TierDown | TierUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +98,4 @@ class Account:
     gil_seconds: float
 
 
-Instruction = Run | Emit | Reject | Report | Account
+Instruction = Run | Emit | Reject | Report | Account | Copy | Drop

@@ -9,12 +9,15 @@ from enum import StrEnum
 
 from engine.plan import PENDING, Sampling
 from engine.request import Finished, FinishReason, Request
+from engine.snapshot import Snapshot, tail_of
 from engine.text import OutputText
 from kvstore.block import Key, extend_keys
+from kvstore.shelf import Entry
 
 
 class State(StrEnum):
     WAITING = "waiting"
+    LOADING = "loading"  # its blocks and slot are reserved; some blocks are still on their way up
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -31,9 +34,14 @@ class Sequence:
     prompt_tokens: int  # how many of these are the prompt
 
     state: State = State.WAITING
+    snapshot: Snapshot | None = None  # taken when it was preempted, until it runs again
+    pins: list[Entry] = field(default_factory=list)  # blocks below the device that are kept for it
+    prefetched: bool = False  # since it began to wait
     epoch: int = 0  # grows when it loses its place: rows of steps under way are then void
     slot: int = -1  # of the runner, while running
     table: list[int] = field(default_factory=list)  # device blocks, held
+    saved: int = 0  # blocks of the table that the store has, or was offered
+    saved_at: float = 0.0
     told: int = 0  # length of the table's part that the runner has and that is still true
     keys: list[Key] = field(default_factory=list)  # of its full blocks, filled on demand
     published: int = 0  # blocks of the table cached under their keys
@@ -43,6 +51,7 @@ class Sequence:
 
     admissions: int = 0
     preemptions: int = 0
+    reload_failures: int = 0  # times that what a tier had promised did not come
     admitted_as: int = -1
     computed_before: int = 0  # highest position + 1 ever computed for it: below this, work is done again
     cached_tokens: int = 0  # of the prompt, at the first admission
@@ -85,6 +94,45 @@ class Sequence:
         """Keys of all full blocks of the known tokens."""
         extend_keys(self.keys, self.root, self.tokens, block_size)
         return self.keys
+
+    def take_snapshot(self, block_size: int) -> Snapshot:
+        """All that it is now. Changes nothing."""
+        full = self.computed // block_size
+        keys = tuple(self.block_keys(block_size)[:full])
+        return Snapshot(
+            request=self.request,
+            sampling=self.sampling,
+            tokens=tuple(self.tokens),
+            computed=self.computed,
+            keys=keys,
+            tail=tail_of(self.root, keys, tuple(self.tokens[full * block_size : self.computed])),
+            text=self.text.state,
+            arrived=self.arrived,
+            admitted=self.admitted,
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+            recomputed_tokens=self.recomputed_tokens,
+            queued_seconds=self.queued_seconds,
+            token_times=tuple(self.token_times),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Becomes what the snapshot was taken of. It has no place: nothing computed, no block, no slot."""
+        assert not self.table
+        stopping = snapshot.request.stopping
+        self.request, self.sampling, self.snapshot = snapshot.request, snapshot.sampling, snapshot
+        self.tokens, self.keys = list(snapshot.tokens), list(snapshot.keys)
+        self.prompt_tokens = len(snapshot.request.prompt)
+        self.text = OutputText(self.text.vocabulary, stopping.stop, stopping.include_stop_str, snapshot.text)
+        self.arrived, self.admitted = snapshot.arrived, snapshot.admitted
+        self.cached_tokens, self.preemptions = snapshot.cached_tokens, snapshot.preemptions
+        self.recomputed_tokens, self.queued_seconds = snapshot.recomputed_tokens, snapshot.queued_seconds
+        self.token_times = list(snapshot.token_times)
+
+    def lose_place(self) -> None:
+        """Its blocks and its slot are somebody else's from now on, and rows of steps under way are void."""
+        self.table, self.slot, self.epoch = [], -1, self.epoch + 1
+        self.scheduled = self.computed = self.pending = self.published = self.saved = self.told = 0
 
     def accounts(self, reason: FinishReason, now: float) -> Finished:
         return Finished(

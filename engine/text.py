@@ -126,7 +126,7 @@ class StopStrings:
 class OutputText:
     """The text of one sequence as its tokens come: a detokenizer, then stop strings if there are any."""
 
-    __slots__ = ("_detokenizer", "_stops")
+    __slots__ = ("_detokenizer", "_stops", "vocabulary")
 
     def __init__(
         self,
@@ -137,6 +137,7 @@ class OutputText:
     ) -> None:
         """`state` (of a sequence with the same stop strings) goes on where that one was."""
         state = state or TextState()
+        self.vocabulary = vocabulary
         self._detokenizer = Detokenizer(vocabulary, state.undecoded)
         self._stops = StopStrings(stop, include_stop_str=include_stop_str, held=state.held) if stop else None
 

@@ -29,7 +29,9 @@ class Place:
 
     key: Key
     slot: int = -1  # of a tier that is memory; -1 elsewhere
-    parent: Key = b""  # what the tier keeps for a restart: the key before it in its chain (b"": it is the first) …
+    parent: Key = (
+        b""  # what the tier keeps for a restart: the key before it in its chain (b"": it is the first) …
+    )
     depth: int = 0  # … how many blocks stand before it …
     tokens: int = 0  # … and how many of its positions are computed: block_size, or less for a snapshot's tail
 
@@ -38,7 +40,7 @@ class Place:
 class Copy:
     """Copy blocks from one tier to another; `sources[i]` to `targets[i]`, the same block.
 
-    `drops` leave the target with it, in the same transaction: the target's quota never sees both. Until its CopyDone
+    `drops` leave the target before it, in the same transaction: the target's quota never sees both. Until its CopyDone
     the core keeps the slots at both ends for this copy alone. A copy that writes the device waits for the end of
     step `after`, which may still write there (0: none does).
     """
@@ -84,3 +86,4 @@ class TierUp:
 
     tier: str
     records: tuple[Place, ...]
+    capacity_blocks: int | None = None  # None: as before

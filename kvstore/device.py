@@ -49,6 +49,14 @@ class DevicePool:
             found.append(block)
         return found
 
+    def block_of(self, key: Key) -> int | None:
+        """The block cached under `key`, if there is one."""
+        return self._block_of.get(key)
+
+    def references(self, block: int) -> int:
+        """How many hold it."""
+        return self._references[block]
+
     def hold(self, blocks: Iterable[int]) -> None:
         """One more holder for each of these cached or held blocks."""
         for block in blocks:

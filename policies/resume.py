@@ -1,3 +1,12 @@
-"""How a preempted sequence comes back. One way so far: the KV is computed again."""
+"""How a preempted sequence comes back."""
 
-RESUMES: tuple[str, ...] = ("recompute",)
+RELOAD = "reload"
+"""What is on the device but not in the store yet is saved first, the partial tail block too; then it is loaded.
+
+What the store lost meanwhile, or had no room for, is computed again.
+"""
+
+RECOMPUTE = "recompute"
+"""Nothing is saved, and only what the device still caches is used again. Source: vLLM's and SGLang's only way."""
+
+RESUMES: tuple[str, ...] = (RELOAD, RECOMPUTE)

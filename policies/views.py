@@ -33,3 +33,19 @@ class SequenceView(Protocol):
 
     @property
     def held_blocks(self) -> int: ...
+
+
+class BlockView(Protocol):
+    """A cached block of one tier. Times are seconds of the engine's clock."""
+
+    @property
+    def used(self) -> float:
+        """When it was last matched, or written."""
+
+    @property
+    def hits(self) -> int:
+        """How often a sequence found it, in this tier or one above."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks before it in its chain."""

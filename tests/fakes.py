@@ -1,4 +1,4 @@
-"""Fakes: a runner without a model whose tokens are right only if every block it reads is.
+"""Fakes: a runner without a model whose tokens are right only if every block it reads is, and tiers for its blocks.
 
 `ScriptedRunner` keeps in its paged pool, instead of KV, the token and the position that were computed there. A token
 is drawn from all that a row's block table leads to, so a block reused too early, a stale table or a skipped position
@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from engine.plan import PENDING, Launched, Logprob, Plan, Row, Sampling, StepResult
+from kvstore.block import Key
+from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, Drop, Loss, Place
+
+Content = tuple[tuple[int, int] | None, ...]
+"""A block of a ScriptedRunner: (token, position) by offset."""
 
 Script = Callable[[Sequence[int], Sampling], int]
 
@@ -85,5 +90,77 @@ class ScriptedRunner:
         self._last[row.slot] = self._script([token for token, _ in context], self._samplings[row.slot])
         return self._last[row.slot]
 
+    def block(self, block: int) -> Content:
+        """What a block holds."""
+        return tuple(self._pool.get((block, offset)) for offset in range(self._block_size))
+
+    def fill(self, block: int, content: Content | None) -> None:
+        """Overwrites a block; None is garbage."""
+        for offset in range(self._block_size):
+            self._pool.pop((block, offset), None)
+            if content and offset < len(content) and (cell := content[offset]):
+                self._pool[block, offset] = cell
+
     def _place(self, table: list[int], position: int) -> tuple[int, int]:
         return table[position // self._block_size], position % self._block_size
+
+
+class ScriptedStore:
+    """Tiers below a ScriptedRunner's pool. A copy takes no effect until `end`; its slots must be left alone till then.
+
+    From its beginning on a copy's target holds garbage; at its end the source must hold what it held at the beginning,
+    but for records of the disk that were dropped meanwhile.
+    """
+
+    def __init__(self, runner: ScriptedRunner) -> None:
+        self.under_way: list[tuple[Copy, list[Content | None]]] = []
+        self.ended: list[Copy] = []
+        self.host: dict[int, Content] = {}
+        self.disk: dict[Key, Content] = {}
+        self._runner = runner
+
+    def begin(self, copy: Copy) -> None:
+        self.under_way.append((copy, [self._get(copy.source, place) for place in copy.sources]))
+        for place in copy.targets:
+            self._put(copy.target, place, None)
+
+    def drop(self, drop: Drop) -> None:
+        for key in drop.keys:
+            self.disk.pop(key, None)
+
+    def end(
+        self, which: int = 0, lost: Callable[[Copy, Place], Loss | None] = lambda copy, place: None
+    ) -> CopyDone:
+        """Ends the copy `which` of those under way. Blocks for which `lost` says why do not arrive."""
+        copy, contents = self.under_way.pop(which)
+        self.ended.append(copy)
+        losses: list[tuple[int, Loss]] = []
+        for key in copy.drops:
+            self.disk.pop(key, None)
+        for index, (source, target, before) in enumerate(
+            zip(copy.sources, copy.targets, contents, strict=True)
+        ):
+            content = self._get(copy.source, source)
+            gone = copy.source == DISK and content is None
+            assert gone or content == before, f"{source} changed while it was copied"
+            reason = Loss.MISSING if content is None else lost(copy, source)
+            if reason is not None:
+                losses.append((index, reason))
+            else:
+                self._put(copy.target, target, content)
+        return CopyDone(copy.id, tuple(losses), seconds=0.001)
+
+    def _get(self, tier: str, place: Place) -> Content | None:
+        if tier == DEVICE:
+            return self._runner.block(place.slot)[: place.tokens]
+        return self.host.get(place.slot) if tier == HOST else self.disk.get(place.key)
+
+    def _put(self, tier: str, place: Place, content: Content | None) -> None:
+        if tier == DEVICE:
+            self._runner.fill(place.slot, content)
+        elif tier == HOST:
+            self.host.pop(place.slot, None)
+            if content is not None:
+                self.host[place.slot] = content
+        elif content is not None:
+            self.disk[place.key] = content

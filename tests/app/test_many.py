@@ -27,7 +27,7 @@ async def test_many_streams_at_once_are_complete_and_right_under_pressure() -> N
     """A pool far below demand: sequences are preempted, and no client notices."""
     async with rig(hashed(128), blocks=40, max_sequences=32, max_queue=STREAMS) as server:
         together = await asyncio.gather(*[told(server, number) for number in range(STREAMS)])
-        assert server.engine.core.scheduler.preemptions > 0
+        assert server.engine.core.scheduler.counts.preemptions > 0
     async with rig(hashed(128)) as server:
         for number in range(0, STREAMS, 17):
             assert together[number] == await told(server, number)

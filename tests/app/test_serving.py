@@ -57,7 +57,7 @@ async def test_a_recording_of_a_live_run_replays_byte_for_byte(tmp_path: Path) -
         for stream in streams:
             assert sum([len(delta.token_ids) async for delta in stream]) == 120
     await steps
-    assert core.scheduler.preemptions > 0
+    assert core.scheduler.counts.preemptions > 0
     assert await asyncio.to_thread(replay, path, VOCABULARY) > 120
 
 

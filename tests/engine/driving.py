@@ -1,14 +1,30 @@
 """Drives a core by hand, with virtual time: the shell's part of the contract in thirty lines."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from engine.checkpoint import CheckpointConfig
 from engine.core import Core, CoreConfig
-from engine.events import Account, Arrived, Cancelled, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.events import (
+    Account,
+    Arrived,
+    Cancelled,
+    Emit,
+    Event,
+    Instruction,
+    Preempted,
+    Pruned,
+    Reject,
+    Report,
+    Run,
+    StepDone,
+)
 from engine.plan import Launched, Sampling
 from engine.request import Delta, Finished, FinishReason, Request, Stopping
 from engine.scheduler import SchedulerConfig
-from tests.fakes import Script, ScriptedRunner, hashed
+from kvstore.copies import DISK, Copy, Drop, Loss, Place, TierDown, TierUp
+from kvstore.residency import ResidencyConfig
+from tests.fakes import Script, ScriptedRunner, ScriptedStore, hashed
 
 VOCABULARY = tuple(bytes([65 + i % 26]) for i in range(100))
 EOS = 99
@@ -22,9 +38,21 @@ def core_config(
     model_context: int = 1000,
     max_queue: int = 1000,
     max_outstanding: int = 1,
+    resume: str = "reload",
+    residency: ResidencyConfig | None = None,
+    every_tokens: int = 8,
 ) -> CoreConfig:
+    """`residency`: None is a device without tiers below it."""
     return CoreConfig(
-        scheduler=SchedulerConfig(block_size, blocks, max_batch_tokens, max_sequences),
+        scheduler=SchedulerConfig(
+            block_size,
+            blocks,
+            max_batch_tokens,
+            max_sequences,
+            resume=resume,
+            residency=residency or ResidencyConfig(),
+            checkpoint=CheckpointConfig(every_tokens, 1000.0),
+        ),
         model_context=model_context,
         max_queue=max_queue,
         max_outstanding=max_outstanding,
@@ -51,7 +79,12 @@ def request(
 
 
 class Driver:
-    """Feeds events, runs steps in order, keeps what came out, and checks the books after every event."""
+    """Feeds events, runs steps in order, keeps what came out, and checks the books after every event.
+
+    Copies end when `copy` says so, or before the next step when `prompt_copies`.
+    """
+
+    prompt_copies = True
 
     def __init__(self, config: CoreConfig, script: Script | None = None) -> None:
         self.core = Core(config, VOCABULARY)
@@ -60,6 +93,8 @@ class Driver:
             block_size=config.scheduler.block_size,
             max_sequences=config.scheduler.max_sequences,
         )
+        self.store = ScriptedStore(self.runner)
+        self.lost: Callable[[Copy, Place], Loss | None] = lambda copy, place: None
         self.now = 0.0
         self.deltas: dict[tuple[str, int], list[Delta]] = {}
         self.finished: dict[tuple[str, int], Finished] = {}
@@ -74,17 +109,43 @@ class Driver:
     def cancel(self, request_id: str) -> None:
         self._feed(Cancelled(request_id))
 
+    def preempt(self, request_id: str) -> None:
+        self._feed(Preempted(request_id))
+
+    def prune(self, tier: str, blocks: int = 0) -> None:
+        self._feed(Pruned(tier, blocks))
+
+    def tier_up(self, tier: str = DISK, records: tuple[Place, ...] = ()) -> None:
+        self._feed(TierUp(tier, records))
+
+    def tier_down(self, tier: str = DISK) -> None:
+        self._feed(TierDown(tier, "a test"))
+
+    def copy(self, which: int = 0) -> bool:
+        """Ends a copy under way. False when there is none."""
+        if not self.store.under_way:
+            return False
+        self._feed(self.store.end(which % len(self.store.under_way), self.lost))
+        return True
+
+    def copies(self) -> None:
+        """Ends all copies, and those that follow from them."""
+        while self.copy():
+            pass
+
     def step(self) -> bool:
         """Ends the oldest step under way. False when there is none."""
+        if self.prompt_copies:
+            self.copies()
         if not self._under_way:
             return False
         self._feed(StepDone(self._under_way.popleft().collect()))
         return True
 
-    def finish(self, limit: int = 100_000) -> None:
+    def finish(self, limit: int = 20_000) -> None:
         """Steps until nothing is left to do; the core must then be idle and empty."""
         for _ in range(limit):
-            if not self.step():
+            if not (self.step() or self.copy()):
                 break
         assert self.core.idle, "work is left, but no step is told: the core is stuck"
         self.core.check()
@@ -116,3 +177,7 @@ class Driver:
                 self.rejected[instruction.request_id] = instruction
             case Account():
                 self.accounts.append(instruction)
+            case Copy():
+                self.store.begin(instruction)
+            case Drop():
+                self.store.drop(instruction)

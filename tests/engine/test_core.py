@@ -7,7 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.events import Arrived, Cancelled
 from engine.request import FinishReason, Request
-from engine.scheduler import PASSED_OVER, STALE
+from engine.scheduler import PASSED_OVER
+from engine.waiting import STALE
 from tests.engine.driving import EOS, Driver, core_config, request
 from tests.fakes import hashed, saying
 
@@ -59,7 +60,7 @@ def test_preempted_sequences_say_what_they_would_have_said(max_outstanding: int)
     asked = [request(f"r{i}", range(i, i + 5), max_tokens=30, seed=i) for i in range(16)]
     driver.arrive(*asked)
     driver.finish()
-    assert driver.core.scheduler.preemptions > 0
+    assert driver.core.scheduler.counts.preemptions > 0
     recomputed = sum(f.recomputed_tokens for f in driver.finished.values())
     assert recomputed > 0
     assert driver.runner.computed_positions - recomputed == 16 * (5 + 30 - 1)
@@ -216,7 +217,7 @@ def test_waiters_that_left_do_not_pile_up_behind_one_that_cannot_move() -> None:
     for i in range(10 * STALE):
         driver.core.handle(Arrived(request(f"r{i}", [i])), driver.now)
         driver.core.handle(Cancelled(f"r{i}"), driver.now)
-    assert len(driver.core.scheduler._waiting) <= STALE + 3
+    assert len(driver.core.scheduler._line._heap) <= STALE + 3
     driver.finish()
     assert driver.tokens("b") == expected_tokens(request("b", [2]))
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ class Held(ScriptedRunner):
 
 @asynccontextmanager
 async def running(
-    runner: type[ScriptedRunner] = ScriptedRunner, recorder: FileRecorder | None = None, **config: int
+    runner: type[ScriptedRunner] = ScriptedRunner, recorder: FileRecorder | None = None, **config: Any
 ) -> AsyncIterator[Engine]:
     core = Core(core_config(**config), VOCABULARY)
     fake = runner(hashed(98), block_size=4, max_sequences=8)
@@ -79,7 +80,7 @@ async def test_streams_under_pressure_say_what_a_driven_core_says(max_outstandin
     driver.finish()
     async with running(blocks=20, max_outstanding=max_outstanding) as engine:
         answers = await asyncio.gather(*(read(engine.submit(each)) for each in asked))
-        assert engine.core.scheduler.preemptions > 0
+        assert engine.core.scheduler.counts.preemptions > 0
     assert answers == [driver.tokens(each.id) for each in asked]
 
 
@@ -211,7 +212,7 @@ async def test_a_recorded_run_replays_byte_for_byte(tmp_path: Path) -> None:
         streams = [engine.submit(each) for each in asked]
         streams[3].cancel()
         await asyncio.gather(*(read(stream) for stream in streams))
-        preemptions = engine.core.scheduler.preemptions
+        preemptions = engine.core.scheduler.counts.preemptions
     assert recorder.failure is None
     assert preemptions > 0
     assert replay(path, VOCABULARY) > 20

@@ -67,7 +67,7 @@ async def outcome(loaded: Loaded, blocks: int, recording: Path) -> Outcome:
     return Outcome(
         tokens={stream.request.id: tuple(answer) for stream, answer in zip(streams, answers, strict=True)},
         demand=max(step.kv_used_blocks for step in steps),
-        preemptions=core.scheduler.preemptions,
+        preemptions=core.scheduler.counts.preemptions,
         recomputed_tokens=sum(end.recomputed_tokens for end in ends),
     )
 

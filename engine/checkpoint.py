@@ -1,0 +1,55 @@
+"""When a sequence's KV is saved below the device, and which blocks of it: write-behind; a preemption then owes little.
+
+Where it goes, and whether there is room, is the residency's; these are only offers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.sequence import Sequence
+from engine.snapshot import Snapshot
+from kvstore.copies import Place
+from kvstore.residency import Residency
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    every_tokens: int = 128  # in full blocks not saved yet
+    every_seconds: float = 5.0
+
+
+class Checkpoints:
+    def __init__(self, residency: Residency, block_size: int, config: CheckpointConfig) -> None:
+        self._residency = residency
+        self._block_size = block_size
+        self._config = config
+        self._every_blocks = -(-config.every_tokens // block_size)
+
+    def grown(self, sequence: Sequence, now: float) -> None:
+        """It has new full blocks: saves them when there are enough, or it is long ago."""
+        owed = sequence.published - sequence.saved
+        if owed >= self._every_blocks or now - sequence.saved_at >= self._config.every_seconds:
+            self.save(sequence, now)
+
+    def save(self, sequence: Sequence, now: float) -> None:
+        """Offers the full blocks that have not been offered yet."""
+        if self._residency.keeps:
+            chain = list(self._full_blocks(sequence, sequence.saved))
+            sequence.saved += self._residency.save(chain, now)
+            sequence.saved_at = now
+
+    def save_snapshot(self, sequence: Sequence, snapshot: Snapshot, now: float) -> None:
+        """Offers all that the snapshot needs, its tail too; what is safe already is only marked as used."""
+        chain = list(self._full_blocks(sequence, 0))
+        if (tail := snapshot.tail) and len(chain) == len(snapshot.keys):
+            parent = snapshot.keys[-1] if snapshot.keys else b""
+            place = Place(tail.key, -1, parent, len(chain), tail.tokens)
+            chain.append((sequence.table[len(chain)], place))
+        self._residency.save(chain, now)
+
+    def _full_blocks(self, sequence: Sequence, start: int) -> Iterator[tuple[int, Place]]:
+        """The published blocks from `start` on, with their device blocks."""
+        keys = sequence.keys
+        for index in range(start, sequence.published):
+            parent = keys[index - 1] if index else b""
+            yield sequence.table[index], Place(keys[index], -1, parent, index, self._block_size)

@@ -1,0 +1,44 @@
+"""All that a sequence is, as plain data: what it needs to live later, or elsewhere.
+
+Taken in one place, when a sequence gives up its blocks (scheduler.py). The KV itself is in the store, under the keys of
+its full blocks and of its partial tail; noise is a function of (seed, choice, position, token id), so a sampler has no
+state beyond `sampling`. What of the KV the store has lost by then is computed again.
+"""
+
+from dataclasses import dataclass
+
+from engine.plan import Sampling
+from engine.request import Request
+from engine.text import TextState
+from kvstore.block import Key, block_key
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The block that is not full. Its bytes beyond `tokens` positions mean nothing."""
+
+    key: Key
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    request: Request
+    sampling: Sampling  # of this choice
+    tokens: tuple[int, ...]  # prompt and output
+    computed: int  # positions that had KV
+    keys: tuple[Key, ...]  # of the full blocks among these
+    tail: Tail | None
+    text: TextState  # undecoded bytes, and text that may be the beginning of a stop string
+    arrived: float
+    admitted: float | None
+    cached_tokens: int
+    preemptions: int
+    recomputed_tokens: int
+    queued_seconds: float
+    token_times: tuple[float, ...]
+
+
+def tail_of(root: Key, keys: tuple[Key, ...], tokens: tuple[int, ...]) -> Tail | None:
+    """The tail after full blocks `keys`, holding `tokens` (fewer than a block). Its key is that of a shorter block."""
+    return Tail(block_key(keys[-1] if keys else root, tokens), len(tokens)) if tokens else None
