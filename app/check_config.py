@@ -5,15 +5,12 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from app.config_sources import DEFAULT, Loaded, all_keys
+from app.config_sources import DEFAULT, Loaded, all_keys, value_of
 
 
 def rows(loaded: Loaded) -> list[tuple[str, object, str]]:
     """(section.key, value, source) in the order of the file."""
-    values = loaded.config.model_dump()
-    return [
-        (name, values[name.split(".")[0]][name.split(".")[1]], loaded.sources[name]) for name in all_keys()
-    ]
+    return [(name, value_of(loaded.config, name), loaded.sources[name]) for name in all_keys()]
 
 
 def as_json(loaded: Loaded) -> str:

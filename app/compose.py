@@ -1,10 +1,11 @@
-"""The composition root, first half: configuration → tokenizer, model, runner, core. On the main thread.
+"""The composition root, first half: configuration → tokenizer, model, runner, store, core. On the main thread.
 
 The only file of this package that imports torch. The engine and its application belong to the event loop:
 `app/serving.py` puts them together there.
 """
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from app import memory
 from app.config import Config, EngineSection
 from app.served import Model
 from app.serving import Parts
+from app.tiers import make_tiers
 from engine.chat_template import ChatTemplateError
+from engine.checkpoint import CheckpointConfig
 from engine.core import Core, CoreConfig
 from engine.kernels.protocol import UnsupportedDevice
 from engine.kernels.select import make_kernels
@@ -69,9 +72,12 @@ def load(config: Config) -> Parts:
     for fact in loaded.facts:
         log.info("model_fact", fact=fact)
     vocabulary = tokenizer.vocabulary(loaded.config.vocab_size)
-    core = Core(core_config(config, loaded), vocabulary)
-    runner = make_runner(loaded, core.config.scheduler)
+    scheduler = scheduler_config(config, loaded)
+    runner = make_runner(loaded, scheduler)
     runner.warm_up()
+    tiers = make_tiers(config, directory, loaded, runner)
+    scheduler = replace(scheduler, residency=tiers.residency)
+    core = Core(core_config(config, loaded, scheduler, tiers.fingerprint), vocabulary)
     model = Model(
         name=config.model.name or directory.name,
         tokenizer=tokenizer,
@@ -82,7 +88,7 @@ def load(config: Config) -> Parts:
     )
     _log_loaded(model, loaded, core.config, runner.exact)
     worker = QueueWorker(runner, overlap=_runs_ahead(loaded))
-    return Parts(config, model, core, worker, runner.exact)
+    return Parts(config, model, core, worker, runner.exact, tiers.store)
 
 
 def model_directory(path: str) -> Path:
@@ -113,21 +119,29 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def core_config(config: Config, loaded: Loaded) -> CoreConfig:
-    engine = config.engine
+def core_config(config: Config, loaded: Loaded, scheduler: SchedulerConfig, fingerprint: str) -> CoreConfig:
     return CoreConfig(
-        scheduler=SchedulerConfig(
-            block_size=engine.block_size,
-            blocks=_blocks(engine, loaded),
-            max_batch_tokens=engine.max_batch_tokens,
-            max_sequences=engine.max_sequences,
-            order=config.policies.order,
-            victim=config.policies.victim,
-        ),
+        scheduler=scheduler,
         model_context=loaded.config.max_positions,
-        max_queue=engine.max_queue,
+        max_queue=config.engine.max_queue,
         max_outstanding=2 if _runs_ahead(loaded) else 1,
         eos_token_ids=loaded.generation.eos_token_ids,
+        fingerprint=fingerprint,
+    )
+
+
+def scheduler_config(config: Config, loaded: Loaded) -> SchedulerConfig:
+    """All but the tiers below the device, whose sizes are known when they are there."""
+    engine, policies, checkpoint = config.engine, config.policies, config.checkpoint
+    return SchedulerConfig(
+        block_size=engine.block_size,
+        blocks=_blocks(engine, loaded),
+        max_batch_tokens=engine.max_batch_tokens,
+        max_sequences=engine.max_sequences,
+        order=policies.order,
+        victim=policies.victim,
+        resume=policies.resume,
+        checkpoint=CheckpointConfig(checkpoint.every_tokens, checkpoint.every_seconds),
     )
 
 

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from policies.eviction import EVICTIONS
 from policies.order import ORDERS
+from policies.placement import PLACEMENTS
 from policies.preemption import VICTIMS
 from policies.resume import RESUMES
 
@@ -31,6 +33,7 @@ def one_of(names: Iterable[str]) -> AfterValidator:
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Bytes = Annotated[int, Field(ge=0, le=2**60)]
 Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -69,10 +72,34 @@ class EngineSection(Section):
     record: str = ""  # a file for the core's events and instructions, to be replayed; "" is off
 
 
+class HostSection(Section):
+    bytes: Bytes = 2**30  # of memory; 0 turns the tier off
+
+
+class DiskSection(Section):
+    path: str = Field(default="~/.cache/sluice/kv", min_length=1)
+    bytes: Bytes = 0  # all files together; 0 turns the tier off
+
+
+class KVStoreSection(Section):
+    share_across_keys: bool = False  # API keys may find each other's prefixes
+    hung_seconds: PositiveSeconds = 30.0  # without progress, before a tier is taken out of use
+    retry_seconds: PositiveSeconds = 10.0  # between attempts to take it into use again
+    host: HostSection = HostSection()
+    disk: DiskSection = DiskSection()
+
+
+class CheckpointSection(Section):
+    every_tokens: Count = 128  # computed and not saved yet
+    every_seconds: PositiveSeconds = 5.0
+
+
 class PoliciesSection(Section):
     order: Annotated[str, one_of(ORDERS)] = "fcfs"
     victim: Annotated[str, one_of(VICTIMS)] = "last_admitted"
-    resume: Annotated[str, one_of(RESUMES)] = "recompute"
+    resume: Annotated[str, one_of(RESUMES)] = "reload"
+    eviction: Annotated[str, one_of(EVICTIONS)] = "lru"
+    placement: Annotated[str, one_of(PLACEMENTS)] = "write_through"
 
 
 class LogSection(Section):
@@ -86,6 +113,8 @@ class Config(Section):
     server: ServerSection = ServerSection()
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
+    kvstore: KVStoreSection = KVStoreSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     policies: PoliciesSection = PoliciesSection()
     log: LogSection = LogSection()
 

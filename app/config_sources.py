@@ -8,8 +8,9 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -53,11 +54,11 @@ def load(
         *_from_env(env, problems),
         *_from_flags(flags, problems),
     ]
-    merged: dict[str, dict[str, object]] = {}
+    merged: dict[str, Any] = {}
     sources = dict.fromkeys(all_keys(), DEFAULT)
     for setting in settings:  # later ones win
         if _is_known(setting, problems):
-            merged.setdefault(setting.section, {})[setting.key] = setting.value
+            _table(merged, setting.section)[setting.key] = setting.value
             sources[f"{setting.section}.{setting.key}"] = setting.source
     config = _validated(merged, sources, problems)
     if config is None or problems:
@@ -65,20 +66,40 @@ def load(
     return Loaded(config, sources)
 
 
+def sections(model: type[Section] = Config, prefix: str = "") -> dict[str, type[Section]]:
+    """Every section by its name in the file, dotted where it stands in another, in the order of the file."""
+    found: dict[str, type[Section]] = {}
+    for name, field in model.model_fields.items():
+        if (inner := _section_of(field)) is not None:
+            found |= {prefix + name: inner} | sections(inner, f"{prefix}{name}.")
+    return found
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
 def all_keys() -> dict[str, FieldInfo]:
     """Every "section.key" there is, in the order of the file."""
     return {
         f"{section}.{key}": field
-        for section in Config.model_fields
-        for key, field in section_model(section).model_fields.items()
+        for section, model in sections().items()
+        for key, field in model.model_fields.items()
+        if _section_of(field) is None
     }
 
 
-def section_model(section: str) -> type[Section]:
-    model = Config.model_fields[section].annotation
-    assert isinstance(model, type), section
-    assert issubclass(model, Section), section
-    return model
+def value_of(config: Config, name: str) -> object:
+    """The value of a "section.key"."""
+    return reduce(getattr, name.split("."), config)
+
+
+def _table(merged: dict[str, Any], section: str) -> dict[str, Any]:
+    """The table of a section in nested tables, made where it is not there yet."""
+    for part in section.split("."):
+        merged = merged.setdefault(part, {})
+    return merged
 
 
 def _chosen_file(file: Path | None, cwd: Path, problems: list[str]) -> Path | None:
@@ -99,19 +120,37 @@ def _from_file(file: Path | None, problems: list[str]) -> list[Setting]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         problems.append(f"{file}: {error}")
         return []
-    settings = []
-    for section, table in tables.items():
-        if isinstance(table, dict):
-            # An unknown section is one mistake, however many keys it has.
-            pairs = table.items() if section in Config.model_fields else list(table.items())[:1]
-            settings += [Setting(section, key, value, str(file)) for key, value in pairs]
-            if not table and section not in Config.model_fields:
-                problems.append(f"{file}: {_unknown_section(section)}")
+    settings: list[Setting] = []
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            settings += _from_table(name, value, str(file), problems)
         else:
             problems.append(
-                f"{file}: {section!r} stands outside a [section]{did_you_mean(' or '.join(_homes(section)))}"
+                f"{file}: {name!r} stands outside a [section]{did_you_mean(' or '.join(_homes(name)))}"
             )
     return settings
+
+
+def _from_table(section: str, table: dict[str, Any], file: str, problems: list[str]) -> list[Setting]:
+    known = sections()
+    if section not in known:
+        if not table:
+            problems.append(f"{file}: {_unknown_section(section)}")
+        # An unknown section is one mistake, however many keys it has.
+        return [Setting(section, key, value, file) for key, value in list(table.items())[:1]]
+    settings: list[Setting] = []
+    for key, value in table.items():
+        inner = f"{section}.{key}"
+        if isinstance(value, dict) and key not in _keys(section):
+            settings += _from_table(inner, value, file, problems)
+        else:
+            settings.append(Setting(section, key, value, file))
+    return settings
+
+
+def _keys(section: str) -> list[str]:
+    """The keys of a known section, without the sections in it."""
+    return [key for key, field in sections()[section].model_fields.items() if _section_of(field) is None]
 
 
 def _from_env(env: Mapping[str, str], problems: list[str]) -> list[Setting]:
@@ -119,7 +158,8 @@ def _from_env(env: Mapping[str, str], problems: list[str]) -> list[Setting]:
     for name in sorted(env):
         if not name.startswith(ENV_PREFIX):
             continue
-        section, separator, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        parts, separator, key = name.removeprefix(ENV_PREFIX).lower().rpartition("__")
+        section = parts.replace("__", ".")
         if separator:
             settings.append(Setting(section, key, _parsed(section, key, env[name]), f"env {name}"))
         else:
@@ -131,7 +171,7 @@ def _from_flags(flags: Iterable[str], problems: list[str]) -> list[Setting]:
     settings = []
     for flag in flags:
         name, equals, text = flag.partition("=")
-        section, dot, key = name.strip().partition(".")
+        section, dot, key = name.strip().rpartition(".")
         if equals and dot:
             settings.append(Setting(section, key, _parsed(section, key, text), "--set"))
         else:
@@ -157,10 +197,10 @@ def _is_text(annotation: object) -> bool:
 
 
 def _is_known(setting: Setting, problems: list[str]) -> bool:
-    if setting.section not in Config.model_fields:
+    if setting.section not in sections():
         problems.append(f"{setting.source}: {_unknown_section(setting.section)}")
         return False
-    keys = section_model(setting.section).model_fields
+    keys = _keys(setting.section)
     if setting.key in keys:
         return True
     name = f"{setting.section}.{setting.key}"
@@ -177,11 +217,11 @@ def _nearest_key(setting: Setting, keys: Iterable[str]) -> str | None:
 
 
 def _homes(key: str) -> list[str]:
-    return [name for name in all_keys() if name.split(".")[1] == key]
+    return [name for name in all_keys() if name.rpartition(".")[2] == key]
 
 
 def _unknown_section(section: str) -> str:
-    near = nearest(section, Config.model_fields)
+    near = nearest(section, sections())
     return f"unknown section [{section}]{did_you_mean(near and f'[{near}]')}"
 
 
@@ -205,7 +245,8 @@ def _validated(
 
 
 def _sentence(error: ErrorDetails, sources: Mapping[str, str]) -> str:
-    name = ".".join(str(part) for part in error["loc"][:2])
+    path = ".".join(str(part) for part in error["loc"])
+    name = next(key for key in all_keys() if path == key or path.startswith(f"{key}."))
     message = error["msg"][:1].lower() + error["msg"][1:]
     return (
         f"{sources[name]}: {name} = {json.dumps(error['input'], default=str)}: {message}{_hint(name, error)}"

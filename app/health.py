@@ -59,7 +59,9 @@ def _model(served: Served) -> dict[str, Any]:
 
 
 async def metrics(http: web.Request) -> web.Response:
-    scheduler = http.app[SERVED].engine.core.scheduler
+    engine = http.app[SERVED].engine
+    scheduler = engine.core.scheduler
+    http.app[METRICS].observe_tiers(engine.tier_bytes())
     body, content_type = http.app[METRICS].exposition(
         running=len(scheduler.running),
         waiting=scheduler.waiting,

@@ -4,7 +4,7 @@ Fed by the engine's observers (`observe_step`, `observe_finished`) on the event-
 registry of its own. The loop's lag is measured by `app/lag.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 from aiohttp import web
@@ -12,7 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from engine.engine import StepRecord
+from engine.records import CopyRecord
 from engine.request import Finished, FinishReason
+from kvstore.copies import DEVICE, DISK, HOST, Loss
 
 ENGINE = "0"  # the replica; there is one so far
 
@@ -28,21 +30,24 @@ WHOLE = (
 TOKENS = tuple(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5))
 SHORT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)  # lag, GIL
 
+COPY = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
+)  # fmt: skip
+TIERS = (DEVICE, HOST, DISK)
+
 _SUCCESS = {FinishReason.CANCELLED: "abort"}  # vLLM's word
 
 
 class Metrics:
-    def __init__(
-        self, model_name: str, *, block_size: int, kv_blocks: int, victim_policy: str, way: str
-    ) -> None:
+    def __init__(self, model_name: str, *, block_size: int, kv_blocks: int, victim_policy: str) -> None:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": ENGINE}
         self._victim_policy = victim_policy
-        self._way = way
         self._families: dict[str, Counter] = {}
         self._make_gauges(block_size, kv_blocks)
         self._make_counters()
         self._make_histograms()
+        self._make_tier_metrics()
 
     # --- what there is ------------------------------------------------------------------------------------
 
@@ -82,11 +87,53 @@ class Metrics:
         self._victims = self._counter(
             "sluice:preemptions", "Preemptions, by victim policy.", victim_policy=self._victim_policy
         )
-        self._resumptions = self._counter(
-            "sluice:resumptions",
-            "Preempted sequences that came back, by way and tier.",
-            way=self._way,
-            tier="none",
+        self._make_tier_counters()
+
+    def _make_tier_counters(self) -> None:
+        self._resumptions = {
+            (way, tier): self._counter(
+                "sluice:resumptions",
+                "Preempted sequences that came back, by way and the lowest tier they took from.",
+                way=way,
+                tier=tier,
+            )
+            for way in ("reload", "split", "recompute")
+            for tier in ("none", *TIERS)
+        }
+        self._dropped = self._counter(
+            "sluice:unsaved_blocks", "Blocks not saved below the device: no room, or too much on its way."
+        )
+        self._hit_tokens, self._read, self._written = (
+            {tier: self._counter(name, text, tier=tier) for tier in TIERS}
+            for name, text in (
+                ("sluice:kv_tier_hit_tokens", "Tokens found cached at an admission, by tier."),
+                ("sluice:kv_tier_read_bytes", "Bytes copied out of a tier."),
+                ("sluice:kv_tier_write_bytes", "Bytes copied into a tier."),
+            )
+        )
+        self._tier_errors = {
+            (tier, kind): self._counter(
+                "sluice:kv_tier_errors", "Blocks that a tier lost or refused.", tier=tier, kind=kind.value
+            )
+            for tier in TIERS
+            for kind in Loss
+        }
+
+    def _make_tier_metrics(self) -> None:
+        labels = [*self._labels, "tier"]
+        self._tier_up = Gauge(
+            "sluice:kv_tier_up", "Whether a tier below the device is in use.", labels, registry=self._registry
+        )
+        self._tier_bytes = Gauge(
+            "sluice:kv_tier_bytes", "Of a tier.", [*labels, "kind"], registry=self._registry
+        )
+        routes = [*self._labels, "source", "target"]
+        self._copies, self._copy_queue = (
+            Histogram(name, text, routes, registry=self._registry, buckets=COPY)
+            for name, text in (
+                ("sluice:kv_copy_seconds", "A copy between tiers, once begun."),
+                ("sluice:kv_copy_queue_seconds", "A copy's wait for its thread."),
+            )
         )
 
     def _make_histograms(self) -> None:
@@ -142,13 +189,34 @@ class Metrics:
         self._recomputed.inc(step.recomputed_tokens)
         self._generated.inc(step.sampled_tokens)
         self._prompt_tokens.inc(step.prompt_tokens)
-        self._resumptions.inc(step.resumptions)
+        for way, count in step.resumptions.items():
+            self._resumptions[way].inc(count)
+        for tier, tokens in step.hit_tokens.items():
+            self._hit_tokens[tier].inc(tokens)
+        self._dropped.inc(step.dropped_blocks)
         self._preemptions.inc(step.preemptions)
         self._victims.inc(step.preemptions)
         self._queries.inc(step.prefix_queries)
         self._hits.inc(step.prefix_hits)
         self._step_tokens.observe(step.computed_tokens)
         self._gil.observe(step.gil_seconds)
+
+    def observe_copy(self, copy: CopyRecord) -> None:
+        self._read[copy.source].inc(copy.bytes)
+        self._written[copy.target].inc(copy.bytes)
+        labels = self._labels | {"source": copy.source, "target": copy.target}
+        self._copies.labels(**labels).observe(copy.seconds)
+        self._copy_queue.labels(**labels).observe(copy.queued_seconds)
+        for kind, count in copy.losses.items():
+            self._tier_errors[copy.failed_tier, kind].inc(count)
+
+    def observe_tiers(self, capacity_and_use: Mapping[str, tuple[bool, int, int]]) -> None:
+        """By tier: whether it is up, the bytes it may hold, and those it holds."""
+        for tier, (up, capacity, used) in capacity_and_use.items():
+            labels = self._labels | {"tier": tier}
+            self._tier_up.labels(**labels).set(up)
+            self._tier_bytes.labels(**labels, kind="capacity").set(capacity)
+            self._tier_bytes.labels(**labels, kind="used").set(used)
 
     def observe_finished(self, choice: Finished) -> None:
         self._successes[choice.reason].inc()

@@ -6,10 +6,11 @@ from typing import Protocol
 
 from aiohttp import web
 
-from app.config import ServerSection
+from app.config import KVStoreSection, ServerSection
 from app.request_log import RequestLog
 from engine.engine import Engine
 from engine.model.generation import GenerationDefaults
+from kvstore.store import Store
 
 
 class Tokenizing(Protocol):
@@ -38,6 +39,8 @@ class Served:
     engine: Engine
     model: Model
     server: ServerSection
+    kvstore: KVStoreSection = field(default_factory=KVStoreSection)
+    store: Store | None = None
     requests: RequestLog = field(default_factory=RequestLog)
 
     @property

@@ -42,6 +42,7 @@ def application(served: Served, metrics: Metrics) -> web.Application:
     app.on_response_prepare.append(add_header)
     app.cleanup_ctx.append(_observed_loop)
     served.engine.on_step.append(metrics.observe_step)
+    served.engine.on_copy.append(metrics.observe_copy)
     served.engine.on_finished += [metrics.observe_finished, served.requests.finished]
     return app
 

@@ -1,5 +1,6 @@
 """The composition root, second half: what needs an event loop. Parts → engine, metrics, application."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from engine.core import Core
 from engine.engine import Engine
 from engine.recording import FileRecorder
 from engine.worker import QueueWorker
+from kvstore.store import Store
+
+STORE_STOP_SECONDS = 10.0
+"""For copies under way when the engine has stopped: the engine's drain has waited for them already."""
 
 log = get_logger(__name__)
 
@@ -29,17 +34,24 @@ class Parts:
     core: Core
     worker: QueueWorker
     exact: bool
+    store: Store | None = None  # None: no tier below the device
 
 
 @asynccontextmanager
 async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]:
-    """The engine and its application, on this loop. At the end the worker stops and a recording is closed."""
+    """The engine and its application, on this loop.
+
+    At the end the worker stops, the tiers are closed when what is under way has ended, and so is a recording.
+    """
     async with _recording(parts) as recorder:
-        engine = Engine(parts.core, parts.worker, exact=parts.exact, recorder=recorder)
+        engine = Engine(parts.core, parts.worker, exact=parts.exact, recorder=recorder, store=parts.store)
         try:
-            yield engine, application(Served(engine, parts.model, parts.config.server), _metrics(parts))
+            served = Served(engine, parts.model, parts.config.server, parts.config.kvstore, parts.store)
+            yield engine, application(served, _metrics(parts))
         finally:
             engine.stop()
+            if parts.store and not await asyncio.to_thread(parts.store.stop, STORE_STOP_SECONDS):
+                log.warning("store_stopped_early", seconds=STORE_STOP_SECONDS)
 
 
 def _metrics(parts: Parts) -> Metrics:
@@ -49,7 +61,6 @@ def _metrics(parts: Parts) -> Metrics:
         block_size=scheduler.block_size,
         kv_blocks=scheduler.blocks,
         victim_policy=policies.victim,
-        way=policies.resume,
     )
 
 

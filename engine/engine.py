@@ -77,6 +77,8 @@ class Store(Protocol):
 
     def drop(self, drop: Drop) -> None: ...
 
+    def block_bytes(self, tier: str) -> int: ...
+
 
 class Engine:
     """One replica. All methods but `stop` belong to the event-loop thread that created it."""
@@ -226,9 +228,22 @@ class Engine:
                 "blocks": len(shelf),
                 "capacity_blocks": shelf.capacity,
                 "pinned_blocks": shelf.pinned,
+                "block_bytes": self._store.block_bytes(DEVICE) if self._store else 0,
             }
             for shelf in (residency.host, residency.disk)
         }
+
+    def tier_bytes(self) -> dict[str, tuple[bool, int, int]]:
+        """By tier: whether it is in use, the bytes it may hold, and those it holds."""
+        if self._store is None:
+            return {}
+        pool, residency = self.core.scheduler.pool, self.core.scheduler.residency
+        size = self._store.block_bytes(DEVICE)
+        below = {
+            shelf.name: (shelf.up, shelf.capacity * size, len(shelf) * size)
+            for shelf in (residency.host, residency.disk)
+        }
+        return {DEVICE: (True, pool.blocks * size, (pool.held + pool.idle) * size), **below}
 
     def requests(self) -> list[dict[str, object]]:
         """One entry a request; a request's state is that of its choice that is furthest on."""
@@ -371,7 +386,9 @@ class Engine:
         self._feed(event)
         match event:
             case CopyDone():
-                record = CopyRecord.of(self._copies.pop(event.id), event)
+                record = CopyRecord.of(
+                    self._copies.pop(event.id), event, self._tiers_below.block_bytes(DEVICE)
+                )
                 for observe_copy in self.on_copy:
                     observe_copy(record)
             case TierDown(tier, reason):

@@ -86,4 +86,5 @@ class TierUp:
 
     tier: str
     records: tuple[Place, ...]
-    capacity_blocks: int | None = None  # None: as before
+    capacity_blocks: int | None = None  # None: as configured
+    transaction_blocks: int | None = None  # most of one write; None: as configured

@@ -35,6 +35,11 @@ class DevicePool:
         return self.blocks - self.available
 
     @property
+    def idle(self) -> int:
+        """Blocks nobody holds that are kept for a prefix match."""
+        return len(self._idle)
+
+    @property
     def cached(self) -> int:
         """Blocks that a prefix match can find, held or idle."""
         return len(self._key_of)

@@ -71,6 +71,7 @@ class Residency:
         self.host.up = config.host_blocks > 0
         self.disk.up = False  # until its index is known: TierUp
         self.dropped_blocks = 0  # not written down, as copies could not keep up or a tier had no room
+        self._transaction_blocks = config.transaction_blocks
         self._placement = PLACEMENTS[config.placement]
         self._copies: dict[int, InFlight] = {}
         self._held: Counter[int] = Counter()  # device blocks that copies hold, how often
@@ -419,9 +420,9 @@ class Residency:
         """Blocks for one transaction, parents before children, and what leaves the disk for them."""
         pairs: list[tuple[Entry, Entry]] = []
         drops, self._drops = self._drops, []
-        while self._for_disk and len(pairs) < self.config.transaction_blocks:
+        while self._for_disk and len(pairs) < self._transaction_blocks:
             key, entry = next(iter(self._for_disk.items()))
-            missing = self._not_on_disk(entry)[: self.config.transaction_blocks - len(pairs)]
+            missing = self._not_on_disk(entry)[: self._transaction_blocks - len(pairs)]
             if not missing or not all(self._start_write(source, pairs, drops, now) for source in missing):
                 self._for_disk.pop(key)
                 self.dropped_blocks += bool(missing)
@@ -475,6 +476,7 @@ class Residency:
         shelf = self.shelf(up.tier)
         if up.capacity_blocks is not None:
             shelf.capacity = up.capacity_blocks
+        self._transaction_blocks = up.transaction_blocks or self.config.transaction_blocks
         room = shelf.room
         shelf.load(up.records[:room], now)
         self._drops += [place.key for place in up.records[room:]]
@@ -510,7 +512,7 @@ class Residency:
 
     def _spill_copies(self) -> Iterable[Copy]:
         spills, self._spills = self._spills, []
-        for tier, most in ((HOST, self.config.copy_blocks), (DISK, self.config.transaction_blocks)):
+        for tier, most in ((HOST, self.config.copy_blocks), (DISK, self._transaction_blocks)):
             for chunk in _chunks([spill for spill in spills if spill[1].tier == tier], most):
                 blocks, entries = tuple(block for block, _ in chunk), tuple(entry for _, entry in chunk)
                 sources = tuple(

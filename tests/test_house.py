@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "app": {"app", "engine", "kvstore", "policies"},
 }
 PURE = ["engine/core.py", "engine/scheduler.py", "engine/sequence.py", "engine/events.py", "engine/plan.py",
-        "engine/request.py", "engine/text.py", "kvstore/block.py", "kvstore/device.py"]  # fmt: skip
+        "engine/request.py", "engine/text.py", "kvstore/block.py", "kvstore/device.py",
+        "engine/snapshot.py", "engine/waiting.py", "engine/checkpoint.py", "engine/resumption.py",
+        "kvstore/copies.py", "kvstore/shelf.py", "kvstore/residency.py"]  # fmt: skip
 HEAVY = {"torch", "numba", "asyncio", "aiohttp", "time", "transformers", "socket", "threading"}
 
 

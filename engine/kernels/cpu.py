@@ -6,7 +6,9 @@ cpu_linear.py; here is who calls what with which addresses, and what is small en
 
 import ctypes
 
+import numba
 import torch
+from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 
 from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
@@ -63,6 +65,11 @@ class CpuKernels:
             *((attend_tiles, cpu_linear.linear_tiles) if self._amx else ()),
         ):
             kernel.compile()
+
+    @property
+    def identity(self) -> str:
+        """The instructions that the compiler was free to choose decide the order of sums."""
+        return f"cpu {get_host_cpu_name()} {'tiles' if self._amx else 'vectors'} numba {numba.__version__}"
 
     @property
     def released_seconds(self) -> float:

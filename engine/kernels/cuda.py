@@ -39,6 +39,14 @@ class CudaKernels:
         self._tiles: dict[tuple[int, int], tuple[triton_matmul.Tile, ...]] = {}  # by weight shape
 
     @property
+    def identity(self) -> str:
+        name, capability = (
+            torch.cuda.get_device_name(self._device),
+            torch.cuda.get_device_capability(self._device),
+        )
+        return f"cuda {name} {capability} torch {torch.__version__}"
+
+    @property
     def facts(self) -> tuple[str, ...]:
         """Sentences worth a log line: for which weights tiles differ in bits, so that one serves all."""
         full = len(triton_matmul.candidates(self._dtype))

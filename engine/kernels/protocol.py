@@ -73,6 +73,10 @@ class Kernels(Protocol):
     exact: bool
 
     @property
+    def identity(self) -> str:
+        """Names all of the machine and the code that decides bits: equal for equal bits of KV, at any time."""
+
+    @property
     def released_seconds(self) -> float:
         """Wall seconds so far in calls that let go of the interpreter's lock; 0.0 if not counted."""
 

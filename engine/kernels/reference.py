@@ -20,6 +20,7 @@ class ReferenceKernels:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.released_seconds = 0.0
+        self.identity = f"reference {device.type} torch {torch.__version__}"
         self.dtype = dtype
         self.device = device
 

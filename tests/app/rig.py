@@ -142,9 +142,7 @@ async def rig(
         created=1,
     )
     served = Served(engine, model, server)
-    metrics = Metrics(
-        "otter", block_size=16, kv_blocks=blocks, victim_policy="last_admitted", way="recompute"
-    )
+    metrics = Metrics("otter", block_size=16, kv_blocks=blocks, victim_policy="last_admitted")
     with bind(server.host, 0) as listener:
         site: web.AppRunner = await listen(application(served, metrics), server, listener)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

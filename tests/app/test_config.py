@@ -3,8 +3,10 @@
 import io
 import json
 import tomllib
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -119,7 +121,26 @@ def test_a_missing_file_is_refused_only_when_asked_for(tmp_path: Path) -> None:
 def test_config_toml_has_every_key_with_its_default() -> None:
     tables = tomllib.loads((REPOSITORY / "config.toml").read_text())
     assert tables == Config().model_dump()
-    assert [f"{section}.{key}" for section in tables for key in tables[section]] == list(all_keys())
+    assert list(_keys(tables)) == list(all_keys())
+
+
+def _keys(tables: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_a_section_in_a_section_takes_its_keys_from_every_source(tmp_path: Path) -> None:
+    file = written(tmp_path, "[kvstore.host]\nbytes = 5\n[kvstore]\nhung_seconds = 7.0\n")
+    loaded = load(["kvstore.disk.path=x"], {"SLUICE__KVSTORE__DISK__BYTES": "9"}, file)
+    store = loaded.config.kvstore
+    assert (store.host.bytes, store.hung_seconds, store.disk.path, store.disk.bytes) == (5, 7.0, "x", 9)
+    assert loaded.sources["kvstore.disk.bytes"] == "env SLUICE__KVSTORE__DISK__BYTES"
+    assert "kvstore.host.bytes" in problems("kvstore.host.byte=1")[0]
+    assert "kvstore.host.bytes = -1" in problems("kvstore.host.bytes=-1")[0]
+    assert "[kvstore.host]" in problems(file=written(tmp_path, "[kvstore.hots]\nbytes = 1\n"))[0]
 
 
 def test_every_key_of_config_toml_is_documented() -> None:

@@ -1,0 +1,123 @@
+"""The composition root's part for the KV store: configuration → tiers, their sizes, the store that supervises them."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from structlog.stdlib import get_logger
+
+from app import memory
+from app.config import Config
+from engine.kernels.protocol import Kernels
+from engine.model.fingerprint import kv_fingerprint, weights_hash
+from engine.model.loading import Loaded
+from engine.runner import ModelRunner
+from engine.runner_cuda import CudaRunner
+from kvstore import memory as memory_tiers
+from kvstore.copies import DEVICE, DISK, HOST, TierUp
+from kvstore.disk import DiskTier
+from kvstore.residency import ResidencyConfig
+from kvstore.store import Opened, Store
+from kvstore.tier import Tier, TierUnusable
+
+HOST_SHARE = 0.5
+"""Of the memory free when the pool has been taken, that the host tier may have at most."""
+
+IN_FLIGHT_BYTES = 64 * 2**20
+COPY_BYTES = 4 * 2**20
+"""On their way down from the device at once; and of one copy: small enough for others to come between."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    residency: ResidencyConfig
+    store: Store | None  # None: there is no tier below the device
+    fingerprint: str  # of all that decides the bytes of KV; "" where no key outlives the process
+
+
+def make_tiers(config: Config, directory: Path, loaded: Loaded, runner: ModelRunner | CudaRunner) -> Tiers:
+    """Takes the host arena and opens the disk. What cannot be had is logged, and done without."""
+    device = device_tier(runner)
+    memories: dict[str, Tier] = {DEVICE: device}
+    if host := _host(config, device.block_bytes, pinned=loaded.model.device.type == "cuda"):
+        memories[HOST] = host
+    fallible, fingerprint = {}, ""
+    if config.kvstore.disk.bytes:
+        fingerprint = _fingerprint(directory, loaded, runner, config.engine.block_size)
+        fallible[DISK] = partial(_open_disk, config, device.block_bytes, fingerprint)
+    if not host and not fallible:
+        return Tiers(ResidencyConfig(), None, fingerprint)
+    kvstore = config.kvstore
+    store = Store(
+        memories,
+        fallible,
+        hung_seconds=kvstore.hung_seconds,
+        retry_seconds=kvstore.retry_seconds,
+        notes=_note,
+    )
+    memory_tiers.warm_up()
+    store.open()
+    return Tiers(_residency(config, device.block_bytes, host), store, fingerprint)
+
+
+def device_tier(runner: ModelRunner | CudaRunner) -> Tier:
+    if isinstance(runner, ModelRunner):
+        return memory_tiers.pool_tier(runner.pool)
+    from kvstore.cuda import CudaTier
+
+    return CudaTier(runner.pool)
+
+
+def _host(config: Config, block_bytes: int, *, pinned: bool) -> Tier | None:
+    free = memory.free_cpu_bytes()
+    blocks, reduced = memory_tiers.fitting_blocks(config.kvstore.host.bytes, block_bytes, free, HOST_SHARE)
+    if reduced:
+        log.warning("host_tier_reduced", reason=reduced)
+    if not blocks:
+        return None
+    try:
+        tier = memory_tiers.host_tier(blocks, block_bytes, pinned=pinned)
+    except TierUnusable as error:
+        log.error("tier_unusable", tier=HOST, reason=str(error))
+        return None
+    if tier.notice:
+        log.warning("tier_notice", tier=HOST, notice=tier.notice)
+    return tier
+
+
+def _open_disk(config: Config, block_bytes: int, fingerprint: str) -> Opened:
+    disk = config.kvstore.disk
+    tier = DiskTier.open(
+        Path(disk.path).expanduser(), quota_bytes=disk.bytes, block_bytes=block_bytes, fingerprint=fingerprint
+    )
+    try:
+        return tier, TierUp(DISK, tier.records(), tier.capacity_blocks, tier.transaction_blocks)
+    except BaseException:
+        tier.close()
+        raise
+
+
+def _fingerprint(directory: Path, loaded: Loaded, runner: ModelRunner | CudaRunner, block_size: int) -> str:
+    kernels: Kernels = loaded.model.kernels
+    shape = loaded.model.kv_shape(block_size)
+    return kv_fingerprint(weights_hash(directory), loaded.config, loaded.dtype, kernels, shape)
+
+
+def _residency(config: Config, block_bytes: int, host: Tier | None) -> ResidencyConfig:
+    return ResidencyConfig(
+        host_blocks=host.stats().capacity_bytes // block_bytes if host else 0,
+        disk_blocks=config.kvstore.disk.bytes // block_bytes,  # until it is open and knows better
+        eviction=config.policies.eviction,
+        placement=config.policies.placement,
+        copy_blocks=max(1, COPY_BYTES // block_bytes),
+        spilling_blocks=max(8, IN_FLIGHT_BYTES // block_bytes),
+    )
+
+
+def _note(event: str, facts: dict[str, Any]) -> None:
+    """The store's news, one line each."""
+    level = "info" if event == "tier_up" else "warning"
+    getattr(log, level)(event, **facts)
