@@ -186,6 +186,10 @@ class Engine:
             self._feed(Pruned(tier, blocks))
         return before - self._blocks_in(tier)
 
+    async def quiet(self) -> None:
+        """Waits until nobody is served, and nothing is on its way between tiers."""
+        await self._quiet.wait()
+
     def _blocks_in(self, tier: str) -> int:
         scheduler = self.core.scheduler
         return scheduler.pool.cached if tier == DEVICE else len(scheduler.residency.shelf(tier))

@@ -16,13 +16,15 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
 from engine.core import Core, CoreConfig
-from engine.events import Arrived, Cancelled, Event, Instruction, StepDone
+from engine.events import Arrived, Cancelled, Event, Instruction, Preempted, Pruned, StepDone
+from kvstore.copies import CopyDone, Place, TierDown, TierUp
 
 EVENTS: dict[str, TypeAdapter[Any]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (Arrived, Cancelled, StepDone)
+    kind.__name__: TypeAdapter(kind)
+    for kind in (Arrived, Cancelled, StepDone, Preempted, Pruned, CopyDone, TierDown)
 }
 CONFIG = TypeAdapter(CoreConfig)
-VERSION = 1
+VERSION = 2
 
 
 class RecordingError(Exception):
@@ -40,7 +42,7 @@ def header(config: CoreConfig) -> bytes:
 def line(now: float, event: Event, instructions: list[Instruction]) -> bytes:
     """One event and what it gave, as canonical JSON."""
     told = [[type(instruction).__name__, instruction] for instruction in instructions]
-    return to_json([now, type(event).__name__, event, told])
+    return to_json([now, type(event).__name__, event, told], bytes_mode="hex")
 
 
 def replay(path: Path, vocabulary: tuple[bytes, ...]) -> int:
@@ -73,9 +75,18 @@ def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, float, Event]]:
     for number, raw in enumerate(lines, 2):
         try:
             now, kind, event, _ = from_json(raw)
-            yield raw, now, EVENTS[kind].validate_python(event)
+            yield raw, now, _tier_up(event) if kind == "TierUp" else EVENTS[kind].validate_python(event)
         except (ValueError, KeyError, TypeError) as error:
             raise RecordingError(f"line {number} is not an event: {error}") from error
+
+
+def _tier_up(raw: dict[str, Any]) -> TierUp:
+    """The one event with bytes in it, which JSON has as hexadecimal digits."""
+    records = tuple(
+        Place(**place | {name: bytes.fromhex(place[name]) for name in ("key", "parent")})
+        for place in raw["records"]
+    )
+    return TierUp(**raw | {"records": records})
 
 
 class FileRecorder:
