@@ -491,11 +491,12 @@ class Residency:
         return before - len(shelf)
 
     def clear(self, tier: str) -> int:
-        """Forgets all that no copy touches and no snapshot relies on."""
-        settled = [entry for entry in self.shelf(tier).entries() if entry.settled]
-        for entry in settled:
-            self.forget(entry)
-        return len(settled)
+        """Forgets all that no copy touches and no snapshot relies on, children first; returns how many."""
+        before = len(self.shelf(tier))
+        for entry in sorted(self.shelf(tier).entries(), key=lambda entry: -entry.depth):
+            if entry.settled and self._may_leave(entry):
+                self.forget(entry)
+        return before - len(self.shelf(tier))
 
     # --- what is to be done ---------------------------------------------------------------------------------------
 
