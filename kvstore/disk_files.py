@@ -64,9 +64,7 @@ class Directory:
 
     def prepare(self, wanted: About, quota_bytes: int) -> str:
         """Leaves a store that may be opened as `wanted`, or none. Why it is none, where there was one; else empty."""
-        (self.path / LMDB_LOCK_FILE).unlink(
-            missing_ok=True
-        )  # nobody else is here, so what it says is out of date
+        (self.path / LMDB_LOCK_FILE).unlink(missing_ok=True)  # nobody else is here: what it says is outdated
         self._shrink_aside(quota_bytes)
         if not self.data.exists():
             return ""

@@ -8,12 +8,11 @@ import ctypes
 
 import numba
 import torch
-from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 
 from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
 from engine.kernels.cpu_amx import amx_fits, attend_tiles
-from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads
+from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads, sources_digest, target
 from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
 
@@ -68,8 +67,10 @@ class CpuKernels:
 
     @property
     def identity(self) -> str:
-        """The instructions that the compiler was free to choose decide the order of sums."""
-        return f"cpu {get_host_cpu_name()} {'tiles' if self._amx else 'vectors'} numba {numba.__version__}"
+        """Our sources, and what they are compiled for; torch makes the table of cosines."""
+        triple, cpu, features = target()
+        kind = "tiles" if self._amx else "vectors"
+        return f"{triple} {cpu} {features} {kind} {sources_digest()} numba {numba.__version__} {torch.__version__}"
 
     @property
     def released_seconds(self) -> float:

@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from engine.kernels.cpu_native import inner
+from engine.kernels.cpu_native import inner, target
 
 LANES = 16
 _LOWEST = np.float32(-127.0)
@@ -183,7 +183,25 @@ def _widen(builder: Any, halves: Any) -> Any:
 
 def _narrow(builder: Any, value: Any) -> Any:
     """To bf16, nearest, ties to even: one instruction where the machine has it (it flushes what is below normal)."""
-    return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat(), LANES)), _SHORT)
+    if "+avx512bf16" in target()[2].split(","):
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat(), LANES)), _SHORT)
+    return _narrow_by_integers(builder, value)
+
+
+def _narrow_by_integers(builder: Any, value: Any) -> Any:
+    """For machines without the instruction: LLVM would call a function there that no library brings."""
+
+    def all_of(number: int) -> Any:
+        return ir.Constant(I32_VECTOR, [number] * LANES)
+
+    bits = builder.bitcast(value, I32_VECTOR)
+    odd = builder.and_(builder.lshr(bits, all_of(16)), all_of(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, all_of(0x7FFF))), all_of(16))
+    quiet = builder.or_(
+        builder.lshr(bits, all_of(16)), all_of(0x40)
+    )  # rounding could carry a NaN into infinity
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, quiet, rounded), _SHORT)
 
 
 @emitted(Lanes, Lanes)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch  # loads the OpenMP runtime that `_openmp` looks up
+from numba.core.registry import cpu_target
 
 _Body = Callable[[Any], None]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -108,6 +109,12 @@ def inner(function: _F) -> _F:
     return compiled
 
 
+def target() -> tuple[str, str, str]:
+    """What numba compiles for: triple, CPU, and its features as "+this,-that"."""
+    found: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
+    return found
+
+
 class _cache_directory:
     """Points numba's cache at a directory named after the content of all kernel sources, while it is entered.
 
@@ -116,7 +123,7 @@ class _cache_directory:
 
     def __enter__(self) -> None:
         self._before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(_cache_root(self._before) / _sources_digest())
+        numba.config.CACHE_DIR = str(_cache_root(self._before) / sources_digest())
 
     def __exit__(self, *_: object) -> None:
         numba.config.CACHE_DIR = self._before
@@ -134,7 +141,7 @@ def _cache_root(configured: str) -> Path:
 _digest = ""
 
 
-def _sources_digest() -> str:
+def sources_digest() -> str:
     global _digest
     if not _digest:
         files = sorted(Path(__file__).parent.glob("cpu*.py"))
