@@ -204,6 +204,9 @@ def _is_known(setting: Setting, problems: list[str]) -> bool:
     if setting.key in keys:
         return True
     name = f"{setting.section}.{setting.key}"
+    if name in sections():
+        problems.append(f"{setting.source}: {name} is a section; its keys are {', '.join(_keys(name))}")
+        return False
     problems.append(f"{setting.source}: unknown key {name}{did_you_mean(_nearest_key(setting, keys))}")
     return False
 

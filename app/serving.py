@@ -13,6 +13,7 @@ from app.config import Config
 from app.metrics import Metrics
 from app.served import Model, Served
 from app.server import application
+from app.tier_log import TierLog
 from engine.core import Core
 from engine.engine import Engine
 from engine.recording import FileRecorder
@@ -45,6 +46,7 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
     """
     async with _recording(parts) as recorder:
         engine = Engine(parts.core, parts.worker, exact=parts.exact, recorder=recorder, store=parts.store)
+        engine.on_copy.append(TierLog().observe)
         try:
             served = Served(engine, parts.model, parts.config.server, parts.config.kvstore, parts.store)
             yield engine, application(served, _metrics(parts))

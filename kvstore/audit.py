@@ -208,7 +208,7 @@ class Audit:
         ordered = sorted(firsts)
         for start in range(0, len(ordered), AHEAD):
             batch = ordered[start : start + AHEAD]
-            for first in batch:
+            for first in batch if hasattr(os, "posix_fadvise") else ():  # a hint, where there is one
                 os.posix_fadvise(
                     self._descriptor, first * PAGESIZE, PAGE_HEADER_BYTES, os.POSIX_FADV_WILLNEED
                 )
