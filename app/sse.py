@@ -43,7 +43,10 @@ class EventStream:
         if transport is None:
             raise ReaderGone
         transport.set_write_buffer_limits(high=0)
-        await self.response.prepare(self._http)
+        try:
+            await self.response.prepare(self._http)
+        except ConnectionError as error:  # the reader left before there was a word to read
+            raise ReaderGone from error
         await self.send(b"")
 
     async def send(self, frames: bytes) -> None:

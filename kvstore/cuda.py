@@ -38,7 +38,7 @@ class CudaTier:
         with torch.cuda.device(self._device), torch.cuda.stream(self._down):
             for place, buffer in zip(places, into, strict=True):
                 torch.from_numpy(buffer).copy_(self._blocks[place.slot], non_blocking=True)
-            self._down.record_event().synchronize()
+            _wait(self._down)
         return [None] * len(places)
 
     def write(
@@ -48,7 +48,7 @@ class CudaTier:
         with torch.cuda.device(self._device), torch.cuda.stream(self._up):
             for place, buffer in zip(places, data, strict=True):
                 self._blocks[place.slot].copy_(torch.from_numpy(buffer), non_blocking=True)
-            self._up.record_event().synchronize()
+            _wait(self._up)
         return [None] * len(places)
 
     def drop(self, keys: Sequence[Key]) -> None:
@@ -59,3 +59,10 @@ class CudaTier:
 
     def close(self) -> None:
         """The pool goes with its runner."""
+
+
+def _wait(stream: torch.cuda.Stream) -> None:
+    """Until all that is queued on it is done. The thread sleeps: else it would turn on a core that others need."""
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    event.synchronize()

@@ -26,7 +26,7 @@ Buffer = NDArray[np.uint8]
 class TierStats:
     used_bytes: int
     capacity_bytes: int
-    blocks: int  # records, or slots written
+    blocks: int  # records; of memory, which is taken from the start, all slots
 
 
 class Tier(Protocol):

@@ -1,19 +1,20 @@
 """Copies between tiers, on threads of their own: queued, carried out in order, measured.
 
-One lane for copies between memories, one for all that changes a tier that is not memory (it has one writer, so drops
-and writes keep their order), and one for what reads from such a tier, with several threads. What is copied where, and
-how much may be on its way, is residency.py's; tiers that fail for good are store.py's.
+Lanes: one for copies into the device and one for the others between memories; for each tier of records, one for all
+that changes it (it has one writer, so drops and writes keep their order), one for what reads from it, with several
+threads, and one for operators, who may take long. What is copied where, and how much may be on its way, is
+residency.py's; tiers that fail for good are store.py's.
 """
 
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kvstore.copies import Copy, CopyDone, Loss, Place
+from kvstore.copies import DEVICE, Copy, CopyDone, Loss, Place
 from kvstore.memory import MemoryTier
 from kvstore.tier import Buffer, Tier
 
@@ -23,7 +24,18 @@ MOST_QUEUED = 100_000
 FORGET = 0.1
 """Weight of the newest copy in the running means."""
 
-Job = Callable[[], None]
+Clock = Callable[[], float]
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """Work for a lane. Each is another, whatever is in it."""
+
+    run: Callable[["Task"], None]
+    copy: Copy | None = None  # None: it is something else
+    patient: bool = False  # it may take as long as it likes
+    queued_at: float = 0.0
+    began: float | None = None  # when a thread took it up
 
 
 @dataclass(slots=True)
@@ -34,16 +46,21 @@ class Measured:
     target: str
     size_class: int  # bytes of a copy, rounded up to a power of two
     copies: int = 0
-    bytes_per_second: float = 0.0
+    bytes: float = 0.0  # of a copy
     seconds: float = 0.0
     queued_seconds: float = 0.0
 
     def add(self, size: int, seconds: float, queued: float) -> None:
         weight = max(FORGET, 1 / (self.copies + 1))
         self.copies += 1
-        self.bytes_per_second += weight * (size / max(seconds, 1e-9) - self.bytes_per_second)
+        self.bytes += weight * (size - self.bytes)
         self.seconds += weight * (seconds - self.seconds)
         self.queued_seconds += weight * (queued - self.queued_seconds)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of all together: the mean of each copy's rate would promise more, as quick ones take little of the time."""
+        return self.bytes / max(self.seconds, 1e-9)
 
 
 @dataclass(slots=True)
@@ -54,14 +71,18 @@ class Totals:
     written_bytes: int = 0
     losses: Counter[Loss] = field(default_factory=Counter)
 
+    def copy(self) -> "Totals":
+        return replace(self, losses=self.losses.copy())
+
 
 class Lane:
-    """A queue and its threads. Jobs start in order; with one thread they also end in order."""
+    """A queue and its threads. Tasks start in order; with one thread they also end in order."""
 
-    def __init__(self, name: str, threads: int) -> None:
-        self._jobs: deque[Job] = deque()
+    def __init__(self, name: str, threads: int, clock: Clock) -> None:
+        self._tasks: deque[Task] = deque()
         self._changed = threading.Condition()
         self._open = True
+        self._clock = clock
         self._threads = [
             threading.Thread(
                 target=self._work, name=f"{name} {n}", daemon=True
@@ -71,87 +92,131 @@ class Lane:
         for thread in self._threads:
             thread.start()
 
-    def put(self, job: Job) -> None:
+    def put(self, task: Task) -> None:
+        """Queues a task; `close` has not been called."""
         with self._changed:
-            assert len(self._jobs) < MOST_QUEUED
-            self._jobs.append(job)
+            assert self._open
+            assert len(self._tasks) < MOST_QUEUED
+            task.queued_at = self._clock()
+            self._tasks.append(task)
             self._changed.notify()
 
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            job()
-
-    def _next(self) -> Job | None:
+    def withdraw(self, tasks: Collection[Task] | None = None) -> list[Task]:
+        """Takes these out of the queue (None: all), and returns those that were in it: no thread will run them."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or not self._open)
-            return self._jobs.popleft() if self._jobs else None
+            found = [task for task in self._tasks if tasks is None or task in tasks]
+            self._tasks = deque(task for task in self._tasks if not (tasks is None or task in tasks))
+        return found
 
-    def close(self, deadline: float) -> bool:
-        """Ends the threads once the queue is empty. Whether all had ended by `deadline` (of time.monotonic)."""
+    def _work(self) -> None:
+        while (task := self._next()) is not None:
+            task.run(task)
+
+    def _next(self) -> Task | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._tasks or not self._open)
+            if not self._tasks:
+                return None
+            task = self._tasks.popleft()
+            task.began = self._clock()
+            return task
+
+    def shut(self) -> None:
+        """Takes no more tasks; the threads end once the queue is empty."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
+
+    def join(self, deadline: float) -> bool:
+        """Whether all threads have ended, by `deadline` (of time.monotonic)."""
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
 
+class RecordLanes:
+    """Of one tier of records."""
+
+    def __init__(self, tier: str, readers: int, clock: Clock) -> None:
+        self.writer = Lane(f"kv {tier} writer", 1, clock)
+        self.readers = Lane(f"kv {tier} reader", readers, clock)
+        self.operators = Lane(f"kv {tier} operator", 1, clock)
+
+    @property
+    def all(self) -> tuple[Lane, ...]:
+        return self.writer, self.readers, self.operators
+
+
 class Transfers:
-    """`report` is called once a copy, on the thread that did it; `failed` too, when a tier raised."""
+    """`memories`: tiers that go by slots; those that keep records come by `put_tier`.
+
+    `report` is called once a copy, on the thread that did it; before it `failed`, when a tier raised. Neither raises.
+    """
 
     def __init__(
         self,
-        tiers: Mapping[str, Tier],
-        report: Callable[[CopyDone], None],
+        memories: Mapping[str, Tier],
+        report: Callable[[Task, CopyDone], None],
         failed: Callable[[Copy, Exception], None],
         *,
         readers: int = 2,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self.tiers: dict[str, Tier] = {}
+        self.tiers: dict[str, Tier] = dict(memories)
         self._report = report
         self._failed = failed
         self._clock = clock
         self._lock = threading.Lock()
         self._measured: dict[tuple[str, str, int], Measured] = {}
-        self._totals: dict[str, Totals] = {}
+        self._totals = {name: Totals() for name in memories}
         self._reading_threads = readers
-        self._memory = Lane("kv copier", 1)
-        self._writers: dict[str, Lane] = {}
-        self._readers: dict[str, Lane] = {}
-        for name, tier in tiers.items():
-            self.put_tier(name, tier)
+        self._up, self._down = (Lane(f"kv {which} copier", 1, clock) for which in ("up", "down"))
+        self._records: dict[str, RecordLanes] = {}
 
     def put_tier(self, name: str, tier: Tier) -> None:
-        """A tier to copy from and to, perhaps in the place of one of the same name that was taken."""
+        """A tier of records, perhaps in the place of one of the same name that was taken."""
+        if name not in self._records:
+            self._records[name] = RecordLanes(name, self._reading_threads, self._clock)
+            with self._lock:
+                self._totals[name] = Totals()
         self.tiers[name] = tier
-        self._totals.setdefault(name, Totals())
-        if tier.buffer(0) is None and name not in self._writers:
-            self._writers[name] = Lane(f"kv {name} writer", 1)
-            self._readers[name] = Lane(f"kv {name} reader", self._reading_threads)
 
     def take_tier(self, name: str) -> Tier | None:
         """Takes a tier out, to be closed: nothing may be queued that touches it."""
         return self.tiers.pop(name, None)
 
-    def submit(self, copy: Copy) -> None:
+    def submit(self, copy: Copy) -> Task:
         """Queues a copy. Never blocks."""
-        queued_at = self._clock()
-        self._lane(copy).put(lambda: self._carry_out(copy, queued_at))
+        task = Task(self._carry_out, copy)
+        self._lane(copy).put(task)
+        return task
 
-    def write_job(self, tier: str, job: Job) -> None:
-        """Queues a job behind the writes of a tier that is not memory: nothing else writes while it runs."""
-        self._writers[tier].put(job)
+    def put_write(self, tier: str, task: Task) -> None:
+        """Queues work behind the writes of a tier of records: nothing else writes while it runs."""
+        self._records[tier].writer.put(task)
 
-    def read_job(self, tier: str, job: Job) -> None:
-        """Queues a job among the reads of such a tier."""
-        self._readers[tier].put(job)
+    def put_operation(self, tier: str, task: Task) -> None:
+        """Queues an operator's work, one after the other; reads and writes go on beside it."""
+        self._records[tier].operators.put(task)
+
+    def withdraw(self, tasks: Collection[Task] | None = None) -> list[Task]:
+        """Takes these out of the queues (None: all). Those that were still there: they touch nothing, nor report."""
+        return [task for lane in self._lanes() for task in lane.withdraw(tasks)]
+
+    def _lanes(self) -> list[Lane]:
+        return [self._up, self._down, *(lane for lanes in self._records.values() for lane in lanes.all)]
 
     def _lane(self, copy: Copy) -> Lane:
-        return self._writers.get(copy.target) or self._readers.get(copy.source) or self._memory
+        if copy.target in self._records:
+            return self._records[copy.target].writer
+        if copy.source in self._records:
+            return self._records[copy.source].readers
+        return self._up if copy.target == DEVICE else self._down
 
-    def _carry_out(self, copy: Copy, queued_at: float) -> None:
-        began = self._clock()
+    def _carry_out(self, task: Task) -> None:
+        copy, began = task.copy, task.began
+        assert copy is not None
+        assert began is not None
         try:
             losses = self._copy(copy)
         except Exception as error:  # noqa: BLE001 (whatever a tier raises, the core must hear that the copy has ended)
@@ -161,10 +226,10 @@ class Transfers:
             id=copy.id,
             lost=tuple((index, loss) for index, loss in enumerate(losses) if loss is not None),
             seconds=self._clock() - began,
-            queued_seconds=began - queued_at,
+            queued_seconds=began - task.queued_at,
         )
         self._measure(copy, done)
-        self._report(done)
+        self._report(task, done)
 
     def _copy(self, copy: Copy) -> Sequence[Loss | None]:
         source, target = self.tiers[copy.source], self.tiers[copy.target]
@@ -197,7 +262,7 @@ class Transfers:
             self._totals[copy.source].read_bytes += size
             self._totals[copy.target].written_bytes += size
             for _, loss in done.lost:
-                writes = loss is Loss.FULL or copy.target in self._writers
+                writes = loss is Loss.FULL or copy.target in self._records
                 self._totals[copy.target if writes else copy.source].losses[loss] += 1
             if size:
                 route = (copy.source, copy.target, 1 << (size - 1).bit_length())
@@ -205,19 +270,20 @@ class Transfers:
                 means.add(size, done.seconds, done.queued_seconds)
 
     def measured(self) -> list[Measured]:
-        """The running means, by route and size class."""
+        """The running means as they are now, by route and size class."""
         with self._lock:
-            return list(self._measured.values())
+            return [replace(means) for means in self._measured.values()]
 
     def totals(self) -> dict[str, Totals]:
-        """What each tier has read, written and lost."""
+        """What each tier has read, written and lost until now."""
         with self._lock:
-            return dict(self._totals)
+            return {name: totals.copy() for name, totals in self._totals.items()}
 
     def close(self, deadline: float) -> bool:
-        """Finishes what is queued, until `deadline` (of time.monotonic). Whether all was done."""
-        lanes = [self._memory, *self._readers.values(), *self._writers.values()]
-        ended = [lane.close(deadline) for lane in lanes]
+        """Takes nothing more, finishes what is queued until `deadline` (of time.monotonic). Whether all was done."""
+        for lane in self._lanes():
+            lane.shut()
+        ended = [lane.join(deadline) for lane in self._lanes()]
         return all(ended)
 
 

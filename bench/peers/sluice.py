@@ -49,7 +49,11 @@ class InProcess:
 
     async def _start(self) -> Engine:
         engine = Engine(
-            self._parts.core, self._parts.worker, exact=self._parts.exact, clock=time.perf_counter
+            self._parts.core,
+            self._parts.worker,
+            exact=self._parts.exact,
+            store=self._parts.store,
+            clock=time.perf_counter,
         )
         engine.on_finished.append(self._note)
         return engine
@@ -75,6 +79,8 @@ class InProcess:
 
     def close(self) -> None:
         self._engine.stop()
+        if self._parts.store:
+            self._parts.store.stop(10.0)
         self._runner.close()
 
 
