@@ -1,16 +1,17 @@
 """The handlers of both completion calls: body → validated call → engine requests → answer."""
 
-import asyncio
 import time
 from typing import TypeVar
 
 from aiohttp import web
 
 from app.answer import stream_answer, whole_answer
+from app.bodies import read_body
 from app.chat import ChatWire
 from app.completions import CompletionWire
-from app.errors import ApiError, draining
+from app.errors import draining
 from app.ids import new_id
+from app.salt import salt_of
 from app.schema import ChatCall, CommonCall, CompletionCall
 from app.served import SERVED, Served
 from app.translation import chat_prompt, check_model, completion_prompts, engine_requests
@@ -26,7 +27,8 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
     heading = _heading("chatcmpl", call, served, logprobs)
     max_tokens = call.max_completion_tokens or call.max_tokens
-    requests = engine_requests(call, [prompt], logprobs, max_tokens, heading.id, served)
+    salt = _salt(http, call, served)
+    requests = engine_requests(call, [prompt], logprobs, max_tokens, heading.id, salt, served)
     wire = ChatWire(heading, served.model)
     if call.stream:
         return await stream_answer(http, served, requests, wire, heading.include_usage)
@@ -38,7 +40,8 @@ async def completions(http: web.Request) -> web.StreamResponse:
     call = await _read(http, served, CompletionCall)
     prompts = await completion_prompts(call, served.model, served.context)
     heading = _heading("cmpl", call, served, call.logprobs)
-    requests = engine_requests(call, prompts, call.logprobs, call.max_tokens, heading.id, served)
+    salt = _salt(http, call, served)
+    requests = engine_requests(call, prompts, call.logprobs, call.max_tokens, heading.id, salt, served)
     wire = CompletionWire(heading, served.model)
     if call.stream:
         return await stream_answer(http, served, requests, wire, heading.include_usage)
@@ -49,17 +52,13 @@ async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
     """The body as a call for this server. Raises ApiError, ValidationError, or aiohttp's own 413."""
     if served.engine.draining:
         raise draining()
-    seconds = served.server.read_timeout_seconds
-    try:
-        async with asyncio.timeout(seconds):
-            body = await http.read()
-    except TimeoutError as error:
-        raise ApiError(
-            408, f"the body did not arrive within {seconds:g} seconds", code="slow_body"
-        ) from error
-    call = kind.model_validate_json(body)
+    call = kind.model_validate_json(await read_body(http))
     check_model(call, served.model)
     return call
+
+
+def _salt(http: web.Request, call: CommonCall, served: Served) -> str:
+    return salt_of(http.headers, call.cache_salt, share_across_keys=served.kvstore.share_across_keys)
 
 
 def _heading(prefix: str, call: CommonCall, served: Served, logprobs: int | None) -> Heading:

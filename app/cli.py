@@ -1,4 +1,4 @@
-"""The command line: `sluice serve`, `sluice check-config`. The server is imported only when it serves."""
+"""The command line: `sluice serve | check-config | cache`. The server is imported only when it serves."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from app.config import ConfigError
 from app.config_sources import Loaded, load
 
 EXIT_USAGE = 2
+TIERS = ("device", "host", "disk", "all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load(options.set, os.environ, options.config)
     except ConfigError as error:
         return _fail("the configuration cannot be used:", *error.problems)
-    command = {"serve": _serve, "check-config": _check_config}[options.command]
+    command = {"serve": _serve, "check-config": _check_config, "cache": _cache}[options.command]
     return command(loaded, options)
 
 
@@ -52,7 +53,40 @@ def parser() -> argparse.ArgumentParser:
         description="Checks the configuration.",
     )
     check.add_argument("--json", action="store_true", help="for programs")
+    _add_cache(commands, common)
     return top
+
+
+def _add_cache(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
+) -> None:
+    """What these do: app/cache_command.py."""
+    cache = commands.add_parser(
+        "cache",
+        help="look after the KV cache",
+        description="Beside a running server through HTTP; without one on the disk store itself.",
+    )
+    actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
+    shared = argparse.ArgumentParser(add_help=False, parents=[common])
+    shared.add_argument("--url", help="the server; without it the one of the configuration, on this machine")
+    shared.add_argument("--json", action="store_true", help="for programs")
+    actions.add_parser("stat", parents=[shared], help="what each tier holds, and how fast it is")
+    actions.add_parser("verify", parents=[shared], help="read and check every record on disk")
+    for name, tier, text in (
+        ("prune", "disk", "shrink a tier to so many bytes"),
+        ("clear", "all", "forget all that nobody is using"),
+    ):
+        action = actions.add_parser(name, parents=[shared], help=text)
+        action.add_argument("--tier", choices=TIERS, default=tier, help=f"without it {tier}")
+        if name == "prune":
+            action.add_argument("--bytes", type=_bytes, required=True, metavar="N", help="to be kept")
+
+
+def _bytes(text: str) -> int:
+    """Raises ArgumentTypeError."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes")
+    return min(int(text), 2**60)
 
 
 def _version() -> str:
@@ -76,6 +110,12 @@ def _check_config(loaded: Loaded, options: argparse.Namespace) -> int:
     else:
         print_table(loaded)
     return 0
+
+
+def _cache(loaded: Loaded, options: argparse.Namespace) -> int:
+    from app.cache_command import run
+
+    return run(loaded.config, options)
 
 
 def _fail(headline: str, *problems: str) -> int:

@@ -23,6 +23,7 @@ from engine.core import Core, CoreConfig
 from engine.kernels.protocol import UnsupportedDevice
 from engine.kernels.select import make_kernels
 from engine.model.errors import ModelError
+from engine.model.fingerprint import signature
 from engine.model.loading import Loaded, load_model
 from engine.runner import ModelRunner
 from engine.runner_cuda import CudaRunner
@@ -67,6 +68,7 @@ def load(config: Config) -> Parts:
     directory = model_directory(config.model.path)
     device = choose_device(config.model.device)
     tokenizer = Tokenizer.load(directory)
+    files = signature(directory) if config.kvstore.disk.bytes else []
     kernels = partial(make_kernels, exact=config.engine.exact)
     loaded = load_model(directory, device=device, dtype=config.model.dtype, kernels=kernels)
     for fact in loaded.facts:
@@ -75,7 +77,7 @@ def load(config: Config) -> Parts:
     scheduler = scheduler_config(config, loaded)
     runner = make_runner(loaded, scheduler)
     runner.warm_up()
-    tiers = make_tiers(config, directory, loaded, runner)
+    tiers = make_tiers(config, directory, files, loaded, runner)
     scheduler = replace(scheduler, residency=tiers.residency)
     core = Core(core_config(config, loaded, scheduler, tiers.fingerprint), vocabulary)
     model = Model(

@@ -11,6 +11,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from app.config import KVStoreSection
 from engine.engine import StepRecord
 from engine.records import CopyRecord
 from engine.request import Finished, FinishReason
@@ -111,6 +112,10 @@ class Metrics:
                 ("sluice:kv_tier_write_bytes", "Bytes copied into a tier."),
             )
         )
+        self._outages = {
+            tier: self._counter("sluice:kv_tier_outages", "How often a tier went out of use.", tier=tier)
+            for tier in TIERS
+        }
         self._tier_errors = {
             (tier, kind): self._counter(
                 "sluice:kv_tier_errors", "Blocks that a tier lost or refused.", tier=tier, kind=kind.value
@@ -122,10 +127,16 @@ class Metrics:
     def _make_tier_metrics(self) -> None:
         labels = [*self._labels, "tier"]
         self._tier_up = Gauge(
-            "sluice:kv_tier_up", "Whether a tier below the device is in use.", labels, registry=self._registry
+            "sluice:kv_tier_up",
+            "Whether a tier that is turned on is in use.",
+            labels,
+            registry=self._registry,
         )
         self._tier_bytes = Gauge(
-            "sluice:kv_tier_bytes", "Of a tier.", [*labels, "kind"], registry=self._registry
+            "sluice:kv_tier_bytes",
+            "KV that a tier holds, and may hold.",
+            [*labels, "kind"],
+            registry=self._registry,
         )
         routes = [*self._labels, "source", "target"]
         self._copies, self._copy_queue = (
@@ -207,12 +218,29 @@ class Metrics:
         labels = self._labels | {"source": copy.source, "target": copy.target}
         self._copies.labels(**labels).observe(copy.seconds)
         self._copy_queue.labels(**labels).observe(copy.queued_seconds)
-        for kind, count in copy.losses.items():
-            self._tier_errors[copy.failed_tier, kind].inc(count)
+        self.observe_losses(copy.failed_tier, copy.losses)
+
+    def observe_losses(self, tier: str, losses: Mapping[Loss, int]) -> None:
+        """Blocks that a tier has lost."""
+        for kind, count in losses.items():
+            self._tier_errors[tier, kind].inc(count)
+
+    def expect_tiers(self, kvstore: KVStoreSection) -> None:
+        """Tiers that are turned on are down until `observe_tiers` knows better: one may never come up."""
+        for tier, wanted in ((HOST, kvstore.host.bytes), (DISK, kvstore.disk.bytes)):
+            if wanted:
+                self._tier_up.labels(**self._labels, tier=tier).set(0)
+
+    def observe_tier(self, tier: str, up: bool, reason: str) -> None:
+        """A tier has gone out of use, or come back. The reason is for the log."""
+        if not up:
+            self._outages[tier].inc()
 
     def observe_tiers(self, capacity_and_use: Mapping[str, tuple[bool, int, int]]) -> None:
-        """By tier: whether it is up, the bytes it may hold, and those it holds."""
+        """By tier: whether it is up, the bytes it may hold, and those it holds. One without capacity is turned off."""
         for tier, (up, capacity, used) in capacity_and_use.items():
+            if not capacity:
+                continue
             labels = self._labels | {"tier": tier}
             self._tier_up.labels(**labels).set(up)
             self._tier_bytes.labels(**labels, kind="capacity").set(capacity)

@@ -2,10 +2,11 @@
 
 import socket
 from collections.abc import AsyncIterator
+from threading import Lock
 
 from aiohttp import web
 
-from app import admin, calls, health
+from app import admin, admin_cache, admin_verify, calls, health
 from app.config import ServerSection
 from app.errors import errors_as_json
 from app.ids import add_header, request_ids
@@ -28,6 +29,11 @@ ROUTES = [
     web.get("/admin/state", admin.state),
     web.get("/admin/requests", admin.requests),
     web.post("/admin/requests/{id}/cancel", admin.cancel),
+    web.post("/admin/requests/{id}/preempt", admin.preempt),
+    web.get("/admin/cache/stat", admin_cache.stat),
+    web.post("/admin/cache/verify", admin_verify.verify),
+    web.post("/admin/cache/prune", admin_cache.prune),
+    web.post("/admin/cache/clear", admin_cache.clear),
 ]
 
 
@@ -38,11 +44,14 @@ def application(served: Served, metrics: Metrics) -> web.Application:
     )
     app[SERVED] = served
     app[METRICS] = metrics
+    app[admin_verify.VERIFYING] = Lock()
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_header)
     app.cleanup_ctx.append(_observed_loop)
     served.engine.on_step.append(metrics.observe_step)
     served.engine.on_copy.append(metrics.observe_copy)
+    served.engine.on_tier.append(metrics.observe_tier)
+    metrics.expect_tiers(served.kvstore)
     served.engine.on_finished += [metrics.observe_finished, served.requests.finished]
     return app
 

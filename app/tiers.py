@@ -10,7 +10,7 @@ from structlog.stdlib import get_logger
 from app import memory
 from app.config import Config
 from engine.kernels.protocol import Kernels
-from engine.model.fingerprint import kv_fingerprint, weights_hash
+from engine.model.fingerprint import Signature, kv_fingerprint, weights_hash
 from engine.model.loading import Loaded
 from engine.runner import ModelRunner
 from engine.runner_cuda import CudaRunner
@@ -38,15 +38,20 @@ class Tiers:
     fingerprint: str  # of all that decides the bytes of KV; "" where no key outlives the process
 
 
-def make_tiers(config: Config, directory: Path, loaded: Loaded, runner: ModelRunner | CudaRunner) -> Tiers:
-    """Takes the host arena and opens the disk. What cannot be had is logged, and done without."""
+def make_tiers(
+    config: Config, directory: Path, files: Signature, loaded: Loaded, runner: ModelRunner | CudaRunner
+) -> Tiers:
+    """Takes the host arena and opens the disk. What cannot be had is logged, and done without.
+
+    `files`: of the model, from before it was loaded. Raises ModelChanged.
+    """
     device = device_tier(runner)
     memories: dict[str, Tier] = {DEVICE: device}
     if host := _host(config, device.block_bytes, pinned=loaded.model.device.type == "cuda"):
         memories[HOST] = host
     fallible, fingerprint = {}, ""
     if config.kvstore.disk.bytes:
-        fingerprint = _fingerprint(directory, loaded, runner, config.engine.block_size)
+        fingerprint = _fingerprint(weights_hash(directory, loaded=files), loaded, config.engine.block_size)
         fallible[DISK] = partial(_open_disk, config, device.block_bytes, fingerprint)
     if not host and not fallible:
         return Tiers(ResidencyConfig(), None, fingerprint)
@@ -100,10 +105,9 @@ def _open_disk(config: Config, block_bytes: int, fingerprint: str) -> Opened:
         raise
 
 
-def _fingerprint(directory: Path, loaded: Loaded, runner: ModelRunner | CudaRunner, block_size: int) -> str:
+def _fingerprint(weights: str, loaded: Loaded, block_size: int) -> str:
     kernels: Kernels = loaded.model.kernels
-    shape = loaded.model.kv_shape(block_size)
-    return kv_fingerprint(weights_hash(directory), loaded.config, loaded.dtype, kernels, shape)
+    return kv_fingerprint(weights, loaded.config, loaded.dtype, kernels, loaded.model.kv_shape(block_size))
 
 
 def _residency(config: Config, block_bytes: int, host: Tier | None) -> ResidencyConfig:

@@ -91,9 +91,10 @@ def engine_requests(
     logprobs: int | None,
     max_tokens: int | None,
     answer_id: str,
+    salt: str,
     served: Served,
 ) -> list[Request]:
-    """One engine request a prompt, with ids that begin with the answer's."""
+    """One engine request a prompt, with ids that begin with the answer's. `salt`: see app/salt.py."""
     n = call.n or 1
     most = min(MAX_CHOICES, served.engine.core.config.max_queue)
     if n * len(prompts) > most:
@@ -110,7 +111,7 @@ def engine_requests(
             ),
             n=n,
             priority=call.priority or 0,
-            salt=call.cache_salt or "",
+            salt=salt,
         )
         for index, prompt in enumerate(prompts)
     ]

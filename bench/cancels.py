@@ -74,15 +74,8 @@ async def trial(cancels: int, seed: int, store: Path, shape: Shape | None = None
     settings = CRAMPED | {"kvstore.disk.path": str(store)}
     async with server.running(settings) as cramped, server.session(cramped) as http:
         watching = asyncio.ensure_future(_watch(outcome, http, store))
-        clients = (
-            _client(outcome, http, random.Random(drawn.random()), talks, number) for number in range(CLIENTS)
-        )
         try:
-            await asyncio.gather(*clients)
-            await _settled(outcome, http)
-            await _right_still(outcome, http, talks)
-            await _settled(outcome, http)
-            outcome.metrics = await _pressure(http)
+            await disturb(outcome, http, drawn, talks)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -90,12 +83,25 @@ async def trial(cancels: int, seed: int, store: Path, shape: Shape | None = None
     return outcome
 
 
+async def disturb(
+    outcome: Outcome, http: ClientSession, drawn: random.Random, talks: Sequence[Conversation]
+) -> None:
+    """Asks and cancels until there were enough; then nothing may be left, and answers must be right."""
+    clients = (
+        _client(outcome, http, random.Random(drawn.random()), talks, number) for number in range(CLIENTS)
+    )
+    await asyncio.gather(*clients)
+    await _settled(outcome, http)
+    await _right_still(outcome, http, talks)
+    await _settled(outcome, http)
+    outcome.metrics = await _pressure(http)
+
+
 async def _client(
     outcome: Outcome, http: ClientSession, drawn: random.Random, talks: Sequence[Conversation], number: int
 ) -> None:
-    serial = 0
     while not outcome.enough:
-        turn, serial = drawn.choice(drawn.choice(talks)), serial + 1
+        turn = drawn.choice(drawn.choice(talks))
         asking = asyncio.ensure_future(client.stream(http, turn.body))
         try:
             if drawn.random() < STAYING_SHARE:
@@ -118,7 +124,7 @@ async def _cancel(
         await _cancel_one(outcome, http, drawn)
     if asking.done():
         await asking
-    elif drawn.random() < 0.9 or not outcome.enough:
+    else:
         asking.cancel()
         outcome.cancelled["client left"] += 1
 
@@ -191,7 +197,13 @@ async def _pressure(http: ClientSession) -> dict[str, int]:
         f"tokens hit in {tier}": server.total(text, "sluice:kv_tier_hit_tokens_total", tier=tier)
         for tier in ("device", "host", "disk")
     }
-    found = {"preemptions": server.total(text, "vllm:num_preemptions_total"), **tiers}
+    found = {
+        "preemptions": server.total(text, "vllm:num_preemptions_total"),
+        **tiers,
+        "writes refused by a full disk tier": server.total(
+            text, "sluice:kv_tier_errors_total", tier="disk", kind="full"
+        ),
+    }
     return {name: int(count) for name, count in found.items()}
 
 
@@ -202,5 +214,9 @@ async def _ends_clean(outcome: Outcome, cramped: Server) -> None:
         outcome.problems.append(f"it exited with {code}: {cramped.last_words()}")
     if cramped.events("store_stopped_early"):
         outcome.problems.append("copies were under way when nothing else was")
-    unexpected = [line for line in cramped.log if line.get("level") in ("warning", "error", "critical")]
-    outcome.problems += [f"logged: {line}" for line in unexpected]
+    outcome.problems += [f"logged: {line}" for line in cramped.log if _unexpected(line)]
+
+
+def _unexpected(line: dict[str, Any]) -> bool:
+    """A refused write is not: one reader that is slow keeps a small store's pages from reuse, and it is counted."""
+    return line.get("level") in ("warning", "error", "critical") and line.get("kind") != "full"

@@ -52,13 +52,18 @@ Conversation = Sequence[Turn]
 
 async def known(model: Path, shape: Shape, seed: int) -> list[Conversation]:
     """The same conversations and answers for the same model, shape and seed, from a server of their own."""
-    words = Words(model, random.Random(seed))
-    system = words.draw(shape.system_tokens)
     settings = UNPRESSURED | {"model.path": str(model)}
     async with server.running(settings) as reference, server.session(reference) as http:
-        return await asyncio.gather(
-            *(_conversation(http, number, shape, system, words) for number in range(shape.conversations))
-        )
+        return await answered(http, model, shape, seed)
+
+
+async def answered(http: ClientSession, model: Path, shape: Shape, seed: int) -> list[Conversation]:
+    """The conversations, with the answers of this server: it must be one that can be trusted."""
+    words = await asyncio.to_thread(Words, model, random.Random(seed))
+    system = words.draw(shape.system_tokens)
+    return await asyncio.gather(
+        *(_conversation(http, number, shape, system, words) for number in range(shape.conversations))
+    )
 
 
 class Words:

@@ -12,6 +12,7 @@ from engine.events import (
     Account,
     Arrived,
     Cancelled,
+    Damaged,
     Emit,
     Event,
     Instruction,
@@ -80,6 +81,8 @@ class Core:
                 self._preempted(request_id, now)
             case Pruned(tier, blocks):
                 self._pruned(tier, blocks, now)
+            case Damaged(tier, keys):
+                self.scheduler.residency.damaged(tier, keys)
             case CopyDone():
                 self.scheduler.copied(event, now)
             case TierDown(tier):

@@ -7,7 +7,7 @@ bytes are moved is the store's (kvstore/store.py).
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from engine.events import (
     Account,
     Arrived,
     Cancelled,
+    Damaged,
     Emit,
     Event,
     Instruction,
@@ -185,6 +186,11 @@ class Engine:
         if self.failure is None:
             self._feed(Pruned(tier, blocks))
         return before - self._blocks_in(tier)
+
+    def damaged(self, tier: str, keys: Collection[bytes]) -> None:
+        """Drops records that cannot be read."""
+        if self.failure is None and keys:
+            self._feed(Damaged(tier, tuple(keys)))
 
     async def quiet(self) -> None:
         """Waits until nobody is served, and nothing is on its way between tiers."""

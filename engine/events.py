@@ -49,7 +49,15 @@ class Pruned:
     blocks: int
 
 
-Event = Arrived | Cancelled | StepDone | Preempted | Pruned | CopyDone | TierDown | TierUp
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A verification has found records of a tier that cannot be read: they are dropped, and computed again."""
+
+    tier: str
+    keys: tuple[bytes, ...]
+
+
+Event = Arrived | Cancelled | StepDone | Preempted | Pruned | Damaged | CopyDone | TierDown | TierUp
 
 
 @dataclass(frozen=True, slots=True)

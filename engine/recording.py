@@ -7,7 +7,7 @@ are not approximated anywhere; a replay compares bytes. Replaying needs the same
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
 from engine.core import Core, CoreConfig
-from engine.events import Arrived, Cancelled, Event, Instruction, Preempted, Pruned, StepDone
+from engine.events import Arrived, Cancelled, Damaged, Event, Instruction, Preempted, Pruned, StepDone
 from kvstore.copies import CopyDone, Place, TierDown, TierUp
 
 EVENTS: dict[str, TypeAdapter[Any]] = {
@@ -75,18 +75,25 @@ def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, float, Event]]:
     for number, raw in enumerate(lines, 2):
         try:
             now, kind, event, _ = from_json(raw)
-            yield raw, now, _tier_up(event) if kind == "TierUp" else EVENTS[kind].validate_python(event)
+            yield raw, now, (BYTES.get(kind) or EVENTS[kind].validate_python)(event)
         except (ValueError, KeyError, TypeError) as error:
             raise RecordingError(f"line {number} is not an event: {error}") from error
 
 
+def _damaged(raw: dict[str, Any]) -> Damaged:
+    return Damaged(raw["tier"], tuple(bytes.fromhex(key) for key in raw["keys"]))
+
+
 def _tier_up(raw: dict[str, Any]) -> TierUp:
-    """The one event with bytes in it, which JSON has as hexadecimal digits."""
     records = tuple(
         Place(**place | {name: bytes.fromhex(place[name]) for name in ("key", "parent")})
         for place in raw["records"]
     )
     return TierUp(**raw | {"records": records})
+
+
+BYTES: dict[str, Callable[[Any], Event]] = {"TierUp": _tier_up, "Damaged": _damaged}
+"""Events with bytes in them, which JSON has as hexadecimal digits."""
 
 
 class FileRecorder:

@@ -39,14 +39,8 @@ class MemoryTier:
     def copy_to(self, target: "MemoryTier", sources: Sequence[Place], targets: Sequence[Place]) -> None:
         """Copies between two memories, in one call that never holds the interpreter's lock."""
         assert self.block_bytes == target.block_bytes
-        _copy_slots(self._blocks, self._slots(sources), target._blocks, target._slots(targets))
-
-    def _slots(self, places: Sequence[Place]) -> NDArray[np.int64]:
-        slots = np.array([place.slot for place in places], dtype=np.int64)
-        assert ((slots >= 0) & (slots < len(self._blocks))).all(), (
-            "no such slot"
-        )  # nothing below would notice
-        return slots
+        copied = _copy_slots(self._blocks, _slots(sources), target._blocks, _slots(targets))
+        assert copied, "no such slot"
 
     def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Loss | None]:
         for place, buffer in zip(places, into, strict=True):
@@ -78,6 +72,10 @@ def _nothing() -> None:
     pass
 
 
+def _slots(places: Sequence[Place]) -> NDArray[np.int64]:
+    return np.array([place.slot for place in places], dtype=np.int64)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _memcpy(context: Any, target: Any, source: Any, size: Any) -> tuple[Any, Any]:
     """C's, between addresses: assigning one row to another is a loop over bytes, at a third of the speed."""
@@ -93,10 +91,15 @@ def _memcpy(context: Any, target: Any, source: Any, size: Any) -> tuple[Any, Any
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _copy_slots(
     source: NDArray[np.uint8], those: NDArray[np.int64], target: NDArray[np.uint8], there: NDArray[np.int64]
-) -> None:
+) -> bool:
+    """False, and nothing is copied: a slot is in none of them, which memcpy would not notice."""
     size = source.shape[1]
     for index in range(len(those)):
+        if not (0 <= those[index] < len(source) and 0 <= there[index] < len(target)):
+            return False
+    for index in range(len(those)):
         _memcpy(target.ctypes.data + there[index] * size, source.ctypes.data + those[index] * size, size)
+    return True
 
 
 def warm_up() -> None:

@@ -490,6 +490,13 @@ class Residency:
             self.forget(entry)
         return before - len(shelf)
 
+    def damaged(self, tier: str, keys: Iterable[Key]) -> None:
+        """Drops blocks that cannot be read. Their children stay, unfound, until these come back or they are evicted."""
+        for key in keys:
+            if entry := self.shelf(tier).get(key):
+                self._failures += 1
+                self.forget(entry)
+
     def clear(self, tier: str) -> int:
         """Forgets all that no copy touches and no snapshot relies on, children first; returns how many."""
         before = len(self.shelf(tier))

@@ -7,6 +7,7 @@ hash is kept in a small file of the user's cache, and is good as long as no file
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +17,18 @@ import torch
 
 from engine.kernels.protocol import Kernels, KVShape
 from engine.model.config import ModelConfig
+from engine.model.errors import ModelError
+from engine.model.weights import files_of
 
 LAYOUT_VERSION = 1
 """Of a block's slab: raise it when any kernels order K and V differently, or compute them differently."""
+
+
+Signature = list[list[int | str]]
+"""Of a model's files: equal as long as nobody has written to them."""
+
+SETTLED_NS = 2 * 10**9
+"""A file that changed so lately may change again at the same tick of the file system's clock, unseen: not cached."""
 
 
 def default_cache() -> Path:
@@ -27,17 +37,32 @@ def default_cache() -> Path:
     return Path(base).expanduser() / "sluice" / "fingerprints.json"
 
 
-def weights_hash(directory: Path, cache: Path | None = None) -> str:
-    """SHA-256, in hex, over names and contents of the model's config.json and *.safetensors. Cached in `cache`."""
-    files = sorted([directory / "config.json", *directory.glob("*.safetensors")])
-    signature = [_signature(file) for file in files]
+class ModelChanged(ModelError):
+    """The model's files were changed while it was loaded."""
+
+
+def signature(directory: Path) -> Signature:
+    """Take it before the model is loaded: the hash is then known to be of what was loaded."""
+    return [_signature(file) for file in _model_files(directory)]
+
+
+def weights_hash(directory: Path, cache: Path | None = None, *, loaded: Signature | None = None) -> str:
+    """SHA-256, in hex, over names and contents of config.json, the weights and their index. Cached in `cache`.
+
+    Raises ModelChanged when the files are not those of `loaded` (None: whatever they are now).
+    """
+    loaded = loaded or signature(directory)
     cache = cache or default_cache()
     known = _read(cache)
     entry = known.get(str(directory.resolve()))
-    if isinstance(entry, dict) and entry.get("files") == signature and isinstance(entry.get("hash"), str):
-        return str(entry["hash"])
-    found = _hash(files)
-    _write(cache, known | {str(directory.resolve()): {"files": signature, "hash": found}})
+    if isinstance(entry, dict) and entry.get("files") == loaded and isinstance(entry.get("hash"), str):
+        found = str(entry["hash"])
+    else:
+        found = _hash(_model_files(directory))
+    if signature(directory) != loaded:
+        raise ModelChanged(f"the files in {directory} were changed while the model was loaded; start again")
+    if _newest_change(_model_files(directory)) <= time.time_ns() - SETTLED_NS:
+        _write(cache, known | {str(directory.resolve()): {"files": loaded, "hash": found}})
     return found
 
 
@@ -52,14 +77,24 @@ def kv_fingerprint(
         "rope": repr(config.rope),
         "shape": repr(shape),
         "kernels": kernels.identity,
+        "torch": torch.__version__,  # computes the rotary table, and whatever the kernels leave to it
         "exact": kernels.exact,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _model_files(directory: Path) -> list[Path]:
+    return [directory / "config.json", *files_of(directory)]
+
+
 def _signature(file: Path) -> list[int | str]:
     found = file.stat()
     return [file.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _newest_change(files: Iterable[Path]) -> int:
+    """Nanoseconds since 1970."""
+    return max(file.stat().st_ctime_ns for file in files)
 
 
 def _hash(files: Iterable[Path]) -> str:

@@ -23,6 +23,12 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def files_of(directory: Path) -> list[Path]:
+    """All that a model's weights are read from: the index, where there is one, and every file it names."""
+    index = directory / INDEX
+    return [*([index] if index.exists() else []), *sorted(_files(directory))]
+
+
 class Checkpoint:
     """The tensors of a model directory, by name. A context manager: leaving it unmaps what no tensor uses.
 

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from app.config import ServerSection
+from app.config import KVStoreSection, ServerSection
 from app.listening import bind
 from app.metrics import Metrics
 from app.served import Model, Served
@@ -123,6 +123,7 @@ async def rig(
     max_sequences: int = 8,
     max_queue: int = 8,
     server: ServerSection | None = None,
+    kvstore: KVStoreSection | None = None,
     defaults: GenerationDefaults | None = None,
 ) -> AsyncIterator[Rig]:
     """At the end: nothing runs, no block is held, the books balance."""
@@ -141,7 +142,7 @@ async def rig(
         defaults or GenerationDefaults((EOS,)),
         created=1,
     )
-    served = Served(engine, model, server)
+    served = Served(engine, model, server, kvstore or KVStoreSection())
     metrics = Metrics("otter", block_size=16, kv_blocks=blocks, victim_policy="last_admitted")
     with bind(server.host, 0) as listener:
         site: web.AppRunner = await listen(application(served, metrics), server, listener)

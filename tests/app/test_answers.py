@@ -252,7 +252,7 @@ async def test_every_parameter_reaches_the_engine() -> None:
     )
     assert stopping.ignore_eos
     assert stopping.include_stop_str
-    assert (request.n, request.priority, request.salt, request.sampling.logprobs) == (2, -4, "pepper", 3)
+    assert (request.n, request.priority, request.salt, request.sampling.logprobs) == (2, -4, "/pepper", 3)
 
 
 async def test_message_content_may_be_text_parts() -> None:

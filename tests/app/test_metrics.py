@@ -1,11 +1,14 @@
 """Metrics: the names that dashboards know, values that follow the engine, and a format that parsers read."""
 
 import asyncio
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.app.lives import Served, configuration, served
 from tests.app.rig import Rig, rig
 
+PROMPT = "Once upon a time there was a little fox who lived in a house by the river. " * 4
 TEXT = "/v1/completions"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -99,3 +102,70 @@ async def test_a_cancelled_request_is_an_abort() -> None:
             await server.until(running=0)
         samples = await scrape(server)
     assert value(samples, "vllm:request_success_total", finished_reason="abort") == 1
+
+
+# --- the KV store's, on a whole server with host and disk -------------------------------------------------------------
+
+STORE_NAMES = {
+    "sluice:kv_tier_up", "sluice:kv_tier_bytes", "sluice:kv_tier_read_bytes_total",
+    "sluice:kv_tier_write_bytes_total", "sluice:kv_tier_hit_tokens_total", "sluice:kv_tier_errors_total",
+    "sluice:kv_tier_outages_total", "sluice:unsaved_blocks_total", "sluice:kv_copy_seconds_bucket",
+    "sluice:kv_copy_queue_seconds_bucket",
+}  # fmt: skip
+
+
+async def test_tier_metrics_tell_what_was_saved_found_and_copied(tmp_path: Path) -> None:
+    """A prompt is saved in host and disk, and found in each when those above have forgotten it."""
+    config = configuration(tmp_path / "kv", host_bytes=4 * 2**20)
+    async with served(config) as server:
+        await server.asked(prompt=PROMPT)
+        await until_quiet(server)
+        blocks = len(server.engine.core.scheduler.residency.disk)
+        size = server.engine.tier_bytes()["disk"][2]
+        for kind in ("used", "capacity"):
+            assert await server.metric("sluice:kv_tier_bytes", tier="device", kind=kind) >= size
+            assert await server.metric("sluice:kv_tier_bytes", tier="host", kind=kind) >= size
+        assert await server.metric("sluice:kv_tier_bytes", tier="disk", kind="used") == size > 0
+        for tier in ("host", "disk"):
+            assert await server.metric("sluice:kv_tier_write_bytes_total", tier=tier) == size
+            assert await server.metric("sluice:kv_tier_hit_tokens_total", tier=tier) == 0
+        found = {}
+        for forgotten, tier in ((["device"], "host"), (["device", "host"], "disk")):
+            for each in forgotten:
+                server.engine.prune(each, 0)
+            before = await server.metric("sluice:kv_tier_read_bytes_total", tier=tier)
+            _, cached = await server.cached(prompt=PROMPT)
+            found[tier] = cached
+            assert cached > 0
+            assert await server.metric("sluice:kv_tier_hit_tokens_total", tier=tier) == cached
+            read = await server.metric("sluice:kv_tier_read_bytes_total", tier=tier) - before
+            assert read >= size // blocks * (cached // 16)
+            await until_quiet(server)
+        assert await server.metric("sluice:kv_tier_hit_tokens_total") == sum(found.values())
+        assert await server.metric("vllm:prefix_cache_hits_total") == sum(found.values())
+        assert await server.metric("sluice:kv_tier_up") == 3
+        assert await server.metric("sluice:kv_tier_errors_total") == 0
+        assert await server.metric("sluice:kv_copy_seconds_count", source="host", target="disk") > 0
+        async with server.http.get("/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
+            assert {sample.name for family in families for sample in family.samples} >= STORE_NAMES
+
+
+async def test_a_tier_that_is_turned_off_is_not_down_and_one_that_fails_is(tmp_path: Path) -> None:
+    (tmp_path / "kv").write_text("a file, no directory")
+    async with served(configuration(tmp_path / "kv")) as server:
+        async with server.http.get("/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
+            up = {
+                s.labels["tier"]: s.value
+                for f in families
+                for s in f.samples
+                if s.name == "sluice:kv_tier_up"
+            }
+        assert up == {"device": 1, "disk": 0}, "the host is turned off"
+        assert await server.metric("sluice:kv_tier_outages_total", tier="disk") == 1
+
+
+async def until_quiet(server: Served) -> None:
+    async with asyncio.timeout(20):
+        await server.engine._quiet.wait()

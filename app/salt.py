@@ -1,0 +1,28 @@
+"""Which tenant a request is: the salt of its block keys. Equal salts find each other's prefixes, others never do.
+
+A tenant is the API key that came with the request; there is no list of known keys yet, so whoever invents one is a
+tenant of his own. The key itself goes no further than here: keys of blocks, logs and recordings see its hash.
+"""
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+
+def salt_of(headers: Mapping[str, str], cache_salt: str | None, *, share_across_keys: bool) -> str:
+    """`<hash of the API key, or nothing>/<the request's own cache_salt>`: the first slash parts them.
+
+    The same after a restart. share_across_keys: the API key counts for nothing, `cache_salt` does.
+    """
+    tenant = "" if share_across_keys else _tenant(headers.get("Authorization", ""))
+    return f"{tenant}/{cache_salt or ''}"
+
+
+def _tenant(authorization: str) -> str:
+    """Hexadecimal, or "" for nobody. Credentials of another scheme than Bearer are another tenant."""
+    scheme, _, credentials = authorization.strip().partition(" ")
+    if not credentials:
+        return ""
+    name = f"{scheme.lower()} {credentials.strip()}"
+    return sha256(
+        name.encode(errors="surrogateescape")
+    ).hexdigest()  # as aiohttp decodes bytes that are no text
