@@ -15,6 +15,7 @@ LMDB's rules, and how they are kept:
 
 import errno
 import os
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_uint64
@@ -62,6 +63,10 @@ TREE_BYTES: Final = 340
 """Of both trees' pages for one record, at worst, when they are half full: nodes of 50 and 106 bytes, and branches."""
 
 READERS: Final = 126
+WAITS_FOR_READERS: Final = 25
+WAIT_SECONDS: Final = 0.02
+"""A write waits so often, so long, for room that readers keep: half a second in all; a read takes milliseconds."""
+
 REFUSALS: Final = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -279,7 +284,19 @@ class DiskTier:
         return list(islice(self._to_drop, self.transaction_blocks))
 
     def _transact(self, blocks: Sequence[tuple[Place, Buffer]], drops: Sequence[Key]) -> Loss | None:
-        """Drops and inserts in one transaction. None, or why nothing was done."""
+        """Drops and inserts in one transaction. None, or why nothing was done.
+
+        A reader that takes long keeps the pages of its snapshot: then there is no room until it is gone.
+        """
+        for _ in range(WAITS_FOR_READERS):
+            try:
+                return self._attempt(blocks, drops)
+            except lmdb.MapFullError:
+                time.sleep(WAIT_SECONDS)
+        return Loss.FULL
+
+    def _attempt(self, blocks: Sequence[tuple[Place, Buffer]], drops: Sequence[Key]) -> Loss | None:
+        """Raises MapFullError: nothing was done, but it may be possible in a moment."""
         if self.broken:
             return Loss.IO  # whatever LMDB wrote now might go over live pages
         try:
@@ -288,6 +305,8 @@ class DiskTier:
                     self._forget(txn, key)
                 self._insert(txn, blocks)
                 count = txn.stat(self._index)["entries"]
+        except lmdb.MapFullError:
+            raise
         except (lmdb.Error, OSError, _NoRoom, _Damaged) as error:
             return self._loss(error)
         self._blocks = count

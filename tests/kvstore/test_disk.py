@@ -11,7 +11,7 @@ from mmap import PAGESIZE
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from threading import Thread
+from threading import Thread, Timer
 
 import numpy as np
 import pytest
@@ -632,4 +632,22 @@ def test_it_keeps_to_the_quota_at_95_percent_through_eight_times_its_size(tmp_pa
             live[i] = key
     assert {place.key for place in tier.records()} == set(live)
     assert bytes_of(tmp_path) <= QUOTA_BYTES
+    tier.close()
+
+
+def test_a_write_waits_for_a_reader_that_keeps_pages(tmp_path: Path) -> None:
+    """Evicting writes beside one long reader: room comes back when it ends, and no block is refused."""
+    tier = open_tier(tmp_path)
+    numbers = iter(range(10**6))
+    live = [next(numbers) for _ in range(tier.capacity_blocks)]
+    assert not any(write(tier, live))
+    reading = tier._env.begin()
+    reading.get(b"x", db=tier._index)
+    ended = Timer(0.05, reading.abort)  # within the time that a write waits
+    ended.start()
+    for _ in range(20):
+        new = [next(numbers) for _ in range(tier.transaction_blocks)]
+        gone, live = live[: len(new)], live[len(new) :] + new
+        assert not any(write(tier, new, drops=gone))
+    ended.join()
     tier.close()
