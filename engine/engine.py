@@ -221,6 +221,7 @@ class Engine:
             "waiting": scheduler.waiting,
             "preemptions": scheduler.counts.preemptions,
             "tiers": self._tiers(),
+            "copies": scheduler.residency.copying,
             "policies": {
                 "order": scheduler.config.order,
                 "victim": scheduler.config.victim,

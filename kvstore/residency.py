@@ -139,6 +139,11 @@ class Residency:
         )
 
     @property
+    def copying(self) -> int:
+        """Copies under way."""
+        return len(self._copies)
+
+    @property
     def quiet(self) -> bool:
         """Whether nothing is on its way, nor waits for it."""
         return not (self._copies or self._spills or self._for_disk or self._drops or self._fetches)

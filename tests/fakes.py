@@ -143,7 +143,9 @@ class ScriptedStore:
             content = self._get(copy.source, source)
             gone = copy.source == DISK and content is None
             assert gone or content == before, f"{source} changed while it was copied"
-            assert content is not None or copy.source == DISK, f"{source} was never filled: memory has no checksum"
+            assert content is not None or copy.source == DISK, (
+                f"{source} was never filled: memory has no checksum"
+            )
             reason = Loss.MISSING if content is None else lost(copy, source)
             if reason is not None:
                 losses.append((index, reason))
