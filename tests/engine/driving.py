@@ -41,6 +41,7 @@ def core_config(
     resume: str = "reload",
     residency: ResidencyConfig | None = None,
     every_tokens: int = 8,
+    every_seconds: float = 1000.0,
 ) -> CoreConfig:
     """`residency`: None is a device without tiers below it."""
     return CoreConfig(
@@ -51,7 +52,7 @@ def core_config(
             max_sequences,
             resume=resume,
             residency=residency or ResidencyConfig(),
-            checkpoint=CheckpointConfig(every_tokens, 1000.0),
+            checkpoint=CheckpointConfig(every_tokens, every_seconds),
         ),
         model_context=model_context,
         max_queue=max_queue,

@@ -68,6 +68,21 @@ def test_full_blocks_go_to_the_host_and_on_to_the_disk_while_it_runs() -> None:
     assert driver.core.scheduler.residency.quiet
 
 
+@pytest.mark.parametrize(
+    ("every_tokens", "every_seconds", "saved"), [(1000, 1000.0, 0), (12, 1000.0, 14), (1000, 8.0, 14)]
+)
+def test_it_is_saved_by_tokens_or_by_seconds_while_it_runs(
+    every_tokens: int, every_seconds: float, saved: int
+) -> None:
+    """Of 41 tokens of prompt and 20 of answer; the driver's clock ticks once an event."""
+    driver = driver_with(disk=0, every_tokens=every_tokens, every_seconds=every_seconds)
+    driver.arrive(request("a", PROMPT, max_tokens=40))
+    steps_until(driver, "a", 20)
+    assert len(driver.core.scheduler.residency.host) == saved
+    driver.finish()
+    assert len(driver.core.scheduler.residency.host) == 20, "at its end all of it"
+
+
 def test_a_preempted_sequence_comes_back_from_the_host_and_computes_nothing_again() -> None:
     driver = driver_with(disk=0)
     driver.arrive(request("a", PROMPT, max_tokens=24))
