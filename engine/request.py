@@ -31,6 +31,15 @@ class Stopping:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceClass:
+    """How urgent a request is beside others; `rank` 0 is the most urgent."""
+
+    name: str = ""
+    rank: int = 0
+    weight: float = 1.0  # what a second of its delay costs
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A validated request. `prompt` is not empty; `sampling.choice` is 0, the engine counts choices up."""
 
@@ -41,6 +50,9 @@ class Request:
     n: int = 1
     priority: int = 0  # lower first
     salt: str = ""  # separates tenants in the prefix cache
+    tenant: str = ""  # whose it is, for fairness: one name per API key
+    service: ServiceClass = ServiceClass()
+    expected_output_tokens: int | None = None  # the client's hint
 
 
 @dataclass(frozen=True, slots=True)

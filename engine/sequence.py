@@ -32,6 +32,7 @@ class Sequence:
     arrived: float
     tokens: list[int]  # prompt and output, as far as known
     prompt_tokens: int  # how many of these are the prompt
+    service: dict[str, float] = field(default_factory=dict)  # every tenant's, shared by all sequences
 
     state: State = State.WAITING
     snapshot: Snapshot | None = None  # taken when it was preempted, until it runs again
@@ -61,6 +62,10 @@ class Sequence:
     queued_seconds: float = 0.0
     token_times: list[float] = field(default_factory=list)
 
+    matched_tokens: int = 0  # when it was last looked up
+    resume_seconds: float = 0.0  # predicted, when it was preempted
+    expected_remaining_tokens: float = 0.0
+
     @property
     def choice(self) -> int:
         return self.sampling.choice
@@ -76,6 +81,42 @@ class Sequence:
     @property
     def held_blocks(self) -> int:
         return len(self.table)
+
+    @property
+    def kept_tokens(self) -> int:
+        return self.snapshot.computed if self.snapshot else 0
+
+    @property
+    def max_tokens(self) -> int:
+        return self.request.stopping.max_tokens
+
+    @property
+    def expected_output_tokens(self) -> int | None:
+        return self.request.expected_output_tokens
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def class_name(self) -> str:
+        return self.request.service.name
+
+    @property
+    def class_rank(self) -> int:
+        return self.request.service.rank
+
+    @property
+    def weight(self) -> float:
+        return self.request.service.weight
+
+    @property
+    def tenant_service(self) -> float:
+        return self.service.get(self.request.tenant, 0.0)
 
     @property
     def remaining(self) -> int:

@@ -14,6 +14,10 @@ class SequenceView(Protocol):
     def arrived(self) -> float: ...
 
     @property
+    def waiting_since(self) -> float:
+        """When it began to wait, the last time: at its arrival, or at a preemption."""
+
+    @property
     def admissions(self) -> int:
         """How often it was admitted: 0 before the first time."""
 
@@ -22,17 +26,75 @@ class SequenceView(Protocol):
         """Position in the order of admissions; the last admission counts."""
 
     @property
+    def preemptions(self) -> int:
+        """How often it has given up its place."""
+
+    # --- what the client asked for ---
+
+    @property
     def prompt_tokens(self) -> int: ...
 
     @property
-    def output_tokens(self) -> int: ...
+    def max_tokens(self) -> int:
+        """It generates no more than so many."""
+
+    @property
+    def expected_output_tokens(self) -> int | None:
+        """The client's hint of how many it will generate; None: no hint."""
+
+    @property
+    def priority(self) -> int:
+        """Lower goes first."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is: one name per API key; "" for all clients without one."""
+
+    @property
+    def class_name(self) -> str:
+        """Its service class; "" where none is configured."""
+
+    @property
+    def class_rank(self) -> int:
+        """Place of its service class in the configuration, 0 the most urgent."""
+
+    @property
+    def weight(self) -> float:
+        """What a second of its delay costs, beside others; 1 unless its class says otherwise."""
+
+    # --- what has become of it ---
+
+    @property
+    def output_tokens(self) -> int:
+        """Generated so far."""
 
     @property
     def computed_tokens(self) -> int:
         """Positions whose KV is on the device."""
 
     @property
-    def held_blocks(self) -> int: ...
+    def held_blocks(self) -> int:
+        """Device blocks in its block table, shared ones included."""
+
+    @property
+    def kept_tokens(self) -> int:
+        """Of a waiter: positions whose KV its snapshot keeps somewhere; 0 if it never ran."""
+
+    @property
+    def matched_tokens(self) -> int:
+        """Of a waiter: positions that some tier had of it, when it was last looked up."""
+
+    @property
+    def resume_seconds(self) -> float:
+        """Of a preempted waiter: the predicted price of bringing it back; else 0."""
+
+    @property
+    def expected_remaining_tokens(self) -> float:
+        """Tokens that it will still generate, as predicted when it began to wait, or at its last token."""
+
+    @property
+    def tenant_service(self) -> float:
+        """What its tenant has been served, weighted (the virtual token counter); it only grows."""
 
 
 class BlockView(Protocol):

@@ -1,21 +1,8 @@
 """The built-in policies keep what their docstrings promise."""
 
-from dataclasses import dataclass
-
 from policies.order import ORDERS
 from policies.preemption import VICTIMS
-
-
-@dataclass(frozen=True)
-class View:
-    number: int
-    arrived: float = 0.0
-    admissions: int = 0
-    admitted_as: int = -1
-    prompt_tokens: int = 10
-    output_tokens: int = 0
-    computed_tokens: int = 0
-    held_blocks: int = 0
+from tests.policies.view import View
 
 
 def test_fcfs_puts_earlier_arrivals_first() -> None:
