@@ -1,0 +1,163 @@
+"""What a step and a copy cost, in seconds: fitted online on real ones, so that ways to come back can be compared.
+
+A step: base + β · prefill tokens + γ · attended + δ · decode rows + ε · decode context.
+A copy: latency + bytes ÷ bandwidth, per route.
+
+Pure arithmetic on samples that the core is told of, so a replay fits the same figures. How they are fitted: fitting.py.
+What they are for: coming back the cheapest way (design §5).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from policies.fitting import Fit
+
+DEVICE = "device"
+DISK = "disk"
+
+STEP_PRIOR = (1e-3, 5e-5, 4e-8, 1e-4, 2.5e-7)
+"""Before the first sample: those of a 5 M model on two cores, in the order above. Later only their ratios count."""
+
+MEMORY_PRIOR = (2e-5, 1 / 5e9)
+DISK_PRIOR = (2e-4, 1 / 1e9)
+"""Seconds a copy, and a byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """A finished step. Prompt chunks are rows longer than one token, or short of the sequence's end."""
+
+    prefill_tokens: int  # positions computed in prompt chunks
+    attended: float  # Σ over these rows of n × (c + n / 2): n positions computed after c before them
+    decode_rows: int
+    decode_context: int  # Σ of their contexts (positions before the token)
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CopySample:
+    """A finished copy, of the bytes that arrived."""
+
+    source: str
+    target: str
+    bytes: int
+    seconds: float  # from the moment a thread took it up
+    queued_seconds: float  # before that; not fitted: whoever asks knows what is queued now
+
+
+class StepCost:
+    """Seconds of steps of one replica."""
+
+    def __init__(self) -> None:
+        self._fit = Fit(STEP_PRIOR)
+
+    @property
+    def samples(self) -> int:
+        """Observed so far, outliers included."""
+        return self._fit.samples
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """base, β, γ, δ, ε."""
+        return self._fit.coefficients
+
+    def observe(self, sample: StepSample) -> None:
+        """Learns from a step; one without rows teaches nothing."""
+        if sample.prefill_tokens or sample.decode_rows:
+            features = (
+                1.0,
+                sample.prefill_tokens,
+                sample.attended,
+                sample.decode_rows,
+                sample.decode_context,
+            )
+            self._fit.observe(_step_class(sample), features, sample.seconds)
+
+    def step_seconds(
+        self, prefill_tokens: int, attended: float, decode_rows: int, decode_context: int
+    ) -> float:
+        return self._fit.predict((1.0, prefill_tokens, attended, decode_rows, decode_context))
+
+    def recompute_seconds(
+        self, cached: int, count: int, chunk: int, decode_rows: int = 0, decode_context: int = 0
+    ) -> float:
+        """Of `count` positions after `cached`, in steps of at most `chunk`, each of which carries the decode rows too.
+
+        α⌈n/chunk⌉ + βn + γn(c + n/2), and the decode rows' share of every step.
+        """
+        step = self.step_seconds(0, 0.0, decode_rows, decode_context)
+        return -(-count // chunk) * step + self.added_seconds(cached, count)
+
+    def added_seconds(self, cached: int, count: int) -> float:
+        """What `count` positions after `cached` add to steps that run anyway: βn + γn(c + n/2)."""
+        _, token, attended, _, _ = self._fit.coefficients
+        return token * count + attended * count * (cached + count / 2)
+
+
+def _step_class(sample: StepSample) -> int:
+    """By powers of four of what there is most of; steps with prompts apart from those without."""
+    size = sample.prefill_tokens or sample.decode_rows
+    return ((size.bit_length() + 1) // 2) * 2 + (sample.prefill_tokens > 0)
+
+
+class CopyCost:
+    """Seconds of copies between tiers, by route. One without samples goes by the other direction's, then by a prior."""
+
+    def __init__(self) -> None:
+        self._routes: dict[tuple[str, str], Fit] = {}
+
+    def observe(self, sample: CopySample) -> None:
+        """Learns from a copy; one of which nothing arrived teaches nothing."""
+        if sample.bytes > 0:
+            route = sample.source, sample.target
+            fit = self._routes.get(route)
+            if fit is None:
+                fit = self._routes[route] = Fit(_copy_prior(*route))
+            fit.observe((sample.bytes.bit_length() + 1) // 2, (1.0, sample.bytes), sample.seconds)
+
+    def seconds(self, source: str, target: str, size: int) -> float:
+        """From the moment a thread takes it up: latency + bytes ÷ bandwidth."""
+        return self._copies_seconds(source, target, copies=1, size=size)
+
+    def reload_seconds(self, source: str, size: int, copy_bytes: int, ahead_bytes: int = 0) -> float:
+        """To the device, in copies of `copy_bytes`, behind `ahead_bytes` already queued on that route."""
+        copies = -(-size // copy_bytes) + -(-ahead_bytes // copy_bytes)
+        return self._copies_seconds(source, DEVICE, copies, size + ahead_bytes)
+
+    def bandwidth(self, source: str, target: str) -> float:
+        """Bytes a second of an endless copy."""
+        return 1 / max(self._coefficients(source, target)[1], 1e-15)
+
+    def _copies_seconds(self, source: str, target: str, copies: int, size: int) -> float:
+        latency, byte = self._coefficients(source, target)
+        return copies * latency + size * byte
+
+    def _coefficients(self, source: str, target: str) -> tuple[float, ...]:
+        fit = self._routes.get((source, target)) or self._routes.get((target, source))
+        return fit.coefficients if fit else _copy_prior(source, target)
+
+
+def _copy_prior(source: str, target: str) -> tuple[float, float]:
+    return DISK_PRIOR if DISK in (source, target) else MEMORY_PRIOR
+
+
+@dataclass
+class CostModel:
+    """All figures of one replica."""
+
+    steps: StepCost = field(default_factory=StepCost)
+    copies: CopyCost = field(default_factory=CopyCost)
+
+    @classmethod
+    def calibrated(cls, samples: Sequence[StepSample | CopySample] = ()) -> "CostModel":
+        """Knows these samples; none: the priors."""
+        model = cls()
+        for sample in samples:
+            model.observe(sample)
+        return model
+
+    def observe(self, sample: StepSample | CopySample) -> None:
+        if isinstance(sample, StepSample):
+            self.steps.observe(sample)
+        else:
+            self.copies.observe(sample)
