@@ -79,7 +79,7 @@ class Scheduler:
         self.loading: list[Sequence] = []  # blocks and slot reserved, fetches under way or just over
         self.counts = Counts()
         self._victim = VICTIMS[config.victim]
-        self._order = ORDERS[config.order]
+        self._order = ORDERS[config.order]()
         self._line = WaitingLine(self._order)
         self._checkpoints = Checkpoints(self.residency, config.block_size, config.checkpoint)
         self._loads = Loads(self.residency)

@@ -1,13 +1,7 @@
-"""The built-in policies keep what their docstrings promise."""
+"""The built-in victims keep what their docstrings promise."""
 
-from policies.order import ORDERS
 from policies.preemption import VICTIMS
 from tests.policies.view import View
-
-
-def test_fcfs_puts_earlier_arrivals_first() -> None:
-    views = [View(3), View(1), View(2)]
-    assert [view.number for view in sorted(views, key=ORDERS["fcfs"])] == [1, 2, 3]
 
 
 def test_last_admitted_takes_the_newest_admission_not_the_newest_arrival() -> None:
@@ -16,5 +10,5 @@ def test_last_admitted_takes_the_newest_admission_not_the_newest_arrival() -> No
 
 
 def test_every_policy_says_what_it_is_for() -> None:
-    for policy in (*ORDERS.values(), *VICTIMS.values()):
+    for policy in VICTIMS.values():
         assert "Source:" in (policy.__doc__ or "")

@@ -1,0 +1,130 @@
+"""Whether those who run will still fit when they have grown, from how long each is predicted to run.
+
+The scheduler asks in `_admit`, beside its own test that the blocks needed now are there. That test alone admits
+what must be preempted soon; reserving max_tokens for everybody leaves most of the pool unused.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from policies.prediction import Predictor
+from policies.views import SequenceView
+
+
+def peak_blocks(remaining_and_held: Sequence[tuple[float, int]], block_size: int) -> float:
+    """The most blocks held at once from now on, if no one else is admitted.
+
+    Each sequence, given as (tokens to come, blocks held), grows by 1/block_size a step, and gives all of it back
+    when its tokens have come. The peak is reached just as some sequence ends, so only those moments are looked at:
+    O(n log n). Blocks are whole: in truth it may be up to a block a sequence more or less. Source: LightLLM's
+    past-future scheduler, Gong et al., ASPLOS'25.
+    """
+    return Outlook(remaining_and_held, block_size).peak
+
+
+class Outlook:
+    """Those who run, by how long they will, longest first; answers for one more in O(log n)."""
+
+    def __init__(self, remaining_and_held: Iterable[tuple[float, int]], block_size: int) -> None:
+        self._block_size = block_size
+        self._ends = sorted((-remaining, held) for remaining, held in remaining_and_held)
+        self._look()
+
+    def _look(self) -> None:
+        """What is held as each ends, by it and those longer; the most of these, and with one more that grows along."""
+        size = self._block_size
+        held = accumulate(blocks for _, blocks in self._ends)
+        at_end = [
+            blocks - count * end / size
+            for count, ((end, _), blocks) in enumerate(zip(self._ends, held, strict=True), 1)
+        ]
+        growing = [blocks - end / size for blocks, (end, _) in zip(at_end, self._ends, strict=True)]
+        self._held = [0, *accumulate(blocks for _, blocks in self._ends)]
+        self._most_of_longer = [0.0, *accumulate(at_end, max)]
+        self._most_of_shorter = [*accumulate(reversed(growing), max, initial=0.0)][::-1]
+
+    @property
+    def peak(self) -> float:
+        """Blocks held at the highest moment; 0 when nobody runs."""
+        return self._most_of_longer[-1]
+
+    def peak_with(self, remaining: float, held: int) -> float:
+        """The peak if one more ran, which holds `held` blocks at once. Changes nothing."""
+        longer = bisect_left(self._ends, (-remaining, -1))  # they are there when it ends
+        at_its_end = self._held[longer] + held + (longer + 1) * remaining / self._block_size
+        before = self._most_of_shorter[longer] + held if longer < len(self._ends) else 0.0
+        return max(self._most_of_longer[longer], at_its_end, before)
+
+    def add(self, remaining: float, held: int) -> None:
+        """One more runs. O(n)."""
+        insort(self._ends, (-remaining, held))
+        self._look()
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Admits while the predicted peak stays within the pool.
+
+    `risk`: each is taken to run as long as it does with probability 1 − risk. The sum of many is steadier than each
+    of them, so 0.5 is not reckless; 0 is max_tokens, and nothing is ever preempted for want of blocks.
+
+    Assumes one token a step for all, and lengths that are independent; blocks shared by several sequences count for
+    each of them, so give `blocks` as the pool and what is counted more than once. Ties: none. Worst case: all run
+    longer than predicted; then victims are preempted, as they would be without it. It never refuses one when nobody
+    runs; who waits is first by the order, so it starves nobody that the order does not. Source: see `peak_blocks`.
+    """
+
+    risk: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.risk < 1.0:
+            raise ValueError("risk must be at least 0 and less than 1")
+
+    def room(
+        self, running: Iterable[SequenceView], predictor: Predictor, block_size: int, blocks: int
+    ) -> "Room":
+        """What is left of `blocks` for newcomers in this step. Asks the predictor only when it must."""
+        return Room(self, list(running), predictor, block_size, blocks)
+
+
+class Room:
+    """One step's answers. As long as all would fit at their max_tokens, nothing is predicted."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        running: list[SequenceView],
+        predictor: Predictor,
+        block_size: int,
+        blocks: int,
+    ) -> None:
+        self._running = [(view, view.held_blocks) for view in running]
+        self._quantile = 1.0 - admission.risk
+        self._predictor, self._block_size, self._blocks = predictor, block_size, blocks
+        self._most = sum(self._most_of(view, held) for view, held in self._running)
+        self._outlook: Outlook | None = None
+
+    def fits(self, view: SequenceView, held: int) -> bool:
+        """Whether the peak stays within the pool if `view`, holding `held` blocks at once, runs too."""
+        if not self._running or self._most + self._most_of(view, held) <= self._blocks:
+            return True
+        if self._outlook is None:
+            self._outlook = Outlook(
+                [(self._left(each), blocks) for each, blocks in self._running], self._block_size
+            )
+        return self._outlook.peak_with(self._left(view), held) <= self._blocks
+
+    def add(self, view: SequenceView, held: int) -> None:
+        """It is admitted, with `held` blocks."""
+        self._running.append((view, held))
+        self._most += self._most_of(view, held)
+        if self._outlook is not None:
+            self._outlook.add(self._left(view), held)
+
+    def _left(self, view: SequenceView) -> float:
+        return self._predictor.quantile(view, self._quantile)
+
+    def _most_of(self, view: SequenceView, held: int) -> float:
+        return held + (view.max_tokens - view.output_tokens) / self._block_size
