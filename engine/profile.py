@@ -1,0 +1,84 @@
+"""A machine's profile: how long steps and copies take on it. One JSON file (docs/simulation.md has the format).
+
+`sluice bench profile` measures one (app/profiling/); the simulator takes virtual time by it. No measuring here.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from engine.step_time import CurveTime, TableTime
+
+Route = Annotated[
+    str, Field(pattern=r"^(device>host|host>device|host>disk|device>disk|disk>host|disk>device)$")
+]
+
+
+class ProfileError(Exception):
+    """A profile that cannot be used, with its path and what is wrong in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Of one copy on one route: seconds = latency + bytes ÷ rate, from the moment its lane takes it up."""
+
+    latency_seconds: float
+    bytes_per_second: Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What passes between a step's end and the next one's begin, where nothing was launched ahead: core, threads."""
+
+    seconds: float = 0.0
+    seconds_per_row: float = 0.0  # of the step that ended: its tokens become text and news
+
+
+@dataclass(frozen=True)
+class Profile:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    machine: str
+    model: str
+    dtype: str
+    source: str  # how the figures came about, with what they assume
+    block_size: int  # tokens
+    block_bytes: Annotated[int, Field(gt=0)]
+    context: Annotated[int, Field(gt=0)]  # tokens the model can attend to
+    kv_blocks: Annotated[int, Field(gt=0)]  # of the device, unless the configuration says
+    runs_ahead: bool  # the next step is launched while one runs
+    step: Annotated[CurveTime | TableTime, Field(discriminator="kind")]
+    between: Between = Between()
+    transfers: dict[Route, Transfer] = field(default_factory=dict)
+    disk_readers: Annotated[int, Field(ge=1)] = 2
+    sluice_profile: Literal[1] = 1
+
+    def transfer(self, source: str, target: str) -> Transfer:
+        """Raises ProfileError: a tier that is turned on needs its routes measured."""
+        if (found := self.transfers.get(f"{source}>{target}")) is None:
+            raise ProfileError(
+                f"the profile of {self.machine} has no transfers {source}>{target}: turn that tier off"
+            )
+        return found
+
+
+_PROFILE = TypeAdapter(Profile)
+
+
+def read_profile(path: Path) -> Profile:
+    """Raises ProfileError."""
+    try:
+        return _PROFILE.validate_json(path.read_bytes())
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ProfileError(f"{path} is no profile: {place}: {first['msg']}") from error
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    path.write_bytes(to_json(profile, indent=2) + b"\n")

@@ -1,0 +1,354 @@
+"""The same core on virtual time: a heap of events around engine/core.py, with a runner and tiers that only take time.
+
+Every decision is the core's, of the same code that serves; what takes time takes it by a profile (profile.py,
+step_time.py, simulated_lanes.py). No sleeps, no threads, no clock: the same workload gives the same event log, byte
+for byte, of which `Outcome.digest` is the SHA-256.
+
+Not simulated: bytes, text, HTTP, copies that fail, steps that copies slow down, clients that leave.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from heapq import heappop, heappush
+from itertools import pairwise
+from typing import Protocol
+
+from engine.core import Core, CoreConfig
+from engine.events import Account, Arrived, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.plan import Plan, Row, StepResult
+from engine.profile import Profile
+from engine.request import Finished, Request
+from engine.scheduler import Counts
+from engine.simulated_lanes import SimulatedLanes
+from engine.step_time import Shape, shape
+from kvstore.copies import DISK, Copy, CopyDone, Drop, TierUp
+
+VOCABULARY_SIZE = 2**16
+"""Token ids of simulated prompts and answers are below it."""
+
+EOS = VOCABULARY_SIZE
+VOCABULARY = (b"",) * (VOCABULARY_SIZE + 1)
+
+Recorder = Callable[[float, Event, list[Instruction]], None]
+
+
+class Stuck(Exception):
+    """Requests are unfinished, and nothing is left to happen: a bug of the core, or of this loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request and what becomes of it. Its `sampling.seed` is its number: by it a runner knows whom it serves.
+
+    It ends at `output_tokens`: by max_tokens where the client knows (`stopping.ignore_eos`), else because the model
+    says so, which nobody knows before.
+    """
+
+    request: Request
+    output_tokens: int
+    answer: Sequence[int] = ()  # the tokens it draws, where these matter to those that follow
+
+    @property
+    def number(self) -> int:
+        return self.request.sampling.seed
+
+
+class Workload(Protocol):
+    """Jobs by number. `job` is called when one arrives, so that a long trace's prompts need not all be in memory."""
+
+    def openings(self) -> Iterable[tuple[float, int]]:
+        """(arrival in seconds, number) of those that wait for nobody, by arrival."""
+
+    def job(self, number: int) -> Job: ...
+
+    def followers(self, number: int) -> Iterable[tuple[float, int]]:
+        """(seconds after its end, number) of those that wait for this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One request's accounts. Times are virtual seconds; None: never came."""
+
+    number: int
+    arrived: float
+    prompt_tokens: int
+    output_tokens: int
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    longest_gap: float = 0.0  # between two tokens
+    cached_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    queued_seconds: float = 0.0
+    refused: str = ""  # the API's code; such a request is attempted, and fails
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The state just before the first event at or after `time`."""
+
+    time: float
+    running: int
+    waiting: int
+    kv_used_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A finished step, and the state it left."""
+
+    end: float
+    seconds: float
+    shape: Shape
+    running: int
+    waiting: int
+    kv_used_blocks: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    served: list[Served] = field(default_factory=list)  # in the order in which they ended
+    ticks: list[Tick] = field(default_factory=list)
+    steps: int = 0
+    busy_seconds: float = 0.0  # of the device
+    computed_tokens: int = 0  # positions
+    recomputed_tokens: int = 0
+    sampled_tokens: int = 0
+    seconds: float = 0.0  # virtual, from 0 to the last event
+    unfinished: int = 0  # when time was up
+    counts: Counts = field(default_factory=Counts)
+    copied_bytes: dict[str, int] = field(default_factory=dict)  # by route
+    digest: str = ""
+
+
+class SimulatedRunner:
+    """Plans to tokens, without a model: who is in a slot is known by the seed it was placed with."""
+
+    def __init__(self, max_sequences: int) -> None:
+        self._jobs: dict[int, Job] = {}
+        self._slots: list[Job | None] = [None] * max_sequences
+
+    def add(self, job: Job) -> None:
+        self._jobs[job.number] = job
+
+    def job(self, number: int) -> Job:
+        return self._jobs[number]
+
+    def remove(self, number: int) -> None:
+        del self._jobs[number]
+
+    def draw(self, plan: Plan) -> tuple[int, ...]:
+        for placement in plan.placements:
+            self._slots[placement.slot] = self._jobs[placement.sampling.seed]
+        return tuple([self._token(row) for row in plan.rows if row.samples])
+
+    def _token(self, row: Row) -> int:
+        job = self._slots[row.slot]
+        assert job is not None, f"slot {row.slot} runs, and was never placed"
+        index = row.start + len(row.tokens) - len(job.request.prompt)  # of the output
+        if index + 1 >= job.output_tokens:
+            return EOS
+        return (
+            job.answer[index] if index < len(job.answer) else (job.number * 40503 + index) % VOCABULARY_SIZE
+        )
+
+
+class Simulation:
+    """One run of a workload. `tick_seconds`: how often the state is noted; `until`: when time is up.
+
+    `recorder` is told every event with its instructions, as a live engine's is; `on_step` every finished step.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        profile: Profile,
+        workload: Workload,
+        *,
+        tick_seconds: float = 1.0,
+        until: float = float("inf"),
+        recorder: Recorder | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        on_tick: Callable[[Tick, int], None] | None = None,
+    ) -> None:
+        """`on_tick` is told the state and how many requests have ended, for whoever watches."""
+        assert EOS in config.eos_token_ids
+        self.core = Core(config, VOCABULARY)
+        self.outcome = Outcome()
+        self._profile = profile
+        self._step_seconds = profile.step.timer()
+        self._workload = workload
+        self._runner = SimulatedRunner(config.scheduler.max_sequences)
+        self._lanes = SimulatedLanes(profile)
+        self._tick_seconds = tick_seconds
+        self._until = until
+        self._recorder = recorder
+        self._on_step = on_step
+        self._on_tick = on_tick
+        self._heap: list[tuple[float, int, int | Event]] = []  # a number: that request arrives
+        self._serial = 0
+        self._now = 0.0
+        self._device_free = 0.0
+        self._under_way: deque[Shape] = deque()
+        self._last_rows = 0  # of the step that ended last
+        self._last_step_done = 0
+        self._held_copies: list[Copy] = []  # these wait for a step to end
+        self._log = sha256()
+
+    def run(self) -> Outcome:
+        """Plays the workload to its end, or until time is up. Raises Stuck."""
+        if self.core.config.scheduler.residency.disk_blocks:
+            self._push(0.0, TierUp(DISK, ()))
+        for at, number in self._workload.openings():
+            self._push(at, number)
+        next_tick = self._tick_seconds
+        while self._heap and self._heap[0][0] <= self._until:
+            now, _, event = heappop(self._heap)
+            while next_tick <= now:
+                self._tick(next_tick)
+                next_tick += self._tick_seconds
+            self._now = now
+            if isinstance(event, int):
+                self._arrive(event)
+            else:
+                self._happen(event)
+        return self._finish()
+
+    def _push(self, at: float, event: int | Event) -> None:
+        self._serial += 1
+        heappush(self._heap, (at, self._serial, event))
+
+    def _arrive(self, number: int) -> None:
+        job = self._workload.job(number)
+        assert job.number == number
+        assert job.request.stopping.max_tokens >= job.output_tokens
+        self._runner.add(job)
+        self._feed(Arrived(job.request), f"arrived {number}")
+
+    def _happen(self, event: Event) -> None:
+        match event:
+            case StepDone(result):
+                self._step_ended(event, result)
+            case CopyDone(id=copy):
+                self._feed(event, f"copied {copy}")
+            case _:
+                self._feed(event, type(event).__name__)
+
+    def _step_ended(self, event: StepDone, result: StepResult) -> None:
+        done = self._under_way.popleft()
+        self._last_step_done, self._last_rows = result.step, done.rows
+        self.outcome.steps += 1
+        self.outcome.busy_seconds += result.seconds
+        ready = [copy for copy in self._held_copies if copy.after <= result.step]
+        self._held_copies = [copy for copy in self._held_copies if copy.after > result.step]
+        for copy in ready:
+            self._copy(copy)
+        self._feed(event, f"step {result.step} {len(result.tokens)}")
+        if self._on_step:
+            scheduler = self.core.scheduler
+            state = (len(scheduler.running), scheduler.waiting, scheduler.pool.held)
+            self._on_step(Step(self._now, result.seconds, done, *state))
+
+    # --- events in, instructions out ------------------------------------------------------------------------------
+
+    def _feed(self, event: Event, name: str) -> None:
+        instructions = self.core.handle(event, self._now)
+        if self._recorder:
+            self._recorder(self._now, event, instructions)
+        # News for clients are not looked at: tokens follow from the step that drew them, and texts are empty.
+        told = [note for each in instructions if type(each) is not Emit and (note := self._carry_out(each))]
+        self._log.update(f"{self._now!r} {name} {' '.join(told)}\n".encode())
+
+    def _carry_out(self, instruction: Instruction) -> str:
+        """Does it, and says what it was, for the log."""
+        match instruction:
+            case Run(plan):
+                return self._run(plan)
+            case Account():
+                self.outcome.computed_tokens += instruction.prefill_tokens + instruction.decode_tokens
+                self.outcome.recomputed_tokens += instruction.recomputed_tokens
+                self.outcome.sampled_tokens += instruction.sampled_tokens
+                return ""
+            case Report(finished):
+                self._ended(_served(finished))
+                return f"finished {finished.request}"
+            case Reject():
+                self._refused(instruction)
+                return f"refused {instruction.request_id} {instruction.code}"
+            case Copy():
+                if instruction.after > self._last_step_done:
+                    self._held_copies.append(instruction)
+                else:
+                    self._copy(instruction)
+                return f"copy {instruction.id} {instruction.source}>{instruction.target} {len(instruction.sources)}"
+            case Drop():
+                return f"drop {instruction.tier} {len(instruction.keys)}"
+            case _:
+                raise AssertionError(f"the simulator does not know {type(instruction).__name__}")
+
+    def _run(self, plan: Plan) -> str:
+        step = shape(plan)
+        seconds, between = self._step_seconds(step), self._profile.between
+        told = self._now + between.seconds + between.seconds_per_row * self._last_rows
+        end = self._device_free = max(told, self._device_free) + seconds
+        self._under_way.append(step)
+        tokens = self._runner.draw(plan)
+        self._push(end, StepDone(StepResult(plan.step, tokens, (None,) * len(tokens), seconds, 0.0)))
+        return f"run {plan.step} {step.rows} {step.tokens} {seconds!r}"
+
+    def _copy(self, copy: Copy) -> None:
+        self._push(*self._lanes.submit(copy, self._now))
+
+    def _refused(self, reject: Reject) -> None:
+        job = self._runner.job(int(reject.request_id))
+        prompt_tokens = len(job.request.prompt)
+        self._ended(Served(job.number, self._now, prompt_tokens, 0, refused=reject.code))
+
+    def _ended(self, served: Served) -> None:
+        self.outcome.served.append(served)
+        self._runner.remove(served.number)
+        for think_seconds, number in self._workload.followers(served.number):
+            self._push(self._now + think_seconds, number)
+
+    def _tick(self, at: float) -> None:
+        scheduler = self.core.scheduler
+        tick = Tick(at, len(scheduler.running), scheduler.waiting, scheduler.pool.held)
+        self.outcome.ticks.append(tick)
+        if self._on_tick:
+            self._on_tick(tick, len(self.outcome.served))
+
+    def _finish(self) -> Outcome:
+        outcome = self.outcome
+        if not self._heap:
+            self.core.check()
+            if not self.core.idle:
+                raise Stuck(
+                    f"{len(self.core.sequences)} requests are unfinished, and nothing is left to happen"
+                )
+        outcome.unfinished = len(self.core.sequences)
+        outcome.seconds = self._now
+        outcome.counts = self.core.scheduler.counts.copy()
+        outcome.copied_bytes = dict(self._lanes.copied_bytes)
+        outcome.digest = self._log.hexdigest()
+        return outcome
+
+
+def _served(finished: Finished) -> Served:
+    times = finished.token_times
+    return Served(
+        number=int(finished.request),
+        arrived=finished.arrived,
+        prompt_tokens=finished.prompt_tokens,
+        output_tokens=finished.output_tokens,
+        admitted=finished.admitted,
+        first_token=finished.first_token,
+        finished=finished.finished,
+        longest_gap=max((b - a for a, b in pairwise(times)), default=0.0),
+        cached_tokens=finished.cached_tokens,
+        preemptions=finished.preemptions,
+        recomputed_tokens=finished.recomputed_tokens,
+        queued_seconds=finished.queued_seconds,
+    )

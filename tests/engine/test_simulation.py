@@ -1,0 +1,219 @@
+"""The simulator: the core's decisions on virtual time, the same each time, taking the time that a profile says."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from engine.checkpoint import CheckpointConfig
+from engine.core import CoreConfig
+from engine.events import Event, Instruction
+from engine.plan import Sampling
+from engine.profile import Between, Profile, ProfileError, Transfer
+from engine.recording import line
+from engine.request import Request, Stopping
+from engine.scheduler import SchedulerConfig
+from engine.simulated_lanes import SimulatedLanes
+from engine.simulation import EOS, Job, Outcome, Simulation, Step
+from engine.step_time import CurveTime
+from kvstore.copies import DEVICE, DISK, HOST, Copy, Place
+from kvstore.residency import ResidencyConfig
+
+TRANSFERS = {
+    route: Transfer(0.001, 1e6)
+    for route in ("device>host", "host>device", "host>disk", "device>disk", "disk>host", "disk>device")
+}
+PROFILE = Profile(
+    machine="a test",
+    model="none",
+    dtype="none",
+    source="made up",
+    block_size=16,
+    block_bytes=1000,
+    context=1000,
+    kv_blocks=40,
+    runs_ahead=False,
+    step=CurveTime(dense=((0, 0.010), (100, 0.020)), head=((0, 0.0), (10, 0.010))),
+    transfers=TRANSFERS,
+)
+
+
+@dataclass
+class Jobs:
+    """Requests by number: (arrival, job), and who follows whom."""
+
+    jobs: dict[int, tuple[float, Job]]
+    following: dict[int, list[tuple[float, int]]]
+
+    def openings(self) -> Iterable[tuple[float, int]]:
+        later = {number for those in self.following.values() for _, number in those}
+        return [(at, number) for number, (at, _) in self.jobs.items() if number not in later]
+
+    def job(self, number: int) -> Job:
+        return self.jobs[number][1]
+
+    def followers(self, number: int) -> Iterable[tuple[float, int]]:
+        return self.following.get(number, ())
+
+
+def job(
+    number: int, prompt: list[int], output: int, *, known: bool = True, answer: tuple[int, ...] = ()
+) -> Job:
+    stopping = Stopping(output if known else 500, ignore_eos=known)
+    return Job(Request(str(number), tuple(prompt), Sampling(seed=number), stopping), output, answer)
+
+
+def workload(count: int = 24, *, known: bool = True, gap: float = 0.05) -> Jobs:
+    """Prompts of 40 tokens, of which each four share two blocks, and answers of 30 to 69."""
+    return Jobs(
+        {
+            n: (gap * n, job(n, [n // 4 + 1] * 32 + [1000 + n] * 8, 30 + n * 7 % 40, known=known))
+            for n in range(count)
+        },
+        {},
+    )
+
+
+def config(blocks: int = 40, residency: ResidencyConfig | None = None, **scheduler: Any) -> CoreConfig:
+    return CoreConfig(
+        SchedulerConfig(
+            16, blocks, 128, 16, residency=residency or ResidencyConfig(),
+            checkpoint=CheckpointConfig(32, 5.0), **scheduler
+        ),
+        model_context=1000,
+        max_queue=1000,
+        eos_token_ids=(EOS,),
+    )  # fmt: skip
+
+
+def run(jobs: Jobs, core: CoreConfig | None = None, profile: Profile = PROFILE, **options: Any) -> Outcome:
+    return Simulation(core or config(), profile, jobs, **options).run()
+
+
+def test_a_lone_request_takes_what_the_profile_says() -> None:
+    """A prefill of 40 tokens and four decodes, each with one row that samples."""
+    outcome = run(Jobs({0: (2.0, job(0, [1] * 40, 5))}, {}))
+    (served,) = outcome.served
+    assert served.first_token == pytest.approx(2.0 + 0.014 + 0.001)
+    assert served.finished == pytest.approx(2.0 + 0.015 + 4 * (0.0101 + 0.001))
+    assert served.longest_gap == pytest.approx(0.0111)
+    assert (outcome.steps, outcome.computed_tokens, outcome.sampled_tokens) == (5, 44, 5)
+    assert outcome.busy_seconds == pytest.approx(outcome.seconds - 2.0)
+
+
+def test_what_passes_between_steps_counts_unless_the_next_is_launched_ahead() -> None:
+    jobs = Jobs({0: (0.0, job(0, [1] * 40, 100))}, {})
+    slow = replace(PROFILE, between=Between(0.002, 0.001))
+    alone = run(jobs).seconds
+    assert run(jobs, profile=slow).seconds == pytest.approx(alone + 100 * 0.002 + 99 * 0.001)
+    ahead = replace(config(), max_outstanding=2)
+    assert run(jobs, ahead, slow).seconds == pytest.approx(alone + 0.002, abs=0.004)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_every_request_gets_its_recorded_length_whether_or_not_clients_know_it(
+    known: bool, ahead: int
+) -> None:
+    jobs = workload(known=known)
+    outcome = run(jobs, replace(config(), max_outstanding=ahead))
+    assert {served.number: served.output_tokens for served in outcome.served} == {
+        number: each.output_tokens for number, (_, each) in jobs.jobs.items()
+    }
+    assert outcome.unfinished == 0
+
+
+TIERS = ResidencyConfig(host_blocks=60, disk_blocks=400, copy_blocks=4)
+
+
+@pytest.mark.parametrize(
+    ("residency", "resume"),
+    [(None, "recompute"), (ResidencyConfig(host_blocks=400), "reload"), (TIERS, "reload")],
+)
+def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
+    residency: ResidencyConfig | None, resume: str
+) -> None:
+    """Under pressure, with every tier; whoever records it gets what a live engine would."""
+
+    def recorded() -> tuple[bytes, Outcome]:
+        lines: list[bytes] = []
+
+        def record(now: float, event: Event, instructions: list[Instruction]) -> None:
+            lines.append(line(now, event, instructions))
+
+        core = config(residency=residency, resume=resume)
+        return b"\n".join(lines), run(workload(), core, recorder=record)
+
+    (first, outcome), (second, again) = recorded(), recorded()
+    assert first == second
+    assert outcome == again
+    assert len(outcome.digest) == 64
+    assert outcome.counts.preemptions > 0
+    assert bool(outcome.copied_bytes) == (residency is not None)
+    assert outcome.digest != run(workload(gap=0.051), config(residency=residency, resume=resume)).digest
+
+
+def test_reloading_computes_less_again_than_recomputing() -> None:
+    again = run(workload(), config(resume="recompute"))
+    loaded = run(workload(), config(residency=ResidencyConfig(host_blocks=400)))
+    assert again.recomputed_tokens > loaded.recomputed_tokens
+    assert loaded.counts.resumptions["reload", "host"] > 0
+
+
+def test_equal_prefixes_are_found_and_followers_find_the_answers_before_them() -> None:
+    """The first two blocks of three in four; a follow-up finds the prompt and the answer of its predecessor."""
+    assert run(workload(), config(blocks=400)).counts.prefix_hits == 24 * 3 // 4 * 32
+    answer = tuple(range(300, 324))
+    first, then = job(0, [1] * 40, 24, answer=answer), job(1, [1] * 40 + list(answer) + [7] * 10, 3)
+    outcome = run(Jobs({0: (0.0, first), 1: (0.0, then)}, {0: [(1.5, 1)]}))
+    before, after = outcome.served
+    assert before.finished is not None
+    assert after.arrived == pytest.approx(before.finished + 1.5)
+    assert after.cached_tokens == 48  # three of the four blocks: the last token's KV is never computed
+
+
+def test_refused_requests_are_noted_and_their_followers_come() -> None:
+    jobs = Jobs({0: (0.0, job(0, [1] * 900, 400)), 1: (0.0, job(1, [1] * 40, 3))}, {0: [(1.0, 1)]})
+    refused, served = run(jobs).served
+    assert (refused.refused, refused.finished) == ("context_length_exceeded", None)
+    assert served.arrived == pytest.approx(1.0)
+
+
+def test_time_may_be_up_before_all_is_done() -> None:
+    outcome = run(workload(), until=0.8)
+    assert 0 < outcome.seconds <= 0.8
+    assert outcome.unfinished > 0
+
+
+def test_ticks_and_steps_say_what_was_running_waiting_and_held() -> None:
+    steps: list[Step] = []
+    outcome = run(workload(), tick_seconds=0.1, on_step=steps.append)
+    assert [tick.time for tick in outcome.ticks] == pytest.approx(
+        [0.1 * (n + 1) for n in range(len(outcome.ticks))]
+    )
+    assert max(tick.waiting for tick in outcome.ticks) > 0
+    assert max(step.kv_used_blocks for step in steps) <= 40
+    assert sum(step.shape.tokens for step in steps) == outcome.computed_tokens
+    assert len(steps) == outcome.steps
+
+
+def test_copies_wait_for_their_lane() -> None:
+    """One thread each way; two read the disk; the writer is alone."""
+
+    def copy(number: int, source: str, target: str) -> Copy:
+        return Copy(number, source, target, (Place(b""),) * 4, (Place(b""),) * 4)
+
+    lanes = SimulatedLanes(PROFILE)
+    ends = [lanes.submit(copy(n, DEVICE, HOST), 1.0)[0] for n in range(2)]
+    assert ends == pytest.approx([1.005, 1.010])
+    assert lanes.submit(copy(2, HOST, DEVICE), 1.0)[0] == pytest.approx(1.005)
+    reads = [lanes.submit(copy(n, DISK, DEVICE), 1.0) for n in range(3, 6)]
+    assert [end for end, _ in reads] == pytest.approx([1.005, 1.005, 1.010])
+    assert reads[-1][1].queued_seconds == pytest.approx(0.005)
+    assert [lanes.submit(copy(n, HOST, DISK), 1.0)[0] for n in range(6, 8)] == pytest.approx([1.005, 1.010])
+
+
+def test_a_tier_whose_routes_were_not_measured_is_refused() -> None:
+    with pytest.raises(ProfileError, match="no transfers device>host"):
+        run(workload(), config(residency=TIERS), replace(PROFILE, transfers={}))
