@@ -10,8 +10,9 @@ import numba
 import torch
 from torch import Tensor
 
-from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
+from engine.kernels import cpu_attention, cpu_linear, cpu_memory, cpu_rowwise
 from engine.kernels.cpu_amx import amx_fits, attend_tiles
+from engine.kernels.cpu_lanes import BF16_INSTRUCTIONS
 from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads, sources_digest, target
 from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
@@ -48,9 +49,14 @@ class CpuKernels:
                 "AMX tiles were asked for; they need bfloat16 and a CPU and kernel with amx-bf16"
             )
         self.facts = (
-            f"CPU kernels on {'AMX tiles' if self._amx else 'vectors'}",
+            f"CPU kernels on {self._ways()}",
             *(() if has_threads() else ("torch brought no GOMP_parallel: kernels run on one thread",)),
         )
+
+    def _ways(self) -> str:
+        if self._amx:
+            return "AMX tiles"
+        return "vectors of bfloat16" if self._element == 2 and BF16_INSTRUCTIONS else "vectors"
 
     def warm_up(self) -> None:
         """Compiles every kernel this dtype may need, or loads it from the cache: call before serving."""
@@ -84,7 +90,7 @@ class CpuKernels:
         if shape.head_dim % 16:
             raise UnsupportedOnCpu(f"a head size of {shape.head_dim} is not a multiple of 16")
         inside = (shape.layers, 2, shape.kv_heads, shape.head_dim * shape.block_size)
-        return torch.zeros((blocks, *inside), dtype=self.dtype)
+        return cpu_memory.zeros((blocks, *inside), self.dtype)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         inputs = weight.shape[1]

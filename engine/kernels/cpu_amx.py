@@ -27,10 +27,8 @@ from engine.kernels.cpu_lanes import (
     clear,
     get_i32,
     get_i64,
-    load,
     load_words,
     put_i64,
-    store_some,
     store_words,
 )
 from engine.kernels.cpu_native import inner, native
@@ -109,16 +107,14 @@ def _copy(source: int, to: int, count_bytes: int) -> None:
 
 
 @inner
-def _queries(a: Any, token: int, rows: int, head: int, q: int, turned: int) -> None:
+def _queries(a: Any, token: int, rows: int, head: int, q: int) -> None:
     """Rotates `rows` queries from `token` on into bf16 rows at `q`."""
     share = a.heads // a.kv_heads
     for row in range(rows):
         t = token + row // share
         source = (t * (a.heads + 2 * a.kv_heads) + head * share + row % share) * a.head_dim * 2
         position = get_i32(a.positions + 4 * t)
-        rotate(a.qkv + source, a.rope + position * 4 * a.head_dim, turned, a.head_dim, 2)
-        for d in range(0, a.head_dim, LANES):
-            store_some(q + (row * a.head_dim + d) * 2, load(turned + 4 * d), LANES, 2)
+        rotate(a.qkv + source, a.rope + position * 4 * a.head_dim, q + row * 2 * a.head_dim, a.head_dim, 2, 2)
 
 
 @inner
@@ -137,7 +133,7 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
     gathered = starts + 16 * (UNIT // _STEP)
     clear(q, padded * 2 * a.head_dim)
     begin(padded, a.head_dim, sums, states)
-    _queries(a, token, rows, head, q, scores)
+    _queries(a, token, rows, head, q)
     position = get_i32(a.positions + 4 * token)
     end = position + tokens
     for start in range(0, end, UNIT):

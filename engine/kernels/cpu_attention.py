@@ -28,7 +28,6 @@ from engine.kernels.cpu_lanes import (
     fma,
     get_f32,
     get_i32,
-    get_i64,
     get_u16,
     greater,
     greatest,
@@ -36,6 +35,7 @@ from engine.kernels.cpu_lanes import (
     load_f32_some,
     load_some,
     only_first,
+    prefetch,
     put_f32,
     put_i32,
     put_i64,
@@ -43,15 +43,15 @@ from engine.kernels.cpu_lanes import (
     splat,
     store,
     store_bf16,
-    store_f32_some,
     store_some,
     total,
 )
 from engine.kernels.cpu_native import inner, native, structure
-from engine.kernels.cpu_product import multiply, multiply_packed
+from engine.kernels.cpu_product import PAIRED_A, multiply, multiply_paired, weigh, weigh_paired
 
 UNIT = 128  # keys between two updates of the running maximum
 STATE_BYTES = 128  # of a query: its maximum, then its sum's lanes from byte 64
+_FEW = 8  # query rows that compute less than they read
 LOG2_E = math.log2(math.e)
 _LOWEST = np.float32(-np.inf)
 _ONE = np.float32(1.0)
@@ -112,8 +112,8 @@ def cut_segments(arguments: Any) -> None:
 
 
 @inner
-def rotate(source: int, rope: int, out: int, head_dim: int, element: int) -> None:
-    """One head's rotary embedding, rounded to the model's dtype, written to `out` as float32."""
+def rotate(source: int, rope: int, out: int, head_dim: int, element: int, wide: int) -> None:
+    """One head's rotary embedding, rounded to the model's dtype, written to `out` in numbers of `wide` bytes."""
     half = head_dim // 2
     for at in range(0, half, LANES):
         count = min(LANES, half - at)
@@ -126,8 +126,8 @@ def rotate(source: int, rope: int, out: int, head_dim: int, element: int) -> Non
         if element == 2:
             new_low = as_bf16(new_low)
             new_high = as_bf16(new_high)
-        store_f32_some(out + 4 * at, new_low, count)
-        store_f32_some(out + 4 * (half + at), new_high, count)
+        store_some(out + wide * at, new_low, count, wide)
+        store_some(out + wide * (half + at), new_high, count, wide)
 
 
 @inner
@@ -148,7 +148,7 @@ def store_token(a: Any, token: int, table: int, head: int, key: int) -> None:
         clear(values + group, group_bytes)
     row = a.qkv + token * (a.heads + 2 * a.kv_heads) * a.head_dim * a.element
     source = row + (a.heads + head) * a.head_dim * a.element
-    rotate(source, a.rope + position * a.head_dim * 4, key, a.head_dim, a.element)
+    rotate(source, a.rope + position * a.head_dim * 4, key, a.head_dim, a.element, 4)
     panel = keys + group + offset % LANES * 4
     value = source + a.kv_heads * a.head_dim * a.element
     if a.element == 4:
@@ -245,32 +245,42 @@ def key_panels(a: Any, table: int, head: int, start: int, groups: int, panels: i
 
 
 @inner
-def _scores(a: Any, rows: int, groups: int, q: int, panels: int, scores: int) -> None:
-    """Products of `rows` queries with groups of 16 keys, written over `scores` [rows][UNIT]."""
-    for row in range(rows):
-        clear(scores + 4 * UNIT * row, 64 * groups)
-    if a.element == 4:
-        multiply(rows, groups, q, 4 * a.head_dim, panels, 64, scores, 4 * UNIT, a.head_dim)
-    else:
-        multiply_packed(rows, groups, q, 4 * a.head_dim, panels, 64, scores, 4 * UNIT, a.head_dim // 2)
+def fetch_ahead(a: Any, table: int, head: int, start: int, end: int) -> None:
+    """Asks for the keys and values of the unit at `start`: a step over long contexts waits for little else."""
+    bytes_16 = LANES * a.head_dim * a.element
+    for position in range(start, min(start + UNIT, end), LANES):
+        block = get_i32(table + 4 * (position // a.block_size))
+        inside = position % a.block_size // LANES * bytes_16
+        at = a.pool + block * a.block_bytes + head * a.head_bytes + inside
+        for line in range(0, bytes_16, 64):
+            prefetch(at + line)
+            prefetch(at + a.values_bytes + line)
 
 
 @inner
-def _weigh(a: Any, rows: int, keys: int, weights: int, panels: int, sums: int, columns: int) -> None:
-    """Adds weights [rows][UNIT] times the unit's values to sums [rows][head_dim]. `columns`: room for addresses."""
-    for group in range((keys + LANES - 1) // LANES):
-        values = get_i64(panels + 8 * (group + UNIT // LANES))
-        for d in range(a.head_dim // LANES):
-            put_i64(columns + 8 * d, values + 64 * d)
-        count = min(LANES, keys - LANES * group)
-        x = weights + 64 * group
-        width = 4 * a.head_dim
-        if a.element == 4:
-            multiply(rows, a.head_dim // LANES, x, 4 * UNIT, columns, width, sums, width, count)
-        else:
-            multiply_packed(
-                rows, a.head_dim // LANES, x, 4 * UNIT, columns, width, sums, width, (count + 1) // 2
-            )
+def operand(a: Any) -> int:
+    """Bytes of a number of a product's left side: queries and weights."""
+    return 4 if a.element == 4 else PAIRED_A
+
+
+@inner
+def _scores(a: Any, rows: int, groups: int, q: int, panels: int, scores: int) -> None:
+    """scores [rows][UNIT] = `rows` queries times groups of 16 keys."""
+    width = operand(a) * a.head_dim
+    if a.element == 4:
+        multiply(rows, groups, q, width, panels, 64, scores, 4 * UNIT, a.head_dim)
+    else:
+        multiply_paired(rows, groups, q, width, panels, 64, scores, 4 * UNIT, a.head_dim // 2)
+
+
+@inner
+def _weigh(a: Any, rows: int, groups: int, weights: int, values: int, sums: int) -> None:
+    """sums [rows][head_dim] += weights times the values of groups of 16 keys. Weights lie where scores did."""
+    width, columns = 4 * a.head_dim, a.head_dim // LANES
+    if a.element == 4:
+        weigh(rows, columns, weights, 4 * UNIT, values, width, sums, width, groups)
+    else:
+        weigh_paired(rows, columns, weights, 4 * UNIT, values, width, sums, width, groups)
 
 
 @inner
@@ -295,36 +305,40 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
     share = a.heads // a.kv_heads
     rows = tokens * share
     padded = (rows + 7) // 8 * 8
-    width = 4 * a.head_dim
-    scores = q + padded * width
+    width, q_width = 4 * a.head_dim, operand(a) * a.head_dim
+    scores = q + padded * q_width
     sums = scores + padded * 4 * UNIT
     states = sums + padded * width
     panels = states + padded * STATE_BYTES
-    columns = panels + 16 * (UNIT // LANES)
-    clear(q, padded * width)
+    values = panels + 8 * (UNIT // LANES)
+    position = get_i32(a.positions + 4 * token)
+    end = position + tokens
+    if rows <= _FEW:
+        fetch_ahead(a, table, head, 0, end)
+    clear(q, padded * q_width)
     begin(rows, a.head_dim, sums, states)
     for row in range(rows):
         t = token + row // share
         source = (t * (a.heads + 2 * a.kv_heads) + head * share + row % share) * a.head_dim * a.element
-        position = get_i32(a.positions + 4 * t)
-        rotate(a.qkv + source, a.rope + position * width, q + row * width, a.head_dim, a.element)
-    position = get_i32(a.positions + 4 * token)
-    end = position + tokens
+        rope = a.rope + get_i32(a.positions + 4 * t) * width
+        rotate(a.qkv + source, rope, q + row * q_width, a.head_dim, a.element, operand(a))
     for start in range(0, end, UNIT):
+        if rows <= _FEW:
+            fetch_ahead(a, table, head, start + UNIT, end)
         keys = min(UNIT, end - start)
         groups = (keys + LANES - 1) // LANES
         key_panels(a, table, head, start, groups, panels)
         for row in range(0, rows, 8):
             height = tile_height(rows - row)
-            _scores(a, height, groups, q + row * width, panels, scores + row * 4 * UNIT)
+            _scores(a, height, groups, q + row * q_width, panels, scores + row * 4 * UNIT)
         for row in range(rows):
             seen = position + row // share + 1 - start
             at = scores + row * 4 * UNIT
-            factor = soften(at, groups, seen, a.scale, states + row * STATE_BYTES, at, 4)
+            factor = soften(at, groups, seen, a.scale, states + row * STATE_BYTES, at, operand(a))
             rescale(sums + row * width, a.head_dim, factor)
         for row in range(0, rows, 8):
             height = tile_height(rows - row)
-            _weigh(a, height, keys, scores + row * 4 * UNIT, panels, sums + row * width, columns)
+            _weigh(a, height, groups, scores + row * 4 * UNIT, values, sums + row * width)
     for row in range(rows):
         finish(
             a,

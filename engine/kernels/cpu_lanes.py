@@ -38,6 +38,11 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite is untyped, and has no
         return "bfloat"
 
 
+BF16_VECTOR = ir.VectorType(_BFloat(), 2 * LANES)
+BF16_INSTRUCTIONS = "+avx512bf16" in target()[2].split(",")
+"""Whether the machine rounds to bf16, and multiplies pairs of it, in one instruction."""
+
+
 class _Lanes(types.Type):  # type: ignore[misc]  # numba is untyped
     """Sixteen float32 in a register."""
 
@@ -183,7 +188,7 @@ def _widen(builder: Any, halves: Any) -> Any:
 
 def _narrow(builder: Any, value: Any) -> Any:
     """To bf16, nearest, ties to even: one instruction where the machine has it (it flushes what is below normal)."""
-    if "+avx512bf16" in target()[2].split(","):
+    if BF16_INSTRUCTIONS:
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat(), LANES)), _SHORT)
     return _narrow_by_integers(builder, value)
 
@@ -280,6 +285,14 @@ def put_u8(builder: Any, address: Any, value: Any) -> None:
 @emitted(types.void, types.int64, types.int64)
 def clear(builder: Any, address: Any, count_bytes: Any) -> None:
     cgutils.memset(builder, pointer(builder, address), count_bytes, 0)
+
+
+@emitted(types.void, types.int64)
+def prefetch(builder: Any, address: Any) -> None:
+    """Asks for the 64 bytes around an address, and does not wait for them."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer(builder, address), *(ir.Constant(_I32, n) for n in (0, 3, 1))])
 
 
 @emitted(types.int64, types.int64)

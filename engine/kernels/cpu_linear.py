@@ -16,10 +16,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from engine.kernels import cpu_memory
 from engine.kernels.cpu_lanes import (
     LANES,
     claim,
-    clear,
     load,
     load_some,
     put_i64,
@@ -29,7 +29,7 @@ from engine.kernels.cpu_lanes import (
     store_some,
 )
 from engine.kernels.cpu_native import Clock, inner, native, structure
-from engine.kernels.cpu_product import multiply, multiply_packed
+from engine.kernels.cpu_product import PAIRED_A, multiply, multiply_paired
 from engine.kernels.cpu_tiles import (
     CONFIGURATION_BYTES,
     configure_square,
@@ -102,24 +102,29 @@ def _panels(a: Any, column: int, panels: int) -> int:
 
 
 @inner
+def _lanes_rows(a: Any, rows: int, source: int, panels: int, sums: int, floats: int) -> None:
+    """sums [rows][COLUMNS] = rows at `source` times a piece's panels. `floats`: room for the rows as float32."""
+    groups = COLUMNS // LANES
+    if a.element == 4:
+        multiply(rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs)
+        return
+    if PAIRED_A == 4:
+        for at in range(0, rows * a.inputs, LANES):
+            count = min(LANES, rows * a.inputs - at)
+            store_f32_some(floats + 4 * at, load_some(source + 2 * at, count, 2), count)
+        source = floats
+    width = PAIRED_A * a.inputs
+    multiply_paired(rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2)
+
+
+@inner
 def _lanes_piece(a: Any, row: int, end: int, column: int, panels: int) -> None:
     sums = panels + 64
-    floats = sums + 8 * 4 * COLUMNS
     _panels(a, column, panels)
     while row < end:
         rows = _height(end - row)
-        clear(sums, rows * 4 * COLUMNS)
         source = a.x + row * a.inputs * a.element
-        width = 4 * a.inputs
-        if a.element == 4:
-            multiply(rows, COLUMNS // LANES, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs)
-        else:
-            for at in range(0, rows * a.inputs, LANES):
-                count = min(LANES, rows * a.inputs - at)
-                store_f32_some(floats + 4 * at, load_some(source + 2 * at, count, 2), count)
-            multiply_packed(
-                rows, COLUMNS // LANES, floats, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2
-            )
+        _lanes_rows(a, rows, source, panels, sums, sums + 8 * 4 * COLUMNS)
         _write(a, row, rows, column, COLUMNS, sums)
         row += rows
 
@@ -197,7 +202,8 @@ def pack(weight: Tensor) -> Tensor:
     padded = torch.zeros((-(-outputs // COLUMNS) * COLUMNS, inputs), dtype=weight.dtype)
     padded[:outputs] = weight
     pair = 2 if weight.dtype == torch.bfloat16 else 1
-    return padded.view(-1, LANES, inputs // pair, pair).transpose(1, 2).contiguous()
+    panels = padded.view(-1, LANES, inputs // pair, pair).transpose(1, 2)
+    return cpu_memory.zeros(tuple(panels.shape), weight.dtype).copy_(panels)
 
 
 def scratch_bytes(inputs: int) -> int:

@@ -1,8 +1,9 @@
-"""The register-tile product of compiled code: C += A · B for a few rows and a few groups of 16 columns.
+"""The register-tile product of compiled code: A · B for a few rows and a few groups of 16 columns.
 
-Every element of C is one chain of fused multiply-adds over k in ascending order, whatever the tile's shape, so a
-row's bits do not depend on the rows computed beside it. B is float32, or bf16 in pairs: the 32-bit word at
-(k, lane) holds element 2k in its lower half and 2k + 1 in its upper one, the layout that AMX wants too.
+Every element of C is one chain over k in ascending order, whatever the tile's shape, so a row's bits do not depend
+on the rows computed beside it. B is float32, or bf16 in pairs: the 32-bit word at (k, lane) holds element 2k in its
+lower half and 2k + 1 in its upper one, the layout that AMX wants too. A link of the chain is one fused multiply-add,
+or, where the machine has an instruction for it, a pair's two of bf16: twice the rate, and A must be bf16 too.
 Vectors are in cpu_lanes.py; the same product on AMX tiles, with another order, in cpu_amx.py.
 """
 
@@ -13,87 +14,157 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from engine.kernels.cpu_lanes import F32_VECTOR, I32_VECTOR, LANES, call, pointer, spread
+from engine.kernels.cpu_lanes import (
+    BF16_INSTRUCTIONS,
+    BF16_VECTOR,
+    F32_VECTOR,
+    I32_VECTOR,
+    LANES,
+    call,
+    pointer,
+    spread,
+)
 
-_I64 = ir.IntType(64)
+PAIRED_A = 2 if BF16_INSTRUCTIONS else 4
+"""Bytes of a number of A beside a B of pairs."""
+
+RUN = 16  # of k that lie together when B is `along`
+
+_I64, _I32 = ir.IntType(64), ir.IntType(32)
 _ROW = LANES * 4  # bytes of a group's k-th row
 
 
-def _at(builder: Any, address: Any, *offsets: Any) -> Any:
-    for offset in offsets:
-        address = builder.add(address, offset if isinstance(offset, ir.Value) else ir.Constant(_I64, offset))
-    return pointer(builder, address)
+def _number(value: int) -> Any:
+    return ir.Constant(_I64, value)
+
+
+def _plus(builder: Any, address: Any, offset: int) -> Any:
+    return builder.add(address, _number(offset))
+
+
+def _times(builder: Any, value: Any, factor: int) -> Any:
+    return builder.mul(value, _number(factor))
 
 
 class _Tile:
     """Emits one product: rows x groups accumulators held in registers while k runs."""
 
-    def __init__(self, builder: Any, rows: int, groups: int, packed: bool) -> None:
-        self.builder, self.rows, self.groups, self.packed = builder, rows, groups, packed
+    def __init__(self, builder: Any, rows: int, groups: int, paired: bool) -> None:
+        self.builder, self.rows, self.groups, self.paired = builder, rows, groups, paired
+        self.sums = [[cgutils.alloca_once(builder, F32_VECTOR) for _ in range(groups)] for _ in range(rows)]
 
-    def emit(self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any) -> None:
+    def over(self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any) -> None:
+        """C = A · B; `b` holds every group's start."""
         builder = self.builder
-        sums = [
-            [cgutils.alloca_once(builder, F32_VECTOR) for _ in range(self.groups)] for _ in range(self.rows)
-        ]
-        a_rows = [builder.add(a, builder.mul(a_row, ir.Constant(_I64, row))) for row in range(self.rows)]
-        c_rows = [builder.add(c, builder.mul(c_row, ir.Constant(_I64, row))) for row in range(self.rows)]
-        starts = [builder.load(_at(builder, b, 8 * group), typ=_I64, align=8) for group in range(self.groups)]
-        for row, group in self._elements():
-            loaded = builder.load(_at(builder, c_rows[row], group * _ROW), typ=F32_VECTOR, align=4)
-            builder.store(loaded, sums[row][group])
+        starts = [self._address(_plus(builder, b, 8 * group)) for group in range(self.groups)]
+        rows = self._rows(a, a_row)
+        for sums in self.sums:
+            for place in sums:
+                builder.store(ir.Constant(F32_VECTOR, [0.0] * LANES), place)
         with cgutils.for_range(builder, count, intp=_I64) as loop:
-            offset = builder.mul(loop.index, b_step)
-            step = ir.Constant(_I64, 8 if self.packed else 4)
-            column = builder.mul(loop.index, step)
-            self._step(
-                sums, [builder.add(row, column) for row in a_rows], [builder.add(s, offset) for s in starts]
-            )
-        for row, group in self._elements():
-            summed = builder.load(sums[row][group], typ=F32_VECTOR)
-            builder.store(summed, _at(builder, c_rows[row], group * _ROW), align=4)
+            self._step(rows, starts, loop.index, b_step)
+        self._store(c, c_row)
 
-    def _elements(self) -> list[tuple[int, int]]:
-        return [(row, group) for row in range(self.rows) for group in range(self.groups)]
-
-    def _step(self, sums: Any, a_rows: Any, b_groups: Any) -> None:
+    def along(
+        self, a: Any, a_row: Any, b: Any, first: Any, b_step: Any, c: Any, c_row: Any, count: Any
+    ) -> None:
+        """C += A · B; `b` holds a start for every RUN of k, the tile's groups begin `first` bytes after it."""
         builder = self.builder
-        halves = [self._b(start) for start in b_groups]
-        for half in range(2 if self.packed else 1):
-            for row in range(self.rows):
-                scalar = builder.load(_at(builder, a_rows[row], 4 * half), typ=ir.FloatType(), align=4)
-                factor = spread(builder, scalar, F32_VECTOR)
-                for group in range(self.groups):
-                    before = builder.load(sums[row][group], typ=F32_VECTOR)
-                    after = call(builder, "llvm.fma.v16f32", F32_VECTOR, factor, halves[group][half], before)
-                    builder.store(after, sums[row][group])
+        steps = RUN // 2 if self.paired else RUN
+        self._load(c, c_row)
+        with cgutils.for_range(builder, count, intp=_I64) as run:
+            start = builder.add(self._address(builder.add(b, _times(builder, run.index, 8))), first)
+            starts = [_plus(builder, start, group * _ROW) for group in range(self.groups)]
+            skipped = _times(builder, run.index, steps * self._a_step)
+            rows = self._rows(builder.add(a, skipped), a_row)
+            with cgutils.for_range(builder, _number(steps), intp=_I64) as loop:
+                self._step(rows, starts, loop.index, b_step)
+        self._store(c, c_row)
 
-    def _b(self, start: Any) -> list[Any]:
+    @property
+    def _a_step(self) -> int:
+        """Bytes of A that a step takes."""
+        return 2 * PAIRED_A if self.paired else 4
+
+    def _address(self, place: Any) -> Any:
+        return self.builder.load(pointer(self.builder, place), typ=_I64, align=8)
+
+    def _rows(self, start: Any, distance: Any) -> list[Any]:
         builder = self.builder
-        if not self.packed:
-            return [builder.load(_at(builder, start), typ=F32_VECTOR, align=4)]
-        words = builder.load(_at(builder, start), typ=I32_VECTOR, align=4)
+        return [builder.add(start, _times(builder, distance, row)) for row in range(self.rows)]
+
+    def _load(self, c: Any, c_row: Any) -> None:
+        for start, sums in zip(self._rows(c, c_row), self.sums, strict=True):
+            for group, place in enumerate(sums):
+                self.builder.store(self._vector(_plus(self.builder, start, group * _ROW), F32_VECTOR), place)
+
+    def _store(self, c: Any, c_row: Any) -> None:
+        builder = self.builder
+        for start, sums in zip(self._rows(c, c_row), self.sums, strict=True):
+            for group, place in enumerate(sums):
+                to = pointer(builder, _plus(builder, start, group * _ROW))
+                builder.store(builder.load(place, typ=F32_VECTOR), to, align=4)
+
+    def _vector(self, address: Any, kind: Any) -> Any:
+        return self.builder.load(pointer(self.builder, address), typ=kind, align=4)
+
+    def _step(self, rows: list[Any], starts: list[Any], index: Any, b_step: Any) -> None:
+        """The next k, or pair of k, of every element."""
+        builder = self.builder
+        column, offset = _times(builder, index, self._a_step), builder.mul(index, b_step)
+        groups = [self._b(builder.add(start, offset)) for start in starts]
+        for row, sums in zip(rows, self.sums, strict=True):
+            for half, factor in enumerate(self._a(builder.add(row, column))):
+                for group, place in zip(groups, sums, strict=True):
+                    before = builder.load(place, typ=F32_VECTOR)
+                    builder.store(self._link(before, factor, group[half]), place)
+
+    def _link(self, before: Any, a: Any, b: Any) -> Any:
+        if a.type == BF16_VECTOR:
+            return call(self.builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32_VECTOR, before, a, b)
+        return call(self.builder, "llvm.fma.v16f32", F32_VECTOR, a, b, before)
+
+    def _a(self, address: Any) -> list[Any]:
+        builder = self.builder
+        if self.paired and PAIRED_A == 2:
+            word = builder.load(pointer(builder, address), typ=_I32, align=2)
+            return [builder.bitcast(spread(builder, word, I32_VECTOR), BF16_VECTOR)]
+        places = [pointer(builder, _plus(builder, address, 4 * half)) for half in range(1 + self.paired)]
+        scalars = [builder.load(place, typ=ir.FloatType(), align=4) for place in places]
+        return [spread(builder, scalar, F32_VECTOR) for scalar in scalars]
+
+    def _b(self, address: Any) -> list[Any]:
+        builder = self.builder
+        if not self.paired:
+            return [self._vector(address, F32_VECTOR)]
+        words = self._vector(address, I32_VECTOR)
+        if PAIRED_A == 2:
+            return [builder.bitcast(words, BF16_VECTOR)]
         even = builder.shl(words, ir.Constant(I32_VECTOR, [16] * LANES))
         odd = builder.and_(words, ir.Constant(I32_VECTOR, [0xFFFF0000] * LANES))
         return [builder.bitcast(even, F32_VECTOR), builder.bitcast(odd, F32_VECTOR)]
 
 
-def _emit_rows(builder: Any, rows: int, packed: bool, groups: Any, values: list[Any]) -> None:
+def _emit_rows(builder: Any, rows: int, paired: bool, along: bool, groups: Any, values: list[Any]) -> None:
     """All groups for a fixed number of rows: as many at a time as registers hold, then one by one."""
     a, a_row, b, b_step, c, c_row, count = values
     wide = 2 if rows == 8 else 4
-    many = builder.udiv(groups, ir.Constant(_I64, wide))
-    rest = builder.sub(groups, builder.mul(many, ir.Constant(_I64, wide)))
-    done = builder.mul(many, ir.Constant(_I64, wide))
-    for times, base, width in ((many, ir.Constant(_I64, 0), wide), (rest, done, 1)):
+    many = builder.udiv(groups, _number(wide))
+    done = _times(builder, many, wide)
+    for times, base, width in ((many, _number(0), wide), (builder.sub(groups, done), done, 1)):
         with cgutils.for_range(builder, times, intp=_I64) as loop:
-            group = builder.add(base, builder.mul(loop.index, ir.Constant(_I64, width)))
-            starts = builder.add(b, builder.mul(group, ir.Constant(_I64, 8)))
-            columns = builder.add(c, builder.mul(group, ir.Constant(_I64, _ROW)))
-            _Tile(builder, rows, width, packed).emit(a, a_row, starts, b_step, columns, c_row, count)
+            group = builder.add(base, _times(builder, loop.index, width))
+            first = _times(builder, group, _ROW)
+            columns = builder.add(c, first)
+            tile = _Tile(builder, rows, width, paired)
+            if along:
+                tile.along(a, a_row, b, first, b_step, columns, c_row, count)
+            else:
+                starts = builder.add(b, _times(builder, group, 8))
+                tile.over(a, a_row, starts, b_step, columns, c_row, count)
 
 
-def _product(packed: bool) -> Any:
+def _product(paired: bool, along: bool) -> Any:
     def product(
         context: Any,
         rows: Any,
@@ -108,9 +179,9 @@ def _product(packed: bool) -> Any:
     ) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             for height in TILE_ROWS:
-                chosen = builder.icmp_signed("==", values[0], ir.Constant(_I64, height))
+                chosen = builder.icmp_signed("==", values[0], _number(height))
                 with builder.if_then(chosen):
-                    _emit_rows(builder, height, packed, values[1], values[2:])
+                    _emit_rows(builder, height, paired, along, values[1], values[2:])
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -120,12 +191,13 @@ def _product(packed: bool) -> Any:
 
 TILE_ROWS = (8, 4, 2, 1)
 
-multiply = _product(packed=False)
-"""`multiply(rows, groups, a, a_row, b, b_step, c, c_row, count)`: C[rows, 16 * groups] += A[rows, k] · B[k, …].
+multiply, multiply_paired = _product(paired=False, along=False), _product(paired=True, along=False)
+"""`multiply(rows, groups, a, a_row, b, b_step, c, c_row, count)`: C[rows, 16 * groups] = A[rows, k] · B[k, …].
 
-rows: one of TILE_ROWS. a, a_row: address and row distance (bytes) of float32 A. b: address of the groups' start
-addresses (int64). b_step: bytes from one k to the next within a group. c, c_row: float32 C, groups adjacent.
-count: how many k."""
+rows: one of TILE_ROWS. a, a_row: address and row distance (bytes) of A, float32 or numbers of PAIRED_A bytes.
+b: address of the groups' start addresses (int64). b_step: bytes from one k (or pair) to the next within a group.
+c, c_row: float32 C, groups adjacent. count: how many k, or pairs."""
 
-multiply_packed = _product(packed=True)
-"""The same for B in pairs of bf16; `count` counts pairs of k, `b_step` is the way from one pair to the next."""
+weigh, weigh_paired = _product(paired=False, along=True), _product(paired=True, along=True)
+"""The same added to C, for B whose groups lie side by side: `b` is the address of a start address for every RUN of
+k, `count` counts runs."""
