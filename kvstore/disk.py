@@ -8,8 +8,9 @@ LMDB's rules, and how they are kept:
 - a transaction is durable when it returns, but for the last one's meta page (`metasync=False`): a power cut may cost
   that transaction, never the store;
 - pages that a transaction frees are used again two transactions later: `capacity_blocks` leaves room for four;
-- a reader keeps the pages of its snapshot from reuse, so each record is read in a transaction of its own;
-- a value is read by `preadv` of its pages, not through the memory map: a bad sector is then an error, not a SIGBUS;
+- a reader keeps the pages of its snapshot from reuse, so one transaction reads SNAPSHOT_BYTES at most;
+- a value is read by `preadv` of its pages (values.py), not through the memory map: a bad sector is then an error, not a
+  SIGBUS;
 - LMDB frees as many pages as the header before a value says, so that is looked at before a value is forgotten.
 """
 
@@ -42,22 +43,24 @@ from kvstore.format import (
     KEY_BYTES,
     PAGE_HEADER_BYTES,
     About,
-    header_names,
+    header,
     pack_index,
-    payload_intact,
-    stamp,
     unpack_index,
     value_bytes,
     value_pages,
 )
 from kvstore.lmdb_pages import OVERFLOW, Damage, overflow_header
 from kvstore.tier import Buffer, TierStats, TierUnusable
+from kvstore.values import LEAST_PAYLOAD, Outcome, read_values, stamp, warm_up
 
 TRANSACTION_BYTES: Final = 4 * 2**20
 TRANSACTION_BLOCKS: Final = 64
 """One write holds so much, at most. Measured, durably written MB/s (bench/disk_records.py): blocks of 32 KiB 60, 310,
 600 by 1, 8, 32 a transaction; of 256 KiB 400, 840, 670; of 1 MiB 330 by one and 500 to 870 by more, without order; of
 4 MiB 990 by 1, 890 by 4 and 390 by 16."""
+
+SNAPSHOT_BYTES: Final = 4 * 2**20
+"""One transaction reads so much, at most: about a millisecond. A write may have to wait for its end, see _transact."""
 
 TREE_BYTES: Final = 340
 """Of both trees' pages for one record, at worst, when they are half full: nodes of 50 and 106 bytes, and branches."""
@@ -68,6 +71,11 @@ WAIT_SECONDS: Final = 0.02
 """A write waits so often, so long, for room that readers keep: half a second in all; a read takes milliseconds."""
 
 REFUSALS: Final = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
+LOSSES: Final[dict[int, Loss | None]] = {
+    Outcome.WHOLE: None,
+    Outcome.CORRUPT: Loss.CORRUPT,
+    Outcome.UNREADABLE: Loss.IO,
+}
 NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -147,6 +155,11 @@ class DiskTier:
 
     def __init__(self, directory: Directory, about: About, room_bytes: int, notice: str) -> None:
         """Use `open`. `directory` is prepared, and ours from now on."""
+        if about.block_bytes < LEAST_PAYLOAD:
+            raise TierUnusable(
+                f"blocks of {about.block_bytes} bytes: the disk takes none below {LEAST_PAYLOAD}"
+            )
+        warm_up()
         self.notice = notice
         self.broken: str | None = None
         self.orphans_dropped = 0
@@ -157,7 +170,8 @@ class DiskTier:
         self._writing = Lock()
         self._closed = False
         self._to_drop: dict[Key, None] = {}  # what could not be dropped so far: it is with the next write
-        self._staging = memoryview(bytearray(value_bytes(about.block_bytes, PAGESIZE)))
+        self._snapshot_blocks = max(1, SNAPSHOT_BYTES // about.block_bytes)
+        self._staging = np.zeros(value_bytes(about.block_bytes, PAGESIZE), np.uint8)
         self._open(room_bytes)
 
     def _sizes(self, room_bytes: int) -> None:
@@ -225,33 +239,54 @@ class DiskTier:
     # --- reading --------------------------------------------------------------------------------------------------
 
     def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Loss | None]:
-        return [self._read(place.key, buffer) for place, buffer in zip(places, into, strict=True)]
+        wanted = list(zip(places, into, strict=True))
+        chunks = (
+            wanted[at : at + self._snapshot_blocks] for at in range(0, len(wanted), self._snapshot_blocks)
+        )
+        return [loss for chunk in chunks for loss in self._read(chunk)]
 
-    def _read(self, key: Key, into: Buffer) -> Loss | None:
-        assert into.nbytes == self.block_bytes, "one block, whole"
+    def _read(self, wanted: Sequence[tuple[Place, Buffer]]) -> list[Loss | None]:
+        """In one transaction, and one call without the interpreter's lock."""
         try:
             with self._env.begin(buffers=True) as txn:
-                value = txn.get(key, db=self._data)
-                if value is None:
-                    return Loss.MISSING
-                head = bytearray(PAGE_HEADER_BYTES + HEADER_BYTES)
-                whole = self._fetch(value, head, into)
-        except (lmdb.Error, OSError) as error:
-            return self._loss(error)
-        return None if whole and self._intact(key, bytes(head[PAGE_HEADER_BYTES:]), into) else Loss.CORRUPT
+                values = [txn.get(place.key, db=self._data) for place, _ in wanted]
+                return self._fetch(wanted, values)
+        except lmdb.Error as error:
+            return [self._loss(error)] * len(wanted)
 
-    def _fetch(self, value: memoryview, head: bytearray, into: Buffer) -> bool:
-        """Copies a value's page header, header and payload; whether it has the size of ours, and all came."""
-        if len(value) != len(self._staging):
-            return False
-        return os.preadv(self._file, [head, into.data], self._offset(value)) == len(head) + into.nbytes
+    def _fetch(
+        self, wanted: Sequence[tuple[Place, Buffer]], values: Sequence[memoryview | None]
+    ) -> list[Loss | None]:
+        """Copies payloads to where they are wanted, and checks them. `values`: in LMDB's map, never touched there."""
+        losses = [self._unlike_ours(value) for value in values]
+        if not (those := [index for index, loss in enumerate(losses) if loss is None]):
+            return losses
+        offsets, targets, headers = [], [], []
+        for index in those:
+            place, buffer = wanted[index]
+            offsets.append(self._offset(values[index]))
+            targets.append(self._payload(buffer))
+            headers.append(header(self._about, place.key, place.tokens))
+        found = read_values(self._file, offsets, targets, b"".join(headers), self.block_bytes)
+        for index, outcome in zip(those, found, strict=True):
+            losses[index] = LOSSES[outcome]
+        return losses
 
-    def _offset(self, value: memoryview) -> int:
+    def _unlike_ours(self, value: memoryview | None) -> Loss | None:
+        if value is None:
+            return Loss.MISSING
+        return None if len(value) == len(self._staging) else Loss.CORRUPT
+
+    def _offset(self, value: memoryview | None) -> int:
         """Where a value's first page begins in the file."""
-        return int(np.frombuffer(value, np.uint8).ctypes.data) - PAGE_HEADER_BYTES - self._map
+        assert value is not None
+        return _address(np.frombuffer(value, np.uint8)) - PAGE_HEADER_BYTES - self._map
 
-    def _intact(self, key: Key, head: bytes, payload: Buffer) -> bool:
-        return header_names(head, self._about, key) and payload_intact(head, payload.data)
+    def _payload(self, buffer: Buffer) -> int:
+        """The address of a block's bytes."""
+        assert buffer.nbytes == self.block_bytes, "one block, whole"
+        assert buffer.flags.c_contiguous, "in one piece"
+        return _address(buffer)
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -324,11 +359,9 @@ class DiskTier:
 
     def _put(self, txn: "lmdb.Transaction[memoryview]", place: Place, data: Buffer) -> None:
         assert len(place.key) == KEY_BYTES, "a block key"
-        assert data.nbytes == self.block_bytes, "one block, whole"
-        payload = np.frombuffer(self._staging, np.uint8, self.block_bytes, HEADER_BYTES)
-        np.copyto(payload, data)
-        stamp(self._staging, self._about, place.key, place.tokens)
-        new = txn.put(place.key, self._staging, overwrite=False, db=self._data)
+        self._staging.data[8:HEADER_BYTES] = header(self._about, place.key, place.tokens)
+        stamp(self._staging, self._payload(data), self.block_bytes)
+        new = txn.put(place.key, self._staging.data, overwrite=False, db=self._data)
         new &= txn.put(place.key, pack_index(place, txn.id()), overwrite=False, db=self._index)
         assert new, "a block twice in one write"
 
@@ -415,7 +448,7 @@ class DiskTier:
         lost = []
         done = 0
         for key in self._keys():
-            loss = self._read(key, buffer)
+            (loss,) = self.read([Place(key)], [buffer])
             if loss and self._has(key):
                 lost.append((key, loss))
             done += 1
@@ -507,8 +540,12 @@ def _batches(keys: Iterator[Key], size: int) -> Iterator[list[Key]]:
 
 def _map_address(about: memoryview) -> int:
     """Where LMDB's memory map begins: from a value that stands in a tree's page, as pages begin with their number."""
-    page = int(np.frombuffer(about, np.uint8).ctypes.data) // PAGESIZE * PAGESIZE
+    page = _address(np.frombuffer(about, np.uint8)) // PAGESIZE * PAGESIZE
     return int(page - c_uint64.from_address(page).value * PAGESIZE)
+
+
+def _address(bytes_: Buffer) -> int:
+    return int(bytes_.ctypes.data)
 
 
 def _number(error: Exception) -> int | None:

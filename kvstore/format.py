@@ -12,7 +12,7 @@ from hashlib import sha256
 from struct import Struct
 from typing import Final
 
-from xxhash import xxh3_64, xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest
 
 from kvstore.block import Key
 from kvstore.copies import Place
@@ -69,6 +69,7 @@ _CHECKSUM = Struct("<Q")
 
 ABOUT_BYTES: Final = _ABOUT.size + _CHECKSUM.size
 HEADER_BYTES: Final = _CHECKSUM.size + _HEADER.size
+TOKENS_AT: Final = 20  # in a data value's header: the one field that a reader need not know
 INDEX_BYTES: Final = _INDEX.size + _CHECKSUM.size
 PAGE_HEADER_BYTES: Final = 16
 assert (ABOUT_BYTES, HEADER_BYTES, INDEX_BYTES) == (64, 112, 64)
@@ -130,28 +131,8 @@ def value_bytes(block_bytes: int, page_bytes: int) -> int:
 
 
 def header(about: About, key: Key, tokens: int) -> bytes:
-    """What stands before the payload, without the checksum before it: HEADER_BYTES - 8 bytes."""
+    """What stands before a data value's payload, without the checksum before it: HEADER_BYTES - 8 bytes."""
     return _HEADER.pack(MAGIC, about.format, tokens, about.block_bytes, key, about.fingerprint)
-
-
-def stamp(value: memoryview, about: About, key: Key, tokens: int) -> None:
-    """Completes a data value whose payload is in place: writes the header and the checksum over both."""
-    value[8:HEADER_BYTES] = header(about, key, tokens)
-    _CHECKSUM.pack_into(value, 0, checksum(value[8 : HEADER_BYTES + about.block_bytes]))
-
-
-def payload_intact(head: bytes, payload: memoryview) -> bool:
-    """Whether the checksum in `head`, a data value's first HEADER_BYTES, is that of the rest and of the payload."""
-    hashed = xxh3_64(head[8:HEADER_BYTES])
-    hashed.update(payload)
-    return bool(_CHECKSUM.unpack_from(head)[0] == hashed.intdigest())
-
-
-def header_names(head: bytes, about: About, key: Key) -> bool:
-    """Whether `head`, the first HEADER_BYTES of a data value, is that of this block, written for this store."""
-    magic, number, _, block_bytes, own_key, fingerprint = _HEADER.unpack_from(head, 8)
-    theirs = (magic, number, block_bytes, own_key, fingerprint)
-    return bool(theirs == (MAGIC, about.format, about.block_bytes, key, about.fingerprint))
 
 
 def pack_index(place: Place, sequence: int) -> bytes:

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore.block import Key
 from kvstore.copies import DEVICE, HOST, Loss, Place
+from kvstore.native import memcpy
 from kvstore.tier import Buffer, TierStats, TierUnusable
 
 
@@ -76,18 +75,6 @@ def _slots(places: Sequence[Place]) -> NDArray[np.int64]:
     return np.array([place.slot for place in places], dtype=np.int64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _memcpy(context: Any, target: Any, source: Any, size: Any) -> tuple[Any, Any]:
-    """C's, between addresses: assigning one row to another is a loop over bytes, at a third of the speed."""
-
-    def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        pointers = [builder.inttoptr(address, cgutils.voidptr_t) for address in values[:2]]
-        cgutils.raw_memcpy(builder, *pointers, values[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _copy_slots(
     source: NDArray[np.uint8], those: NDArray[np.int64], target: NDArray[np.uint8], there: NDArray[np.int64]
@@ -98,7 +85,7 @@ def _copy_slots(
         if not (0 <= those[index] < len(source) and 0 <= there[index] < len(target)):
             return False
     for index in range(len(those)):
-        _memcpy(target.ctypes.data + there[index] * size, source.ctypes.data + those[index] * size, size)
+        memcpy(target.ctypes.data + there[index] * size, source.ctypes.data + those[index] * size, size)
     return True
 
 

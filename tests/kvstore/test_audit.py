@@ -233,7 +233,7 @@ def test_whatever_lmdb_writes_passes(tmp_path: Path, seed: int) -> None:
     """Trees that grow and shrink, under an independent verifier's eyes too."""
     random = Random(seed)
     tier = DiskTier.open(
-        tmp_path, quota_bytes=2**23, block_bytes=random.choice([8, 3000, 4000, 30_000]), fingerprint=""
+        tmp_path, quota_bytes=2**23, block_bytes=random.choice([300, 3000, 4000, 30_000]), fingerprint=""
     )
     data = np.zeros(tier.block_bytes, np.uint8)
     live: list[bytes] = []

@@ -1,9 +1,5 @@
-"""The layouts of records say what they hold, and notice any change."""
+"""The layouts of records say what they hold, and notice any change. Data values: test_values.py."""
 
-from dataclasses import replace
-
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,10 +9,8 @@ from kvstore.format import (
     INDEX_BYTES,
     PAGE_HEADER_BYTES,
     About,
-    header_names,
+    header,
     pack_index,
-    payload_intact,
-    stamp,
     unpack_index,
     value_bytes,
     value_pages,
@@ -54,47 +48,6 @@ def test_an_index_value_of_another_size_is_none() -> None:
     assert unpack_index(KEY, pack_index(Place(KEY), 1)[:-1], {}) is None
 
 
-def stamped(about: About) -> bytearray:
-    value = bytearray(value_bytes(about.block_bytes, 4096))
-    value[HEADER_BYTES : HEADER_BYTES + about.block_bytes] = np.arange(
-        about.block_bytes, dtype=np.uint8
-    ).tobytes()
-    stamp(memoryview(value), about, KEY, 16)
-    return value
-
-
-def intact(value: bytearray, about: About) -> bool:
-    head, payload = (
-        bytes(value[:HEADER_BYTES]),
-        memoryview(value)[HEADER_BYTES : HEADER_BYTES + about.block_bytes],
-    )
-    return header_names(head, about, KEY) and payload_intact(head, payload)
-
-
-def test_every_flipped_bit_of_header_and_payload_is_noticed() -> None:
-    about = About.of(50, "model")
-    value = stamped(about)
-    assert intact(value, about)
-    for bit in range(8 * (HEADER_BYTES + about.block_bytes)):
-        value[bit // 8] ^= 1 << bit % 8
-        assert not intact(value, about), bit
-        value[bit // 8] ^= 1 << bit % 8
-    assert intact(value, about)
-
-
-MODEL = About.of(50, "model")
-
-
-@pytest.mark.parametrize("other", [About.of(50, "another"), About.of(51, "model"), replace(MODEL, format=2)])
-def test_a_record_of_another_store_is_refused(other: About) -> None:
-    assert not header_names(bytes(stamped(MODEL)[:HEADER_BYTES]), other, KEY)
-
-
-def test_a_record_under_another_key_is_refused() -> None:
-    about = About.of(50, "model")
-    assert not header_names(bytes(stamped(about)[:HEADER_BYTES]), about, bytes(32))
-
-
 def test_what_a_store_is_comes_back_and_notices_each_flipped_bit() -> None:
     about = About.of(4096, "model")
     packed = about.pack()
@@ -125,13 +78,6 @@ def test_layouts_are_those_of_format_1() -> None:
     assert pack_index(Place(KEY, parent=KEY, depth=1, tokens=2), 3).hex() == (
         KEY.hex() + "01000000" + "02000000" + "0300000000000000" + "00" * 8 + "db833de5dfce13c5"
     )
-    assert stamped(about)[:HEADER_BYTES].hex() == (
-        "2782821ab5d12a8f"
-        + magic
-        + "01000000"
-        + "10000000"
-        + "3200000000000000"
-        + KEY.hex()
-        + digest
-        + "00" * 16
+    assert header(about, KEY, 16).hex() == (
+        magic + "01000000" + "10000000" + "3200000000000000" + KEY.hex() + digest + "00" * 16
     )
