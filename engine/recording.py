@@ -24,7 +24,7 @@ EVENTS: dict[str, TypeAdapter[Any]] = {
     for kind in (Arrived, Cancelled, StepDone, Preempted, Pruned, CopyDone, TierDown)
 }
 CONFIG = TypeAdapter(CoreConfig)
-VERSION = 2
+VERSION = 3
 
 
 class RecordingError(Exception):

@@ -3,7 +3,8 @@
 The core decides which block goes where and owns the slots (residency.py); the store moves bytes (store.py).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvstore.block import Key
@@ -82,9 +83,19 @@ class TierDown:
 
 @dataclass(frozen=True, slots=True)
 class TierUp:
-    """A tier is in use (again), holding just these records, parents before children."""
+    """A tier is in use (again), holding just these records, parents before children.
+
+    Many come in parts, so that no event takes long: nothing is in use, nor known, before the one without `more`.
+    """
 
     tier: str
     records: tuple[Place, ...]
     capacity_blocks: int | None = None  # None: as configured
     transaction_blocks: int | None = None  # most of one write; None: as configured
+    more: bool = False
+
+    def parts(self, most: int) -> Iterator["TierUp"]:
+        """The same news in events of at most so many records, one at least; the last one ends it."""
+        for start in range(0, max(1, len(self.records)), most):
+            end = start + most
+            yield replace(self, records=self.records[start:end], more=end < len(self.records))

@@ -68,6 +68,9 @@ class Residency:
         self.host = Shelf(HOST, config.host_blocks, eviction, addressed=True)
         self.disk = Shelf(DISK, config.disk_blocks, eviction, addressed=False)
         self._shelves = {HOST: self.host, DISK: self.disk}
+        self._loading: tuple[Shelf, float] | None = (
+            None  # of a TierUp whose last part is not here yet; since when
+        )
         self.host.up = config.host_blocks > 0
         self.disk.up = False  # until its index is known: TierUp
         self.dropped_blocks = 0  # not written down, as copies could not keep up or a tier had no room
@@ -468,6 +471,7 @@ class Residency:
         shelf = self.shelf(tier)
         shelf.up = False
         self._failures += 1
+        self._loading = None
         waiting, self._for_disk = self._for_disk, {}
         for entry in shelf.entries():
             self._remove(entry)
@@ -477,16 +481,25 @@ class Residency:
         return [id for id, flight in self._copies.items() if tier in (flight.copy.source, flight.copy.target)]
 
     def tier_up(self, up: TierUp, now: float) -> None:
-        """A tier that is not memory is in use, with what it holds."""
-        shelf = self.shelf(up.tier)
-        if up.capacity_blocks is not None:
-            shelf.capacity = up.capacity_blocks
-        self._transaction_blocks = up.transaction_blocks or self.config.transaction_blocks
+        """A tier that is not memory is in use, with what it holds: once all parts of that have come."""
+        shelf, began = self._loading or (self._empty_disk(up), now)
+        self._loading = (shelf, began) if up.more else None
         room = shelf.room
-        shelf.load(up.records[:room], now)
+        shelf.load(up.records[:room], began)
         self._drops += [place.key for place in up.records[room:]]
+        if up.more:
+            return
+        assert not self._touched(DISK), "a tier is opened when nothing touches it any more"
+        self.disk = self._shelves[DISK] = shelf
         shelf.up = True
+        self._transaction_blocks = up.transaction_blocks or self.config.transaction_blocks
         self._disk_retry_at = float("-inf")
+
+    def _empty_disk(self, up: TierUp) -> Shelf:
+        """A shelf that nobody knows yet, for what a disk holds."""
+        assert up.tier == DISK
+        capacity = self.disk.capacity if up.capacity_blocks is None else up.capacity_blocks
+        return Shelf(DISK, capacity, EVICTIONS[self.config.eviction], addressed=False)
 
     def prune(self, tier: str, blocks: int, now: float) -> int:
         """Evicts by the policy until a tier has `blocks` or nothing more may leave; returns how many left."""

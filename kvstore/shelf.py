@@ -161,13 +161,17 @@ class Shelf:
             self.pinned -= entry.pins == 0
 
     def load(self, records: tuple[Place, ...], now: float) -> None:
-        """Takes in what an empty tier that is not memory holds already."""
-        assert not self._entries
+        """Takes in what a tier that is not memory holds already, or a part of it: a parent with its child, or before.
+
+        All parts come at the same `now`, so that children leave before their parents, wherever they were parted.
+        """
         assert not self.addressed
-        for place in records:
-            self.add(place, now).writing = False
-        self._heap = [self._item(entry) for entry in self._entries.values() if not self.children(entry.key)]
-        heapify(self._heap)
+        entries = [self.add(place, now) for place in records]
+        for entry in entries:
+            entry.writing = False
+        for entry in entries:
+            if not self.children(entry.key):
+                self.offer(entry)
 
     # --- who may leave --------------------------------------------------------------------------------------------
 

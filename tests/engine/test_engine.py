@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from engine.core import Core
-from engine.engine import Engine, StepRecord
+from engine.engine import Engine, StepRecord, Store
 from engine.events import Cancelled
 from engine.plan import Launched, Plan, StepResult
 from engine.recording import Difference, FileRecorder, RecordingError, header, replay
 from engine.request import EngineDead, Finished, FinishReason, QueueFull, Refused
 from engine.stream import Stream
 from engine.worker import QueueWorker, ThreadWorker
+from kvstore.copies import DISK, Copy, CopyDone, Drop, Loss, Place, TierDown, TierUp
+from kvstore.residency import ResidencyConfig
 from tests.engine.driving import VOCABULARY, Driver, core_config, request
 from tests.fakes import ScriptedRunner, hashed
 
@@ -55,12 +57,15 @@ class Held(ScriptedRunner):
 
 @asynccontextmanager
 async def running(
-    runner: type[ScriptedRunner] = ScriptedRunner, recorder: FileRecorder | None = None, **config: Any
+    runner: type[ScriptedRunner] = ScriptedRunner,
+    recorder: FileRecorder | None = None,
+    store: Store | None = None,
+    **config: Any,
 ) -> AsyncIterator[Engine]:
     core = Core(core_config(**config), VOCABULARY)
     fake = runner(hashed(98), block_size=4, max_sequences=8)
     overlap = config.get("max_outstanding", 1) > 1
-    engine = Engine(core, ThreadWorker(fake, overlap=overlap), exact=True, recorder=recorder)
+    engine = Engine(core, ThreadWorker(fake, overlap=overlap), exact=True, store=store, recorder=recorder)
     try:
         yield engine
     finally:
@@ -220,6 +225,56 @@ async def test_a_recorded_run_replays_byte_for_byte(tmp_path: Path) -> None:
     path.write_bytes(changed)
     with pytest.raises(Difference, match="event"):
         replay(path, VOCABULARY)
+
+
+class Reporting:
+    """A store that only says what it is told to."""
+
+    report: Callable[[CopyDone | TierDown | TierUp], None]
+
+    def start(self, report: Callable[[CopyDone | TierDown | TierUp], None]) -> None:
+        self.report = report
+
+    def submit(self, copy: Copy) -> None:
+        self.report(CopyDone(copy.id, tuple((index, Loss.DOWN) for index in range(len(copy.sources)))))
+
+    def drop(self, drop: Drop) -> None:
+        pass
+
+    def block_bytes(self, tier: str) -> int:
+        return 1
+
+
+async def test_a_large_tier_comes_up_in_parts_between_which_others_come_and_replays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told, gone before all of it was known, told again: in the end all of it is known, once."""
+    monkeypatch.setattr("engine.engine.RECORDS_AT_ONCE", 2)
+    keys = [bytes([number]) * 32 for number in range(7)]
+    places = [Place(key, -1, keys[n - 1] if n else b"", n, 4) for n, key in enumerate(keys)]
+    path, store, news = tmp_path / "run.jsonl", Reporting(), asyncio.Queue[tuple[str, bool, str]]()
+    below = ResidencyConfig(disk_blocks=20)
+    config = core_config(blocks=20, residency=below)
+    async with (
+        FileRecorder().writing(path, config) as recorder,
+        running(recorder=recorder, store=store, blocks=20, residency=below) as engine,
+    ):
+        engine.on_tier.append(lambda *told: news.put_nowait(told))
+        disk = engine.core.scheduler.residency.shelf
+        store.report(TierUp(DISK, tuple(places)))
+        store.report(TierDown(DISK, "it has gone"))
+        assert await news.get() == (DISK, False, "it has gone")
+        store.report(TierUp(DISK, tuple(places)))
+        stream = engine.submit(request("a", range(5), max_tokens=3))
+        assert len(disk(DISK)) == 0
+        assert await news.get() == (DISK, True, "7 records")
+        assert [entry.key for entry in disk(DISK).entries()] == keys
+        assert len(await read(stream)) == 3
+    lines = path.read_text().splitlines()
+    ups = [number for number, line in enumerate(lines) if '"TierUp"' in line]
+    assert 4 < len(ups) < 8, "the first was broken off"
+    assert ups[-1] - ups[-4] > 3, "others came between"
+    assert replay(path, VOCABULARY) == len(lines) - 1
 
 
 async def test_the_event_that_kills_the_core_is_recorded(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The disk tier keeps what it is given, over restarts, crashes, full disks and damage; or says that it has not."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -528,15 +527,16 @@ def pages_pointed_at(content: bytes, leaf: int, values: Sequence[int]) -> list[i
     return [leaf * PAGESIZE + at for at in found if at > 0 and page[at - 40 : at - 34] == VALUE_NODE[:6]]
 
 
-def test_an_input_error_loses_the_block_only(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_error_loses_the_block_only(
+    tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tier, range(3))
 
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
+    unreadable = os.open(tmp_path, os.O_RDONLY)  # a directory: reading it is an error
     with monkeypatch.context() as patched:
-        patched.setattr(os, "preadv", refuse)
+        patched.setattr(tier, "_file", unreadable)
         assert losses(tier, [1]) == [Loss.IO]
+    os.close(unreadable)
     assert losses(tier, range(3)) == [None] * 3
     assert tier.broken is None
 

@@ -59,6 +59,7 @@ class Table(RuleBasedStateMachine):
         self.pinned: list[list[Entry]] = []
         self.under_way: list[Copy] = []
         self.on_disk: dict[Key, Place] = {}  # what a disk would have
+        self.parts: list[TierUp] = []  # of what it told when it came up, still to come
         self.now = 0.0
         if disk:
             self.residency.tier_up(TierUp(DISK, ()), self.now)
@@ -159,9 +160,10 @@ class Table(RuleBasedStateMachine):
         self.residency.prune(tier, blocks, self.now) if blocks else self.residency.clear(tier)
         self.carry_out()
 
-    @precondition(lambda self: self.residency.disk.up)
-    @rule()
-    def the_disk_fails_and_heals(self) -> None:
+    @precondition(lambda self: self.residency.disk.up or self.parts)
+    @rule(most=st.integers(1, 5), capacity=st.sampled_from([None, None, 3]))
+    def the_disk_fails_and_begins_to_heal(self, most: int, capacity: int | None) -> None:
+        """Perhaps before all of what it held the last time had been told."""
         self.residency.tier_down(DISK)
         self.carry_out()
         while busy := [copy for copy in self.under_way if DISK in (copy.source, copy.target)]:
@@ -171,7 +173,17 @@ class Table(RuleBasedStateMachine):
             if not place.parent or place.parent in kept:
                 kept[key] = place
         self.on_disk = kept
-        self.residency.tier_up(TierUp(DISK, tuple(kept.values())), self.now)
+        self.parts = list(TierUp(DISK, tuple(kept.values()), capacity).parts(most))
+
+    @precondition(lambda self: self.parts)
+    @rule()
+    def a_part_of_what_the_disk_holds_comes(self) -> None:
+        part = self.parts.pop(0)
+        self.residency.tier_up(part, self.now)
+        assert self.residency.disk.up == (not part.more)
+        self.carry_out()
+        if not part.more:
+            assert {entry.key for entry in self.residency.disk.entries()} == self.on_disk.keys()
 
     @invariant()
     def books_balance(self) -> None:
@@ -247,6 +259,28 @@ def test_children_leave_before_their_parents(eviction: str) -> None:
     for left in range(5, -1, -1):
         residency.prune(HOST, left, 1.0)
         assert [entry.depth for entry in residency.host.entries()] == list(range(left))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_what_came_in_parts_leaves_children_first_and_beyond_the_capacity_is_dropped(most: int) -> None:
+    """Parts that come at different moments, and part chains, are no other than one."""
+    keys = chain(0, 6)
+    places = [
+        place(key, parent, depth) for depth, (parent, key) in enumerate(zip([b"", *keys], keys, strict=False))
+    ]
+    residency = Residency(DevicePool(8), ResidencyConfig(disk_blocks=9))
+    dropped: list[Key] = []
+    for now, part in enumerate(TierUp(DISK, tuple(places), capacity_blocks=4).parts(most)):
+        assert not residency.disk.up
+        assert not residency.find(keys), "nothing is known before all is"
+        residency.tier_up(part, float(now))
+        dropped += [key for told in residency.take(float(now)) if isinstance(told, Drop) for key in told.keys]
+        residency.check([])
+    assert residency.disk.up
+    assert dropped == keys[4:]
+    for left in range(3, -1, -1):
+        residency.prune(DISK, left, 100.0)
+        assert [entry.depth for entry in residency.disk.entries()] == list(range(left))
 
 
 def test_a_drop_never_follows_the_write_of_the_same_block() -> None:
