@@ -321,13 +321,15 @@ class DiskTier:
     def _transact(self, blocks: Sequence[tuple[Place, Buffer]], drops: Sequence[Key]) -> Loss | None:
         """Drops and inserts in one transaction. None, or why nothing was done.
 
-        A reader that takes long keeps the pages of its snapshot: then there is no room until it is gone.
+        A reader that takes long keeps the pages of its snapshot: then there is no room until it is gone. One of another
+        process (LMDB's own tools, say) that was killed would keep them for ever: LMDB looks for such when told to.
         """
         for _ in range(WAITS_FOR_READERS):
             try:
                 return self._attempt(blocks, drops)
             except lmdb.MapFullError:
-                time.sleep(WAIT_SECONDS)
+                if not self._env.reader_check():
+                    time.sleep(WAIT_SECONDS)
         return Loss.FULL
 
     def _attempt(self, blocks: Sequence[tuple[Place, Buffer]], drops: Sequence[Key]) -> Loss | None:

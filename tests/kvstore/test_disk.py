@@ -293,6 +293,53 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
     open_tier(tmp_path).close()
 
 
+FOREIGN_READER = """
+import lmdb, sys
+reading = lmdb.open(sys.argv[1], max_dbs=2, readonly=True).begin()
+print("reads", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_that_reads_with_lmdb_disturbs_nothing_and_keeps_no_room_when_it_is_killed(
+    tmp_path: Path,
+) -> None:
+    """Its snapshot keeps pages from reuse: until it has ended, however it ended."""
+    tier = open_tier(tmp_path)
+    fill = tier.capacity_blocks - 5
+    assert not any(write(tier, range(fill)))
+    with python(FOREIGN_READER, tmp_path) as foreign:
+        assert foreign.stdout is not None
+        assert foreign.stdout.readline() == "reads\n"
+        assert write(tier, [fill], [0]) == [None]
+        foreign.kill()
+    for number in range(fill + 1, fill + 60):
+        assert write(tier, [number], [number - fill]) == [None], number
+    assert not any(losses(tier, range(60, fill + 60)))
+    assert bytes_of(tmp_path) <= QUOTA_BYTES
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert (tier.notice, len(kept(tier))) == ("", fill)
+    tier.close()
+
+
+def test_a_store_whose_file_is_replaced_while_it_is_open_goes_on_and_the_next_opening_judges_what_is_there(
+    tmp_path: Path,
+) -> None:
+    tier = open_tier(tmp_path)
+    write(tier, range(20))
+    (tmp_path / "other").write_bytes(b"no store" * 1000)
+    (tmp_path / "other").replace(tmp_path / "data.mdb")
+    assert losses(tier, range(20)) == [None] * 20
+    assert write(tier, [20], [0]) == [None]
+    assert losses(tier, [0, 20]) == [Loss.MISSING, None]
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert "is damaged, or not ours" in tier.notice
+    assert kept(tier) == set()
+    tier.close()
+
+
 def test_a_second_opening_in_the_same_process_is_refused_and_the_first_goes_on(
     tier: DiskTier, tmp_path: Path
 ) -> None:
