@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
@@ -20,6 +21,10 @@ from kvstore.tier import Buffer, Tier
 
 MOST_QUEUED = 100_000
 """The core bounds what is on its way; more than this is a bug."""
+
+JOINED_BYTES = 2**20
+"""Copies that wait along one route are carried out together up to so much: each alone would pay for the hand-over
+between threads, which for a small one takes longer than its bytes."""
 
 FORGET = 0.1
 """Weight of the newest copy in the running means."""
@@ -36,6 +41,7 @@ class Task:
     patient: bool = False  # it may take as long as it likes
     queued_at: float = 0.0
     began: float | None = None  # when a thread took it up
+    others: list["Task"] = field(default_factory=list)  # that are carried out with it
 
 
 @dataclass(slots=True)
@@ -75,14 +81,23 @@ class Totals:
         return replace(self, losses=self.losses.copy())
 
 
+Joins = Callable[[Task, Task], bool]
+"""Whether the second task, next in the queue, may be carried out with the first and its others."""
+
+
+def _never(task: Task, other: Task) -> bool:
+    return False
+
+
 class Lane:
     """A queue and its threads. Tasks start in order; with one thread they also end in order."""
 
-    def __init__(self, name: str, threads: int, clock: Clock) -> None:
+    def __init__(self, name: str, threads: int, clock: Clock, joins: Joins = _never) -> None:
         self._tasks: deque[Task] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._clock = clock
+        self._joins = joins
         self._threads = [
             threading.Thread(
                 target=self._work, name=f"{name} {n}", daemon=True
@@ -119,6 +134,10 @@ class Lane:
                 return None
             task = self._tasks.popleft()
             task.began = self._clock()
+            while self._tasks and self._joins(task, self._tasks[0]):
+                other = self._tasks.popleft()
+                other.began = task.began
+                task.others.append(other)
             return task
 
     def shut(self) -> None:
@@ -137,9 +156,9 @@ class Lane:
 class RecordLanes:
     """Of one tier of records."""
 
-    def __init__(self, tier: str, readers: int, clock: Clock) -> None:
-        self.writer = Lane(f"kv {tier} writer", 1, clock)
-        self.readers = Lane(f"kv {tier} reader", readers, clock)
+    def __init__(self, tier: str, readers: int, clock: Clock, joins: Joins) -> None:
+        self.writer = Lane(f"kv {tier} writer", 1, clock, joins)
+        self.readers = Lane(f"kv {tier} reader", readers, clock, joins)
         self.operators = Lane(f"kv {tier} operator", 1, clock)
 
     @property
@@ -170,13 +189,13 @@ class Transfers:
         self._measured: dict[tuple[str, str, int], Measured] = {}
         self._totals = {name: Totals() for name in memories}
         self._reading_threads = readers
-        self._up, self._down = (Lane(f"kv {which} copier", 1, clock) for which in ("up", "down"))
+        self._up, self._down = (Lane(f"kv {which} copier", 1, clock, self._joins) for which in ("up", "down"))
         self._records: dict[str, RecordLanes] = {}
 
     def put_tier(self, name: str, tier: Tier) -> None:
         """A tier of records, perhaps in the place of one of the same name that was taken."""
         if name not in self._records:
-            self._records[name] = RecordLanes(name, self._reading_threads, self._clock)
+            self._records[name] = RecordLanes(name, self._reading_threads, self._clock, self._joins)
             with self._lock:
                 self._totals[name] = Totals()
         self.tiers[name] = tier
@@ -213,23 +232,51 @@ class Transfers:
             return self._records[copy.source].readers
         return self._up if copy.target == DEVICE else self._down
 
+    def _joins(self, task: Task, other: Task) -> bool:
+        """Small copies along one route, none of which drops anything that the ones before it may write."""
+        first, then = task.copy, other.copy
+        if (
+            first is None
+            or then is None
+            or then.drops
+            or (first.source, first.target) != (then.source, then.target)
+        ):
+            return False
+        blocks = len(then.sources) + sum(len(each.sources) for each in _copies(task))
+        target = self.tiers[first.target]
+        most = getattr(target, "transaction_blocks", blocks)
+        return blocks <= most and blocks * target.block_bytes <= JOINED_BYTES
+
     def _carry_out(self, task: Task) -> None:
-        copy, began = task.copy, task.began
-        assert copy is not None
+        copies, began = _copies(task), task.began
         assert began is not None
+        whole = _joined(copies)
         try:
-            losses = self._copy(copy)
+            losses = self._copy(whole)
         except Exception as error:  # noqa: BLE001 (whatever a tier raises, the core must hear that the copy has ended)
-            losses = [Loss.IO] * len(copy.sources)
-            self._failed(copy, error)
-        done = CopyDone(
-            id=copy.id,
-            lost=tuple((index, loss) for index, loss in enumerate(losses) if loss is not None),
-            seconds=self._clock() - began,
-            queued_seconds=began - task.queued_at,
-        )
-        self._measure(copy, done)
-        self._report(task, done)
+            losses = [Loss.IO] * len(whole.sources)
+            for copy in copies:
+                self._failed(copy, error)
+        self._share_out(task, losses, (self._clock() - began) / max(1, len(whole.sources)))
+
+    def _share_out(self, task: Task, losses: Sequence[Loss | None], seconds: float) -> None:
+        """Reports each copy as if they had been made one after another. `seconds`: a block; no losses: none is lost."""
+        began = task.began
+        assert began is not None
+        at = 0
+        for each, copy in zip((task, *task.others), _copies(task), strict=True):
+            count = len(copy.sources)
+            done = CopyDone(
+                copy.id,
+                tuple(
+                    (index, loss) for index, loss in enumerate(losses[at : at + count]) if loss is not None
+                ),
+                seconds * count,
+                began + seconds * at - each.queued_at,
+            )
+            at += count
+            self._measure(copy, done)
+            self._report(each, done)
 
     def _copy(self, copy: Copy) -> Sequence[Loss | None]:
         source, target = self.tiers[copy.source], self.tiers[copy.target]
@@ -285,6 +332,21 @@ class Transfers:
             lane.shut()
         ended = [lane.join(deadline) for lane in self._lanes()]
         return all(ended)
+
+
+def _copies(task: Task) -> list[Copy]:
+    return [each.copy for each in (task, *task.others) if each.copy is not None]
+
+
+def _joined(copies: Sequence[Copy]) -> Copy:
+    """One copy of the blocks of all."""
+    if len(copies) == 1:
+        return copies[0]
+    sources, targets = (
+        tuple(chain.from_iterable(ends))
+        for ends in zip(*((c.sources, c.targets) for c in copies), strict=True)
+    )
+    return replace(copies[0], sources=sources, targets=targets)
 
 
 def _buffers(tier: Tier, places: Sequence[Place]) -> list[Buffer]:

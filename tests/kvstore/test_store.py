@@ -102,6 +102,12 @@ class Rig:
 
 
 @pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy is carried out with another."""
+    monkeypatch.setattr("kvstore.transfer.JOINED_BYTES", 0)
+
+
+@pytest.fixture
 def rig() -> Iterator[Rig]:
     rig = Rig()
     yield rig
@@ -191,6 +197,7 @@ def test_a_tier_that_hangs_goes_down_and_comes_back_when_it_has_come_back(rig: R
     assert len(rig.disks) == 2
 
 
+@pytest.mark.usefixtures("alone")
 def test_copies_behind_one_that_hangs_are_answered_when_the_tier_goes_down(rig: Rig) -> None:
     rig.started().heard()
     disk = rig.disks[0]
@@ -281,6 +288,7 @@ def test_stopping_finishes_what_is_queued(rig: Rig) -> None:
     assert rig.disks[0].closed
 
 
+@pytest.mark.usefixtures("alone")
 def test_stopping_does_not_wait_for_what_hangs_and_answers_the_rest() -> None:
     rig = Rig().started()
     rig.heard()

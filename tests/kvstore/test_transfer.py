@@ -124,6 +124,12 @@ def rig() -> Iterator[Rig]:
     assert rig.close()
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy is carried out with another."""
+    monkeypatch.setattr("kvstore.transfer.JOINED_BYTES", 0)
+
+
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 ROUTES = [(a, b) for a in (DEVICE, HOST, DISK, REMOTE) for b in (DEVICE, HOST, DISK, REMOTE) if a != b]
@@ -229,6 +235,7 @@ def test_writes_and_drops_of_a_tier_keep_their_order(rig: Rig) -> None:
     assert rig.disk.log == wanted
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_reads_go_on_at_once_and_no_write_waits_for_them(rig: Rig) -> None:
     rig.fill(DISK, [1, 2])
     rig.disk.gate.clear()
@@ -240,6 +247,43 @@ def test_two_reads_go_on_at_once_and_no_write_waits_for_them(rig: Rig) -> None:
     assert rig.done.empty()
     rig.disk.gate.set()
     assert {rig.heard().id for _ in range(4)} == {1, 2, 3, 4}
+
+
+def test_small_copies_that_wait_along_one_route_are_carried_out_together(rig: Rig) -> None:
+    """But for one that drops something, which those before it might write. Each has its share of the time."""
+    rig.disk.gate.clear()
+    rig.submit(0, HOST, DISK, [0])
+    assert rig.disk.entered.acquire(timeout=WAIT)
+    rig.disk.seconds = 3.0
+    for number in (1, 2, 3):
+        rig.submit(number, HOST, DISK, [number])
+    rig.submit(4, HOST, DISK, [4], drops=[1])
+    rig.submit(5, HOST, DISK, [5])
+    rig.disk.gate.set()
+    ends = [rig.heard() for _ in range(6)]
+    assert [(done.id, done.queued_seconds, done.seconds) for done in ends] == [
+        (0, 0.0, 3.0), (1, 3.0, 1.0), (2, 4.0, 1.0), (3, 5.0, 1.0), (4, 6.0, 1.5), (5, 7.5, 1.5)
+    ]  # fmt: skip
+    wrote = [keys for what, keys in rig.disk.log if what == "write"]
+    assert wrote == [tuple(map(key_of, numbers)) for numbers in ((0,), (1, 2, 3), (4, 5))]
+    assert rig.transfers.tiers[DISK].stats().blocks == 5, "and one has been dropped"
+
+
+def test_each_of_copies_carried_out_together_loses_its_own(rig: Rig) -> None:
+    rig.fill(DISK, [0, 1, 3])
+    assert rig.disk.entered.acquire(timeout=WAIT)
+    rig.disk.gate.clear()
+    for _ in range(2):  # one for each reader
+        rig.submit(9, DISK, HOST, [0])
+        assert rig.disk.entered.acquire(timeout=WAIT)
+    for number in (1, 2, 3):
+        rig.submit(number, DISK, HOST, [number])
+    rig.disk.gate.set()
+    lost = {done.id: done.lost for done in (rig.heard() for _ in range(5))}
+    assert lost == {9: (), 1: (), 2: ((0, Loss.MISSING),), 3: ()}
+    assert ("read", tuple(map(key_of, (1, 2, 3)))) in rig.disk.log
+    for number in (1, 3):
+        assert np.array_equal(rig.found(HOST, [number])[0], block_of(number, BLOCK_BYTES))
 
 
 def test_memory_waits_for_no_tier_of_records_nor_reads_for_an_operator(rig: Rig) -> None:
@@ -262,6 +306,7 @@ def test_memory_waits_for_no_tier_of_records_nor_reads_for_an_operator(rig: Rig)
     held.set()
 
 
+@pytest.mark.usefixtures("alone")
 def test_what_is_withdrawn_is_what_no_thread_has_taken_up(rig: Rig) -> None:
     rig.disk.gate.clear()
     tasks = [rig.submit(number, HOST, DISK, [number]) for number in range(4)]
