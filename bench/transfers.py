@@ -224,7 +224,10 @@ def _disk_rounds(
             for route, seconds in zip((f"{name} → {DISK}", f"{DISK} → {name}"), found, strict=True):
                 size = count * model.block_bytes
                 if round_ >= 0:
-                    yield Row(model.name, model.block_bytes, route, batch, who, round_, size, seconds, cores)
+                    peer = (
+                        "LMDB" if route.endswith(DISK) and who != "sluice" else who
+                    )  # one thread writes in both
+                    yield Row(model.name, model.block_bytes, route, batch, peer, round_, size, seconds, cores)
 
 
 @contextmanager
