@@ -239,53 +239,48 @@ class DiskTier:
     # --- reading --------------------------------------------------------------------------------------------------
 
     def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Loss | None]:
-        wanted = list(zip(places, into, strict=True))
-        chunks = (
-            wanted[at : at + self._snapshot_blocks] for at in range(0, len(wanted), self._snapshot_blocks)
-        )
-        return [loss for chunk in chunks for loss in self._read(chunk)]
+        assert len(places) == len(into)
+        losses: list[Loss | None] = []
+        for start in range(0, len(places), self._snapshot_blocks):
+            end = start + self._snapshot_blocks
+            losses += self._read(places[start:end], into[start:end])
+        return losses
 
-    def _read(self, wanted: Sequence[tuple[Place, Buffer]]) -> list[Loss | None]:
-        """In one transaction, and one call without the interpreter's lock."""
+    def _read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Loss | None]:
+        """In one transaction, and in one call without the interpreter's lock."""
+        found: list[int] = []
+        offsets: list[int] = []
         try:
             with self._env.begin(buffers=True) as txn:
-                values = [txn.get(place.key, db=self._data) for place, _ in wanted]
-                return self._fetch(wanted, values)
+                for index, place in enumerate(places):
+                    value = txn.get(place.key, db=self._data)
+                    if value is not None:
+                        found.append(index)
+                        offsets.append(self._offset(value))
+                outcomes = self._fetch(
+                    [places[index] for index in found], offsets, [into[index] for index in found]
+                )
         except lmdb.Error as error:
-            return [self._loss(error)] * len(wanted)
-
-    def _fetch(
-        self, wanted: Sequence[tuple[Place, Buffer]], values: Sequence[memoryview | None]
-    ) -> list[Loss | None]:
-        """Copies payloads to where they are wanted, and checks them. `values`: in LMDB's map, never touched there."""
-        losses = [self._unlike_ours(value) for value in values]
-        if not (those := [index for index, loss in enumerate(losses) if loss is None]):
-            return losses
-        offsets, targets, headers = [], [], []
-        for index in those:
-            place, buffer = wanted[index]
-            offsets.append(self._offset(values[index]))
-            targets.append(self._payload(buffer))
-            headers.append(header(self._about, place.key, place.tokens))
-        found = read_values(self._file, offsets, targets, b"".join(headers), self.block_bytes)
-        for index, outcome in zip(those, found, strict=True):
+            return [self._loss(error)] * len(places)
+        losses: list[Loss | None] = [Loss.MISSING] * len(places)
+        for index, outcome in zip(found, outcomes, strict=True):
             losses[index] = LOSSES[outcome]
         return losses
 
-    def _unlike_ours(self, value: memoryview | None) -> Loss | None:
-        if value is None:
-            return Loss.MISSING
-        return None if len(value) == len(self._staging) else Loss.CORRUPT
+    def _fetch(self, places: Sequence[Place], offsets: Sequence[int], into: Sequence[Buffer]) -> list[int]:
+        """Copies payloads out of the file, and checks them: whatever LMDB says of a value, its checksum decides."""
+        headers = b"".join([header(self._about, place.key, place.tokens) for place in places])
+        targets = [self._payload(buffer) for buffer in into]
+        return read_values(self._file, offsets, targets, headers, self.block_bytes)
 
-    def _offset(self, value: memoryview | None) -> int:
+    def _offset(self, value: memoryview) -> int:
         """Where a value's first page begins in the file."""
-        assert value is not None
         return _address(np.frombuffer(value, np.uint8)) - PAGE_HEADER_BYTES - self._map
 
     def _payload(self, buffer: Buffer) -> int:
         """The address of a block's bytes."""
         assert buffer.nbytes == self.block_bytes, "one block, whole"
-        assert buffer.flags.c_contiguous, "in one piece"
+        assert buffer.strides == (1,), "in one piece"
         return _address(buffer)
 
     # --- writing --------------------------------------------------------------------------------------------------

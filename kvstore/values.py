@@ -39,9 +39,9 @@ def read_values(
     `offsets`: of the values' first pages in the file. `targets`: addresses of `block_bytes` writable bytes. `headers`:
     what `format.header` gives for each, one after another; their `tokens` are not looked at.
     """
-    wanted = np.frombuffer(headers, np.uint8).reshape(len(offsets), HASHED_HEADER)
-    ends = np.array([offsets, targets], np.int64)
-    outcomes: list[int] = _read_values(file, ends, wanted, block_bytes).tolist()
+    assert len(headers) == HASHED_HEADER * len(offsets)
+    ends = np.array([*offsets, *targets], np.int64)
+    outcomes: list[int] = _read_values(file, ends, np.frombuffer(headers, np.uint8), block_bytes).tolist()
     return outcomes
 
 
@@ -49,9 +49,11 @@ def read_values(
 def _read_values(
     file: int, ends: NDArray[np.int64], headers: NDArray[np.uint8], block_bytes: int
 ) -> NDArray[np.int8]:
-    outcomes = np.empty(len(headers), np.int8)
-    for index in range(len(headers)):
-        outcomes[index] = _read_value(file, ends[0, index], ends[1, index], headers[index], block_bytes)
+    count = len(ends) // 2
+    outcomes = np.empty(count, np.int8)
+    for index in range(count):
+        header = headers[HASHED_HEADER * index : HASHED_HEADER * (index + 1)]
+        outcomes[index] = _read_value(file, ends[index], ends[count + index], header, block_bytes)
     return outcomes
 
 
