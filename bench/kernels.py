@@ -73,7 +73,7 @@ class Stack:
             rows * blocks, KVShape(self.shape.layers, self.shape.kv_heads, BLOCK, self.shape.head_dim)
         )
         pool.normal_()  # memory that was never written would be read from one page of zeros, in a cache
-        tables = torch.arange(rows * blocks, dtype=torch.int32).view(rows, blocks)
+        tables = torch.randperm(rows * blocks).int().view(rows, blocks)
         positions = torch.arange(start, start + tokens, dtype=torch.int32).repeat(rows)
         starts = torch.arange(rows + 1, dtype=torch.int32) * tokens
         ids = torch.randint(0, self.shape.vocabulary, (rows * tokens,))

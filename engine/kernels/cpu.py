@@ -10,10 +10,10 @@ import numba
 import torch
 from torch import Tensor
 
-from engine.kernels import cpu_attention, cpu_linear, cpu_memory, cpu_rowwise
+from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
 from engine.kernels.cpu_amx import amx_fits, attend_tiles
 from engine.kernels.cpu_lanes import BF16_INSTRUCTIONS
-from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads, sources_digest, target
+from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads, sources_digest, target, threads
 from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
 
@@ -90,7 +90,7 @@ class CpuKernels:
         if shape.head_dim % 16:
             raise UnsupportedOnCpu(f"a head size of {shape.head_dim} is not a multiple of 16")
         inside = (shape.layers, 2, shape.kv_heads, shape.head_dim * shape.block_size)
-        return cpu_memory.zeros((blocks, *inside), self.dtype)
+        return torch.zeros((blocks, *inside), dtype=self.dtype)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         inputs = weight.shape[1]
@@ -177,6 +177,7 @@ class CpuKernels:
         work = batch.scratch["attention"] = _Attention(kernel, pool, rope, shape, batch, tokens)
         work.arguments.scratch = self._scratch.data_ptr()
         work.arguments.scratch_bytes = room
+        work.arguments.threads = threads()
         return work
 
 

@@ -32,7 +32,6 @@ from engine.kernels.cpu_lanes import (
     greater,
     greatest,
     load,
-    load_f32_some,
     load_some,
     only_first,
     prefetch,
@@ -82,6 +81,7 @@ AttendArguments = structure(
     kv_heads=_i64,
     head_dim=_i64,
     element=_i64,  # bytes of a number of the model's dtype
+    threads=_i64,
     scratch=_i64,
     scratch_bytes=_i64,  # of one thread
     scale=ctypes.c_float,
@@ -119,8 +119,8 @@ def rotate(source: int, rope: int, out: int, head_dim: int, element: int, wide: 
         count = min(LANES, half - at)
         low = load_some(source + at * element, count, element)
         high = load_some(source + (half + at) * element, count, element)
-        cosine = load_f32_some(rope + 4 * at, count)
-        sine = load_f32_some(rope + 4 * (half + at), count)
+        cosine = load_some(rope + 4 * at, count, 4)
+        sine = load_some(rope + 4 * (half + at), count, 4)
         new_low = low * cosine - high * sine
         new_high = high * cosine + low * sine
         if element == 2:
@@ -313,8 +313,6 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
     values = panels + 8 * (UNIT // LANES)
     position = get_i32(a.positions + 4 * token)
     end = position + tokens
-    if rows <= _FEW:
-        fetch_ahead(a, table, head, 0, end)
     clear(q, padded * q_width)
     begin(rows, a.head_dim, sums, states)
     for row in range(rows):
@@ -349,6 +347,24 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
         )
 
 
+@inner
+def _piece(a: Any, piece: int) -> tuple[int, int, int]:
+    """Address of a piece's segment, its KV head, address of its row's table. Long contexts first: shorter ends."""
+    segment = a.segments + 12 * (a.pieces - 1 - piece // a.kv_heads)
+    return segment, piece % a.kv_heads, a.tables + get_i32(a.slots + 4 * get_i32(segment)) * a.table_row
+
+
+@inner
+def _fetch_piece(a: Any, piece: int) -> None:
+    """Asks for the first keys of the piece that this thread will likely claim next, and the last: it stores there."""
+    if piece < a.pieces * a.kv_heads:
+        segment, head, table = _piece(a, piece)
+        end = get_i32(a.positions + 4 * get_i32(segment + 4)) + 1
+        fetch_ahead(a, table, head, 0, end)
+        if end > UNIT:
+            fetch_ahead(a, table, head, (end - 1) // LANES * LANES, end)
+
+
 @native(AttendArguments)
 def attend_lanes(arguments: Any) -> None:
     """Attention of every segment on every KV head."""
@@ -358,10 +374,10 @@ def attend_lanes(arguments: Any) -> None:
         piece = claim(a.counters)
         if piece >= a.pieces * a.kv_heads:
             break
-        segment = a.segments + 12 * (a.pieces - 1 - piece // a.kv_heads)  # long contexts first: shorter ends
-        head = piece % a.kv_heads
+        if a.stores:
+            _fetch_piece(a, piece + a.threads)
+        segment, head, table = _piece(a, piece)
         token = get_i32(segment + 4)
-        table = a.tables + get_i32(a.slots + 4 * get_i32(segment)) * a.table_row
         if a.stores:
             store_token(a, token, table, head, scratch)
         _attend_tile(a, token, get_i32(segment + 8), head, table, scratch)

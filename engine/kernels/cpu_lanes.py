@@ -171,6 +171,11 @@ def store_f32_some(builder: Any, address: Any, value: Any, count: Any) -> None:
     _store_masked(builder, address, count, value, "v16f32")
 
 
+@emitted(Lanes, types.int64)
+def load_bf16(builder: Any, address: Any) -> Any:
+    return _widen(builder, builder.load(pointer(builder, address), typ=_SHORT, align=2))
+
+
 @emitted(Lanes, types.int64, types.int64)
 def load_bf16_some(builder: Any, address: Any, count: Any) -> Any:
     return _widen(builder, _load_masked(builder, address, count, _SHORT, "v16i16"))
@@ -222,13 +227,23 @@ def store_bf16(builder: Any, address: Any, value: Any) -> None:
 
 @inner
 def load_some(address: int, count: int, element: int) -> Any:
-    """The first `count` numbers at an address, of `element` bytes (2: bf16, 4: float32) each; zeros after them."""
+    """The first `count` numbers at an address, of `element` bytes (2: bf16, 4: float32) each; zeros after them.
+
+    A mask costs time, in stores most of all, so that whole vectors go without.
+    """
+    if count >= LANES:
+        return load_bf16(address) if element == 2 else load(address)
     return load_bf16_some(address, count) if element == 2 else load_f32_some(address, count)
 
 
 @inner
 def store_some(address: int, value: Any, count: int, element: int) -> None:
-    if element == 2:
+    if count >= LANES:
+        if element == 2:
+            store_bf16(address, value)
+        else:
+            store(address, value)
+    elif element == 2:
         store_bf16_some(address, value, count)
     else:
         store_f32_some(address, value, count)
@@ -287,12 +302,14 @@ def clear(builder: Any, address: Any, count_bytes: Any) -> None:
     cgutils.memset(builder, pointer(builder, address), count_bytes, 0)
 
 
-@emitted(types.void, types.int64)
-def prefetch(builder: Any, address: Any) -> None:
+def fetch(builder: Any, address: Any) -> None:
     """Asks for the 64 bytes around an address, and does not wait for them."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer(builder, address), *(ir.Constant(_I32, n) for n in (0, 3, 1))])
+    builder.call(function, [pointer(builder, address), *(ir.Constant(_I32, n) for n in (0, 2, 1))])
+
+
+prefetch = emitted(types.void, types.int64)(fetch)
 
 
 @emitted(types.int64, types.int64)

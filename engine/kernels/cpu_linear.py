@@ -16,20 +16,17 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from engine.kernels import cpu_memory
 from engine.kernels.cpu_lanes import (
     LANES,
     claim,
     load,
     load_some,
     put_i64,
-    store,
-    store_bf16,
     store_f32_some,
     store_some,
 )
-from engine.kernels.cpu_native import Clock, inner, native, structure
-from engine.kernels.cpu_product import PAIRED_A, multiply, multiply_paired
+from engine.kernels.cpu_native import Clock, inner, native, structure, threads
+from engine.kernels.cpu_product import PAIRED_A, multiply_ahead, multiply_paired_ahead
 from engine.kernels.cpu_tiles import (
     CONFIGURATION_BYTES,
     configure_square,
@@ -60,6 +57,7 @@ LinearArguments = structure(
     block=_i64,  # rows of a piece of work
     scratch=_i64,
     scratch_bytes=_i64,  # of one thread
+    threads=_i64,
 )
 
 
@@ -83,12 +81,7 @@ def _write(a: Any, row: int, rows: int, column: int, columns: int, sums: int) ->
             if a.bias != 0:
                 value = value + load_some(a.bias + 4 * (column + at), count, 4)
             to = a.out + ((row + r) * a.outputs + column + at) * a.element
-            if count < LANES:
-                store_some(to, value, count, a.element)
-            elif a.element == 2:
-                store_bf16(to, value)
-            else:
-                store(to, value)
+            store_some(to, value, count, a.element)
 
 
 @inner
@@ -102,11 +95,14 @@ def _panels(a: Any, column: int, panels: int) -> int:
 
 
 @inner
-def _lanes_rows(a: Any, rows: int, source: int, panels: int, sums: int, floats: int) -> None:
-    """sums [rows][COLUMNS] = rows at `source` times a piece's panels. `floats`: room for the rows as float32."""
+def _lanes_rows(a: Any, rows: int, source: int, panels: int, sums: int, floats: int, ahead: int) -> None:
+    """sums [rows][COLUMNS] = rows at `source` times a piece's panels. `floats`: room for the rows as float32.
+
+    Meanwhile it asks for as much of the weights from `ahead` on: half a piece, if there are 8 rows.
+    """
     groups = COLUMNS // LANES
     if a.element == 4:
-        multiply(rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs)
+        multiply_ahead(rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs, ahead)
         return
     if PAIRED_A == 4:
         for at in range(0, rows * a.inputs, LANES):
@@ -114,17 +110,22 @@ def _lanes_rows(a: Any, rows: int, source: int, panels: int, sums: int, floats: 
             store_f32_some(floats + 4 * at, load_some(source + 2 * at, count, 2), count)
         source = floats
     width = PAIRED_A * a.inputs
-    multiply_paired(rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2)
+    multiply_paired_ahead(rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2, ahead)
 
 
 @inner
 def _lanes_piece(a: Any, row: int, end: int, column: int, panels: int) -> None:
     sums = panels + 64
-    _panels(a, column, panels)
+    piece_bytes = COLUMNS * a.inputs * a.element
+    panel = _panels(a, column, panels)
+    start = row
     while row < end:
         rows = _height(end - row)
         source = a.x + row * a.inputs * a.element
-        _lanes_rows(a, rows, source, panels, sums, sums + 8 * 4 * COLUMNS)
+        ahead = panel
+        if row - start < 16 and column + COLUMNS * a.threads < a.outputs:
+            ahead = panel + a.threads * piece_bytes + (row - start) // 8 * piece_bytes // 2
+        _lanes_rows(a, rows, source, panels, sums, sums + 8 * 4 * COLUMNS, ahead)
         _write(a, row, rows, column, COLUMNS, sums)
         row += rows
 
@@ -202,8 +203,7 @@ def pack(weight: Tensor) -> Tensor:
     padded = torch.zeros((-(-outputs // COLUMNS) * COLUMNS, inputs), dtype=weight.dtype)
     padded[:outputs] = weight
     pair = 2 if weight.dtype == torch.bfloat16 else 1
-    panels = padded.view(-1, LANES, inputs // pair, pair).transpose(1, 2)
-    return cpu_memory.zeros(tuple(panels.shape), weight.dtype).copy_(panels)
+    return padded.view(-1, LANES, inputs // pair, pair).transpose(1, 2).contiguous()
 
 
 def scratch_bytes(inputs: int) -> int:
@@ -244,6 +244,7 @@ class PackedLinear:
         arguments.rows = rows
         arguments.out = out.data_ptr()
         arguments.scratch = self._scratch()
+        arguments.threads = threads()
         if rows * self._work > _ALONE_PRODUCTS:
             self._kernel.together(arguments, self._clock)
         else:

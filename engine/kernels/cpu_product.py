@@ -7,6 +7,7 @@ or, where the machine has an instruction for it, a pair's two of bf16: twice the
 Vectors are in cpu_lanes.py; the same product on AMX tiles, with another order, in cpu_amx.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -21,6 +22,7 @@ from engine.kernels.cpu_lanes import (
     I32_VECTOR,
     LANES,
     call,
+    fetch,
     pointer,
     spread,
 )
@@ -53,8 +55,10 @@ class _Tile:
         self.builder, self.rows, self.groups, self.paired = builder, rows, groups, paired
         self.sums = [[cgutils.alloca_once(builder, F32_VECTOR) for _ in range(groups)] for _ in range(rows)]
 
-    def over(self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any) -> None:
-        """C = A · B; `b` holds every group's start."""
+    def over(
+        self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any, ahead: Any
+    ) -> None:
+        """C = A · B; `b` holds every group's start. Each step asks for the next 64 bytes of `ahead`, if not None."""
         builder = self.builder
         starts = [self._address(_plus(builder, b, 8 * group)) for group in range(self.groups)]
         rows = self._rows(a, a_row)
@@ -63,6 +67,8 @@ class _Tile:
                 builder.store(ir.Constant(F32_VECTOR, [0.0] * LANES), place)
         with cgutils.for_range(builder, count, intp=_I64) as loop:
             self._step(rows, starts, loop.index, b_step)
+            if ahead is not None:
+                fetch(builder, builder.add(ahead, _times(builder, loop.index, 64)))
         self._store(c, c_row)
 
     def along(
@@ -147,7 +153,7 @@ class _Tile:
 
 def _emit_rows(builder: Any, rows: int, paired: bool, along: bool, groups: Any, values: list[Any]) -> None:
     """All groups for a fixed number of rows: as many at a time as registers hold, then one by one."""
-    a, a_row, b, b_step, c, c_row, count = values
+    a, a_row, b, b_step, c, c_row, count, *ahead = values
     wide = 2 if rows == 8 else 4
     many = builder.udiv(groups, _number(wide))
     done = _times(builder, many, wide)
@@ -161,7 +167,20 @@ def _emit_rows(builder: Any, rows: int, paired: bool, along: bool, groups: Any, 
                 tile.along(a, a_row, b, first, b_step, columns, c_row, count)
             else:
                 starts = builder.add(b, _times(builder, group, 8))
-                tile.over(a, a_row, starts, b_step, columns, c_row, count)
+                fetched = _times(builder, builder.mul(loop.index, count), 64)
+                wanted = builder.add(ahead[0], fetched) if ahead else None
+                tile.over(a, a_row, starts, b_step, columns, c_row, count, wanted)
+
+
+def _by_height(paired: bool, along: bool) -> Callable[..., Any]:
+    def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        for height in TILE_ROWS:
+            chosen = builder.icmp_signed("==", values[0], _number(height))
+            with builder.if_then(chosen):
+                _emit_rows(builder, height, paired, along, values[1], values[2:])
+        return context.get_dummy_value()
+
+    return codegen
 
 
 def _product(paired: bool, along: bool) -> Any:
@@ -177,14 +196,26 @@ def _product(paired: bool, along: bool) -> Any:
         c_row: Any,
         count: Any,
     ) -> tuple[Any, Any]:
-        def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            for height in TILE_ROWS:
-                chosen = builder.icmp_signed("==", values[0], _number(height))
-                with builder.if_then(chosen):
-                    _emit_rows(builder, height, paired, along, values[1], values[2:])
-            return context.get_dummy_value()
+        return types.void(*[types.int64] * 9), _by_height(paired, along)
 
-        return types.void(*[types.int64] * 9), codegen
+    return intrinsic(product)
+
+
+def _product_ahead(paired: bool) -> Any:
+    def product(
+        context: Any,
+        rows: Any,
+        groups: Any,
+        a: Any,
+        a_row: Any,
+        b: Any,
+        b_step: Any,
+        c: Any,
+        c_row: Any,
+        count: Any,
+        ahead: Any,
+    ) -> tuple[Any, Any]:
+        return types.void(*[types.int64] * 10), _by_height(paired, along=False)
 
     return intrinsic(product)
 
@@ -197,6 +228,10 @@ multiply, multiply_paired = _product(paired=False, along=False), _product(paired
 rows: one of TILE_ROWS. a, a_row: address and row distance (bytes) of A, float32 or numbers of PAIRED_A bytes.
 b: address of the groups' start addresses (int64). b_step: bytes from one k (or pair) to the next within a group.
 c, c_row: float32 C, groups adjacent. count: how many k, or pairs."""
+
+multiply_ahead, multiply_paired_ahead = _product_ahead(paired=False), _product_ahead(paired=True)
+"""The same with a last argument `ahead`: every step also asks for 64 bytes more of what begins there, to have them
+in the cache when the next product is of them."""
 
 weigh, weigh_paired = _product(paired=False, along=True), _product(paired=True, along=True)
 """The same added to C, for B whose groups lie side by side: `b` is the address of a start address for every RUN of

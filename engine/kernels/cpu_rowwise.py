@@ -17,11 +17,9 @@ from engine.kernels.cpu_lanes import (
     exp2,
     fma,
     get_i64,
-    load_f32_some,
     load_some,
     smaller,
     splat,
-    store_f32_some,
     store_some,
     total,
 )
@@ -63,7 +61,7 @@ def embed_rows(arguments: Any) -> None:
             for at in range(0, a.width, LANES):
                 count = min(LANES, a.width - at)
                 value = load_some(source + at * a.element, count, a.element)
-                store_f32_some(a.stream + 4 * (row * a.width + at), value, count)
+                store_some(a.stream + 4 * (row * a.width + at), value, count, 4)
 
 
 @native(RowArguments)
@@ -79,16 +77,16 @@ def norm_rows(arguments: Any) -> None:
             squares = splat(_ZERO)
             for at in range(0, a.width, LANES):
                 count = min(LANES, a.width - at)
-                value = load_f32_some(stream + 4 * at, count)
+                value = load_some(stream + 4 * at, count, 4)
                 if a.left != 0:
                     value = value + load_some(a.left + (row * a.width + at) * a.element, count, a.element)
-                    store_f32_some(stream + 4 * at, value, count)
+                    store_some(stream + 4 * at, value, count, 4)
                 squares = fma(value, value, squares)
             mean = total(squares) / np.float32(a.width)
             factor = splat(_ONE / np.float32(math.sqrt(mean + a.epsilon)))
             for at in range(0, a.width, LANES):
                 count = min(LANES, a.width - at)
-                value = load_f32_some(stream + 4 * at, count) * factor
+                value = load_some(stream + 4 * at, count, 4) * factor
                 weight = load_some(a.right + at * a.element, count, a.element)
                 store_some(a.out + (row * a.width + at) * a.element, value * weight, count, a.element)
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import cpu_memory
 from engine.kernels.cpu import CpuKernels, UnsupportedOnCpu
 from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape
@@ -162,19 +161,6 @@ def test_a_kernel_loaded_from_the_cache_computes_what_a_fresh_one_does(tmp_path:
     ]
     assert [run.returncode for run in runs] == [0, 0], runs[-1].stderr
     assert [run.stdout.strip() for run in runs] == ["False", "True"]  # the second one did come from the cache
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (700, 1000)])
-def test_zeros_are_zeros_on_either_kind_of_page(shape: tuple[int, int]) -> None:
-    """Small ones and huge ones: of the shape and dtype asked for, and independent of one another."""
-    memory, other = cpu_memory.zeros(shape, torch.float32), cpu_memory.zeros(shape, torch.float32)
-    assert memory.shape == shape
-    assert memory.is_contiguous()
-    memory.fill_(1)
-    assert not other.any()
-    large = memory.nbytes >= cpu_memory.HUGE
-    assert large == (shape[0] == 700)
-    assert not large or memory.data_ptr() % cpu_memory.HUGE == 0
 
 
 def test_what_cannot_run_is_refused_with_a_hint() -> None:
