@@ -1,4 +1,4 @@
-"""The command line: `sluice serve | check-config | cache`. The server is imported only when it serves."""
+"""The command line: `sluice serve | check-config | cache | simulate | bench`. Imports nothing heavy by itself."""
 
 import argparse
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from app.config import ConfigError
 from app.config_sources import Loaded, load
+from app.profiling import arguments as bench_arguments
+from app.simulate import arguments as simulate_arguments
 
 EXIT_USAGE = 2
 TIERS = ("device", "host", "disk", "all")
@@ -21,8 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load(options.set, os.environ, options.config)
     except ConfigError as error:
         return _fail("the configuration cannot be used:", *error.problems)
-    command = {"serve": _serve, "check-config": _check_config, "cache": _cache}[options.command]
-    return command(loaded, options)
+    return COMMANDS[options.command](loaded, options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--json", action="store_true", help="for programs")
     _add_cache(commands, common)
+    simulate_arguments.add(commands, common)
+    bench_arguments.add(commands, common)
     return top
 
 
@@ -116,6 +119,27 @@ def _cache(loaded: Loaded, options: argparse.Namespace) -> int:
     from app.cache_command import run
 
     return run(loaded.config, options)
+
+
+def _simulate(loaded: Loaded, options: argparse.Namespace) -> int:
+    from app.simulate.command import run
+
+    return run(options)
+
+
+def _bench(loaded: Loaded, options: argparse.Namespace) -> int:
+    from app.profiling.command import run
+
+    return run(loaded.config, options)
+
+
+COMMANDS = {
+    "serve": _serve,
+    "check-config": _check_config,
+    "cache": _cache,
+    "simulate": _simulate,
+    "bench": _bench,
+}
 
 
 def _fail(headline: str, *problems: str) -> int:

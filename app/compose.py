@@ -14,11 +14,11 @@ from structlog.stdlib import get_logger
 
 from app import memory
 from app.config import Config, EngineSection
+from app.core_config import scheduler_config
 from app.served import Model
 from app.serving import Parts
 from app.tiers import make_tiers
 from engine.chat_template import ChatTemplateError
-from engine.checkpoint import CheckpointConfig
 from engine.core import Core, CoreConfig
 from engine.kernels.protocol import UnsupportedDevice
 from engine.kernels.select import make_kernels
@@ -74,7 +74,7 @@ def load(config: Config) -> Parts:
     for fact in loaded.facts:
         log.info("model_fact", fact=fact)
     vocabulary = tokenizer.vocabulary(loaded.config.vocab_size)
-    scheduler = scheduler_config(config, loaded)
+    scheduler = scheduler_config(config, _blocks(config.engine, loaded))
     runner = make_runner(loaded, scheduler)
     runner.warm_up()
     tiers = make_tiers(config, directory, files, loaded, runner)
@@ -129,21 +129,6 @@ def core_config(config: Config, loaded: Loaded, scheduler: SchedulerConfig, fing
         max_outstanding=2 if _runs_ahead(loaded) else 1,
         eos_token_ids=loaded.generation.eos_token_ids,
         fingerprint=fingerprint,
-    )
-
-
-def scheduler_config(config: Config, loaded: Loaded) -> SchedulerConfig:
-    """All but the tiers below the device, whose sizes are known when they are there."""
-    engine, policies, checkpoint = config.engine, config.policies, config.checkpoint
-    return SchedulerConfig(
-        block_size=engine.block_size,
-        blocks=_blocks(engine, loaded),
-        max_batch_tokens=engine.max_batch_tokens,
-        max_sequences=engine.max_sequences,
-        order=policies.order,
-        victim=policies.victim,
-        resume=policies.resume,
-        checkpoint=CheckpointConfig(checkpoint.every_tokens, checkpoint.every_seconds),
     )
 
 

@@ -9,6 +9,7 @@ from structlog.stdlib import get_logger
 
 from app import memory
 from app.config import Config
+from app.core_config import residency_config
 from engine.kernels.protocol import Kernels
 from engine.model.fingerprint import Signature, kv_fingerprint, weights_hash
 from engine.model.loading import Loaded
@@ -23,10 +24,6 @@ from kvstore.tier import Tier, TierUnusable
 
 HOST_SHARE = 0.5
 """Of the memory free when the pool has been taken, that the host tier may have at most."""
-
-IN_FLIGHT_BYTES = 64 * 2**20
-COPY_BYTES = 4 * 2**20
-"""On their way down from the device at once; and of one copy: small enough for others to come between."""
 
 log = get_logger(__name__)
 
@@ -65,7 +62,8 @@ def make_tiers(
     )
     memory_tiers.warm_up()
     store.open()
-    return Tiers(_residency(config, device.block_bytes, host), store, fingerprint)
+    host_blocks = host.stats().capacity_bytes // device.block_bytes if host else 0
+    return Tiers(residency_config(config, device.block_bytes, host_blocks), store, fingerprint)
 
 
 def device_tier(runner: ModelRunner | CudaRunner) -> Tier:
@@ -108,17 +106,6 @@ def _open_disk(config: Config, block_bytes: int, fingerprint: str) -> Opened:
 def _fingerprint(weights: str, loaded: Loaded, block_size: int) -> str:
     kernels: Kernels = loaded.model.kernels
     return kv_fingerprint(weights, loaded.config, loaded.dtype, kernels, loaded.model.kv_shape(block_size))
-
-
-def _residency(config: Config, block_bytes: int, host: Tier | None) -> ResidencyConfig:
-    return ResidencyConfig(
-        host_blocks=host.stats().capacity_bytes // block_bytes if host else 0,
-        disk_blocks=config.kvstore.disk.bytes // block_bytes,  # until it is open and knows better
-        eviction=config.policies.eviction,
-        placement=config.policies.placement,
-        copy_blocks=max(1, COPY_BYTES // block_bytes),
-        spilling_blocks=max(8, IN_FLIGHT_BYTES // block_bytes),
-    )
 
 
 def _note(event: str, facts: dict[str, Any]) -> None:

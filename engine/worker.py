@@ -32,7 +32,7 @@ class QueueWorker:
     measured 25–35 % slower on two cores)."""
 
     def __init__(self, runner: Runner, *, overlap: bool = False) -> None:
-        self._runner = runner
+        self.runner = runner
         self._plans: SimpleQueue[Plan | None] = SimpleQueue()
         self._launched: SimpleQueue[Launched | None] | None = SimpleQueue() if overlap else None
         self._report: Report = lambda result: None
@@ -54,7 +54,7 @@ class QueueWorker:
             collector.start()
         try:
             while (plan := self._plans.get()) is not None:
-                self._hand_on(self._runner.launch(plan))
+                self._hand_on(self.runner.launch(plan))
         except Exception as error:  # noqa: BLE001 (whatever a device raises, its clients must hear of it)
             self._report(error)
         finally:

@@ -1,0 +1,36 @@
+"""From the configuration to the core's: what needs no model and no torch, so that the simulator shares it."""
+
+from app.config import Config
+from engine.checkpoint import CheckpointConfig
+from engine.scheduler import SchedulerConfig
+from kvstore.residency import ResidencyConfig
+
+IN_FLIGHT_BYTES = 64 * 2**20
+COPY_BYTES = 4 * 2**20
+"""On their way down from the device at once; and of one copy: small enough for others to come between."""
+
+
+def scheduler_config(config: Config, blocks: int) -> SchedulerConfig:
+    """All but the tiers below the device, whose sizes are known when they are there. `blocks`: of the device."""
+    engine, policies, checkpoint = config.engine, config.policies, config.checkpoint
+    return SchedulerConfig(
+        block_size=engine.block_size,
+        blocks=blocks,
+        max_batch_tokens=engine.max_batch_tokens,
+        max_sequences=engine.max_sequences,
+        order=policies.order,
+        victim=policies.victim,
+        resume=policies.resume,
+        checkpoint=CheckpointConfig(checkpoint.every_tokens, checkpoint.every_seconds),
+    )
+
+
+def residency_config(config: Config, block_bytes: int, host_blocks: int) -> ResidencyConfig:
+    return ResidencyConfig(
+        host_blocks=host_blocks,
+        disk_blocks=config.kvstore.disk.bytes // block_bytes,  # until it is open and knows better
+        eviction=config.policies.eviction,
+        placement=config.policies.placement,
+        copy_blocks=max(1, COPY_BYTES // block_bytes),
+        spilling_blocks=max(8, IN_FLIGHT_BYTES // block_bytes),
+    )

@@ -1,0 +1,1 @@
+"""Making profiles for the simulator: measured on this machine, or from another engine's operator tables."""

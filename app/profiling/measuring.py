@@ -1,0 +1,201 @@
+"""Measures a profile on this machine: a real runner's steps, copies to and from the host, and what lies between steps.
+
+The main thread must be the caller's: torch has it, as in a server. Nothing else should run on the machine meanwhile.
+"""
+
+import asyncio
+import platform
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from threading import Thread
+
+import numpy as np
+
+from app.compose import load
+from app.config import Config
+from app.core_config import COPY_BYTES
+from app.profiling.fitting import Error, Sample, errors, fit_line, fit_steps, fit_transfer
+from app.profiling.grid import Limits, cells
+from app.serving import Parts
+from app.tiers import device_tier
+from engine.engine import Engine, StepRecord
+from engine.plan import Sampling
+from engine.profile import Between, Profile, Transfer
+from engine.request import Request, Stopping
+from engine.runner import ModelRunner
+from engine.runner_cuda import CudaRunner
+from engine.step_time import shape
+from engine.stream import Stream
+from kvstore.copies import Place
+from kvstore.memory import MemoryTier, host_tier
+from kvstore.tier import Buffer, Tier
+
+REPEATS = 7
+COPY_REPEATS = 20
+BETWEEN_ROWS = (1, 4, 16, 48)
+BETWEEN_TOKENS = 150
+STORE_STOP_SECONDS = 10.0
+
+Note = Callable[[str], None]
+
+
+def measure(config: Config, note: Note) -> tuple[Profile, list[Error]]:
+    """A profile of the configured model here, and how far its fit is from what was measured. Raises CANNOT_START."""
+    parts = load(config)
+    runner = parts.worker.runner
+    assert isinstance(runner, ModelRunner | CudaRunner)
+    samples = _steps(runner, parts, note)
+    step = fit_steps(samples)
+    device = device_tier(runner)
+    transfers = _transfers(device, note)
+    between = _between(parts, note)
+    core = parts.core.config
+    profile = Profile(
+        machine=_machine(),
+        model=parts.model.name,
+        dtype=str(runner.pool.dtype).removeprefix("torch."),
+        source="measured by sluice bench profile: medians of steps alone on the machine",
+        block_size=core.scheduler.block_size,
+        block_bytes=device.block_bytes,
+        context=core.model_context,
+        kv_blocks=core.scheduler.blocks,
+        runs_ahead=core.max_outstanding > 1,
+        step=step,
+        between=between,
+        transfers=transfers,
+    )
+    return profile, errors(samples, step.timer())
+
+
+def _machine() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _steps(runner: ModelRunner | CudaRunner, parts: Parts, note: Note) -> list[Sample]:
+    scheduler = parts.core.config.scheduler
+    limits = Limits(
+        block_size=scheduler.block_size,
+        blocks=scheduler.blocks,
+        context=parts.core.config.context,
+        max_sequences=scheduler.max_sequences,
+        max_batch_tokens=scheduler.max_batch_tokens,
+    )
+    wanted = cells(limits)
+    samples = []
+    for index, cell in enumerate(wanted):
+        note(f"steps: {index + 1} of {len(wanted)}, {cell.kind}")
+        plan = cell.plan(limits.block_size)
+        runner.launch(plan).collect()
+        times = [runner.launch(plan).collect().seconds for _ in range(REPEATS)]
+        samples.append(Sample(cell.kind, shape(plan), median(times)))
+    return samples
+
+
+# --- copies -------------------------------------------------------------------------------------------------------
+
+
+def _transfers(device: Tier, note: Note) -> dict[str, Transfer]:
+    note("copies")
+    most = max(2, COPY_BYTES // device.block_bytes)
+    counts = sorted({1, max(1, most // 4), most})
+    host = host_tier(most, device.block_bytes, pinned=not isinstance(device, MemoryTier))
+    down = [(count, _copy_seconds(device, host, count)) for count in counts]
+    up = [(count, _copy_seconds(host, device, count)) for count in counts]
+    return {
+        route: fit_transfer([(count * device.block_bytes, seconds) for count, seconds in found])
+        for route, found in (("device>host", down), ("host>device", up))
+    }
+
+
+def _copy_seconds(source: Tier, target: Tier, count: int) -> float:
+    """Of one copy, of blocks that lie apart."""
+    places = [Place(b"", slot) for slot in np.random.default_rng(0).permutation(count).tolist()]
+    times = []
+    for _ in range(COPY_REPEATS):
+        begun = time.perf_counter()
+        _copy(source, target, places)
+        times.append(time.perf_counter() - begun)
+    return median(times)
+
+
+def _copy(source: Tier, target: Tier, places: Sequence[Place]) -> None:
+    if isinstance(source, MemoryTier) and isinstance(target, MemoryTier):
+        source.copy_to(target, places, places)
+    elif into := _buffers(target, places):
+        source.read(places, into)
+    else:
+        target.write(places, _buffers(source, places))
+
+
+def _buffers(tier: Tier, places: Sequence[Place]) -> list[Buffer]:
+    found = [tier.buffer(place.slot) for place in places]
+    return [each for each in found if each is not None]
+
+
+# --- between steps ------------------------------------------------------------------------------------------------
+
+
+def _between(parts: Parts, note: Note) -> Between:
+    """A live engine decodes; what its steps do not account for lies between them."""
+    gaps: list[tuple[float, float]] = []
+
+    def answer() -> None:
+        try:
+            gaps.extend(asyncio.run(_gaps(parts, note)))
+        finally:  # an error must not leave the main thread waiting for plans
+            parts.worker.stop()
+
+    thread = Thread(target=answer, name="event loop")
+    thread.start()
+    parts.worker.run_forever()
+    thread.join()
+    if parts.store:
+        parts.store.stop(STORE_STOP_SECONDS)
+    return Between(*fit_line(gaps))
+
+
+async def _gaps(parts: Parts, note: Note) -> list[tuple[float, float]]:
+    """(rows, median seconds between a step's end and the next one's begin)."""
+    engine = Engine(parts.core, parts.worker, exact=parts.exact, store=parts.store, clock=time.perf_counter)
+    found = []
+    for rows in BETWEEN_ROWS:
+        if rows > parts.core.config.scheduler.max_sequences:
+            break
+        note(f"between steps: {rows} streams")
+        found.append((float(rows), await _gap(engine, rows)))
+    return found
+
+
+async def _gap(engine: Engine, rows: int) -> float:
+    seen: list[tuple[float, StepRecord]] = []
+
+    def watch(record: StepRecord) -> None:
+        seen.append((time.perf_counter(), record))
+
+    engine.on_step.append(watch)
+    room = engine.core.config.context - 1
+    stopping = Stopping(min(BETWEEN_TOKENS, room), ignore_eos=True)
+    streams = [
+        engine.submit(Request(f"gap {rows} {index}", (index + 1,), Sampling(seed=index), stopping))
+        for index in range(rows)
+    ]
+    await asyncio.gather(*(_read(stream) for stream in streams))
+    engine.on_step.remove(watch)
+    gaps = [
+        at - before - record.seconds
+        for (before, last), (at, record) in pairwise(seen)
+        if record.rows == last.rows == rows
+    ]
+    return max(0.0, median(gaps)) if gaps else 0.0
+
+
+async def _read(stream: Stream) -> None:
+    async for _ in stream:
+        pass

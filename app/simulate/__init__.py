@@ -1,0 +1,1 @@
+"""`sluice simulate`: traces on the simulated engine, and what came of them."""

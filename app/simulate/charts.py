@@ -1,0 +1,122 @@
+"""Charts of simulated runs, as PNG. matplotlib is optional (the extra `charts`) and imported here alone."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.simulate.figures import METRICS, WANTED_ATTAINMENT
+from app.simulate.report import Result, capacities
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN = ("ttft", "tpot", "normalised")
+PERCENTILES = ("p50", "p90", "p99")
+MOST_TIMELINES = 12
+MAGNITUDES = 30
+"""Largest ÷ smallest value, from which on an axis is logarithmic."""
+
+
+class NoCharts(Exception):
+    """matplotlib is not installed."""
+
+
+def draw(results: Sequence[Result], directory: Path) -> list[Path]:
+    """Draws what the results allow, and returns the files. Raises NoCharts."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NoCharts("charts need matplotlib: pip install 'sluice[charts]'") from error
+    drawn = [_save(_percentiles(Figure, results), directory / "latency.png")]
+    if len({result.scenario.rate for result in results}) > 1:
+        drawn.append(_save(_attainment(Figure, results), directory / "capacity.png"))
+    for index, result in enumerate(results[:MOST_TIMELINES]):
+        drawn.append(_save(_timeline(Figure, result), directory / f"timeline-{index + 1:02}.png"))
+    return drawn
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _percentiles(kind: "type[Figure]", results: Sequence[Result]) -> "Figure":
+    """A panel a metric, a row of dots a scenario: P50, P90 and P99 on one logarithmic line."""
+    height = 1.4 + 0.34 * len(results)
+    figure = kind(figsize=(12, height), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(SHOWN), sharey=True)
+    names = [result.scenario.name for result in results]
+    for panel, metric in zip(panels, SHOWN, strict=True):
+        spreads = [result.figures.spreads.get(metric) for result in results]
+        for row, spread in enumerate(spreads):
+            if spread is not None:
+                panel.plot([spread.p50, spread.p99], [row, row], color="0.8", linewidth=3, zorder=1)
+        for name, color in zip(PERCENTILES, ("tab:green", "tab:orange", "tab:red"), strict=True):
+            points = [(getattr(each, name), row) for row, each in enumerate(spreads) if each is not None]
+            panel.scatter(*zip(*points, strict=True), color=color, label=name.upper(), zorder=2)
+        panel.set_xlabel(METRICS[metric])
+        panel.grid(axis="x", which="both", alpha=0.3)
+        _scale(panel, [value for each in spreads if each for value in (each.p50, each.p99)])
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.legend(
+        *panels[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize="small"
+    )
+    return figure
+
+
+def _scale(panel: "Axes", values: Sequence[float]) -> None:
+    """Logarithmic where values are of different magnitudes, else from 0 on."""
+    if values and max(values) > MAGNITUDES * min(values) > 0:
+        panel.set_xscale("log")
+    else:
+        panel.set_xlim(left=0)
+
+
+def _attainment(kind: "type[Figure]", results: Sequence[Result]) -> "Figure":
+    """Attainment over the rate, a line for each choice of policies; a dotted line down where capacity ends."""
+    figure = kind(figsize=(8, 5), layout="constrained")
+    axes: Axes = figure.subplots()
+    for marker, (policies, rate) in zip(cycle("os^Dvx"), capacities(results).items(), strict=False):
+        line = sorted(
+            (result.scenario.rate or 0.0, result.figures.attainment)
+            for result in results
+            if result.scenario.policies == policies
+        )
+        label = f"{policies} (capacity {_named(rate, line[-1][0])})"
+        (drawn,) = axes.plot(*zip(*line, strict=True), marker=marker, alpha=0.7, label=label)
+        if rate is not None:
+            axes.vlines(rate, 0, WANTED_ATTAINMENT, color=drawn.get_color(), linestyle=":")
+    axes.axhline(WANTED_ATTAINMENT, color="0.5", linewidth=1)
+    axes.set(xlabel="requests per second", ylabel="share that met its objectives", ylim=(0, 1.03))
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _named(rate: float | None, highest: float) -> str:
+    """Where even the highest rate is met, capacity is that or more."""
+    if rate is None:
+        return "below all rates"
+    return f"{'≥ ' if rate == highest else ''}{rate:g}/s"
+
+
+def _timeline(kind: "type[Figure]", result: Result) -> "Figure":
+    """Running and waiting over time, and below them how full the device's KV pool is."""
+    ticks = result.outcome.ticks
+    figure = kind(figsize=(10, 5), layout="constrained")
+    counts, share = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    times = [tick.time for tick in ticks]
+    counts.plot(times, [tick.running for tick in ticks], label="running", color="tab:blue")
+    counts.plot(times, [tick.waiting for tick in ticks], label="waiting", color="tab:orange")
+    counts.set(ylabel="requests", title=result.scenario.name)
+    counts.set_ylim(bottom=0)
+    counts.legend(loc="upper right", fontsize="small")
+    full: list[Any] = [100 * tick.kv_used_blocks / result.kv_blocks for tick in ticks]
+    share.fill_between(times, full, color="tab:green", alpha=0.4)
+    share.set(ylabel="KV held, %", xlabel="virtual seconds", ylim=(0, 101))
+    for axes in (counts, share):
+        axes.grid(alpha=0.3)
+    return figure

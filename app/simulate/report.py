@@ -1,0 +1,117 @@
+"""What came of the scenarios: tables for people, JSON Lines for programs. Charts are charts.py's."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from app.simulate.figures import METRICS, Figures, Objectives, capacity
+from app.simulate.scenario import Scenario
+from engine.simulation import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`wall_seconds`: what the simulation itself took."""
+
+    scenario: Scenario
+    outcome: Outcome
+    figures: Figures
+    kv_blocks: int
+    wall_seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Virtual seconds per second."""
+        return self.outcome.seconds / max(self.wall_seconds, 1e-9)
+
+
+def show(results: Sequence[Result], objectives: Objectives, console: Console) -> None:
+    console.print(_latencies(results))
+    console.print(_accounts(results))
+    if objectives != Objectives():
+        for policies, rate in capacities(results).items():
+            found = "below the lowest rate" if rate is None else f"{rate:g} requests/s"
+            console.print(f"capacity (highest rate with ≥ 90 % attainment), {policies}: {found}")
+
+
+def _latencies(results: Sequence[Result]) -> Table:
+    table = Table("scenario", "metric", "mean", "P50", "P90", "P99", title="latencies")
+    for result in results:
+        for name, spread in result.figures.spreads.items():
+            table.add_row(
+                result.scenario.name, METRICS[name], *(f"{value:.4g}" for value in asdict(spread).values())
+            )
+        table.add_section()
+    return table
+
+
+def _accounts(results: Sequence[Result]) -> Table:
+    heads = ("scenario", "attempted", "refused", "unfinished", "attained", "goodput/s", "tax", "preempted", "hits",
+             "busy", "virtual s", "speed-up", "digest")  # fmt: skip
+    table = Table(*heads, title="accounts")
+    for result in results:
+        found = result.figures
+        table.add_row(
+            result.scenario.name,
+            *(f"{count:,}" for count in (found.attempted, found.refused, found.unfinished)),
+            f"{found.attainment:.1%}",
+            f"{found.goodput:.3g}",
+            f"{found.recompute_tax:.1%}",
+            f"{found.preemptions:,}",
+            f"{found.hit_rate:.1%}",
+            f"{found.busy:.1%}",
+            f"{found.seconds:,.1f}",
+            f"{result.speed:,.0f}",
+            result.outcome.digest[:12],
+        )
+    return table
+
+
+def capacities(results: Iterable[Result]) -> dict[str, float | None]:
+    """By policies, where rates were given."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        if result.scenario.rate is not None:
+            pairs = found.setdefault(result.scenario.policies, [])
+            pairs.append((result.scenario.rate, result.figures.attainment))
+    return {policies: capacity(pairs) for policies, pairs in found.items()}
+
+
+def write_rows(results: Sequence[Result], directory: Path, facts: dict[str, Any]) -> None:
+    """`runs.jsonl` (its first line: what was run), `requests.jsonl`, `ticks.jsonl`; each row names its scenario."""
+    _write(directory / "runs.jsonl", [facts, *(_run(result) for result in results)])
+    for name in ("requests", "ticks"):
+        _write(directory / f"{name}.jsonl", (row for result in results for row in _details(result, name)))
+
+
+def _run(result: Result) -> dict[str, Any]:
+    outcome = result.outcome
+    return {
+        "scenario": result.scenario.name,
+        "settings": result.scenario.settings,
+        "rate": result.scenario.rate,
+        "kv_blocks": result.kv_blocks,
+        **result.figures.row(),
+        "steps": outcome.steps,
+        "computed_tokens": outcome.computed_tokens,
+        "recomputed_tokens": outcome.recomputed_tokens,
+        "copied_bytes": outcome.copied_bytes,
+        "wall_seconds": round(result.wall_seconds, 3),
+        "digest": outcome.digest,
+    }
+
+
+def _details(result: Result, name: str) -> Iterable[dict[str, Any]]:
+    those = result.outcome.served if name == "requests" else result.outcome.ticks
+    return ({"scenario": result.scenario.name, **asdict(each)} for each in those)
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,124 @@
+"""What is simulated: a configuration, a trace and a rate; and the product of what is swept. No running here."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from app.config import Config
+from app.core_config import residency_config, scheduler_config
+from app.workload.drawing import Drawing
+from app.workload.formats import DRAWN
+from app.workload.trace import TraceRequest
+from app.workload.transform import at_rate, clipped, first, retimed, scaled, until
+from engine.core import CoreConfig
+from engine.profile import Profile
+from engine.simulation import EOS
+
+RATE = "rate"
+"""What may be swept beside configuration keys."""
+
+
+class BadSweep(Exception):
+    """A sweep that says nothing; the message shows one that does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`settings`: `section.key=value` over the configuration's own; `rate` None: the trace's."""
+
+    settings: tuple[str, ...] = ()
+    rate: float | None = None
+
+    @property
+    def policies(self) -> str:
+        """What tells it from others at the same rate."""
+        return " ".join(setting.removeprefix("policies.") for setting in self.settings) or "as configured"
+
+    @property
+    def name(self) -> str:
+        return self.policies if self.rate is None else f"{self.policies} @ {self.rate:g}/s"
+
+
+def scenarios(sweeps: Iterable[str], rate: float | None) -> list[Scenario]:
+    """The product of sweeps such as `policies.order=fcfs,hybrid` and `rate=1,2`. Raises BadSweep."""
+    axes = [_axis(sweep) for sweep in sweeps]
+    found = []
+    for values in product(*(values for _, values in axes)):
+        chosen = list(zip((key for key, _ in axes), values, strict=True))
+        settings = tuple(f"{key}={value}" for key, value in chosen if key != RATE)
+        rates = [_rate(value) for key, value in chosen if key == RATE]
+        found.append(Scenario(settings, rates[-1] if rates else rate))
+    return found
+
+
+def _axis(sweep: str) -> tuple[str, list[str]]:
+    key, _, text = sweep.partition("=")
+    values = [value.strip() for value in text.split(",") if value.strip()]
+    if not key or not values or (key != RATE and "." not in key):
+        raise BadSweep(f"--sweep {sweep!r}: wanted is section.key=value,value or rate=number,number")
+    return key, values
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError as error:
+        raise BadSweep(f"--sweep rate: {text!r} is no number") from error
+    if not 0 < rate < float("inf"):
+        raise BadSweep(f"--sweep rate: {text} is no rate")
+    return rate
+
+
+@dataclass(frozen=True, slots=True)
+class Playing:
+    """How a trace is played."""
+
+    form: str  # of the trace file
+    seed: int = 0
+    poisson: bool = False  # new arrivals at the rate, instead of thinning
+    seconds: float | None = None  # sessions that open before
+    requests: int | None = None
+    scale_blocks: int | None = None  # tokens of what was a recorded block
+    clip: bool = False  # to the engine's context
+
+    def drawing(self, rate: float | None) -> Drawing:
+        return Drawing(self.seed, rate, self.seconds or Drawing().seconds)
+
+    def played(self, trace: Sequence[TraceRequest], rate: float | None, context: int) -> list[TraceRequest]:
+        """The trace at a rate, cut and scaled. Raises CannotTransform."""
+        played = list(trace)
+        if rate is not None and self.poisson:
+            played = retimed(played, rate, self.seed)
+        elif rate is not None and self.form not in DRAWN:
+            played = at_rate(played, rate, self.seed)
+        if self.seconds is not None:
+            played = until(played, self.seconds)
+        if self.requests is not None:
+            played = first(played, self.requests)
+        if self.scale_blocks is not None:
+            played = scaled(played, self.scale_blocks)
+        return clipped(played, context) if self.clip else played
+
+
+def for_block_size(profile: Profile, block_size: int) -> Profile:
+    """The same machine with blocks of another size: as many bytes in all."""
+    return replace(
+        profile,
+        block_size=block_size,
+        block_bytes=profile.block_bytes * block_size // profile.block_size,
+        kv_blocks=max(1, profile.kv_blocks * profile.block_size // block_size),
+    )
+
+
+def core_config(config: Config, profile: Profile) -> CoreConfig:
+    """The core as the server would make it on the profile's machine, whose block size is the configuration's."""
+    blocks = config.engine.kv_blocks or profile.kv_blocks
+    host_blocks = config.kvstore.host.bytes // profile.block_bytes
+    residency = residency_config(config, profile.block_bytes, host_blocks)
+    return CoreConfig(
+        scheduler=replace(scheduler_config(config, blocks), residency=residency),
+        model_context=profile.context,
+        max_queue=config.engine.max_queue,
+        max_outstanding=2 if profile.runs_ahead else 1,
+        eos_token_ids=(EOS,),
+    )

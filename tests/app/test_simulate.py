@@ -1,0 +1,182 @@
+"""`sluice simulate`: sweeps, figures by their definitions, rows and charts, and friendly errors."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from app.cli import main
+from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
+from app.simulate.playing import TraceWorkload
+from app.simulate.scenario import BadSweep, Playing, for_block_size, scenarios
+from app.workload.trace import TraceRequest
+from engine.profile import write_profile
+from engine.simulation import Outcome, Served
+from tests.engine.test_simulation import PROFILE
+
+SMALL = ("--set", "kvstore.host.bytes=100000", "--set", "kvstore.disk.bytes=0")
+
+
+def azure(directory: Path, requests: int = 12) -> Path:
+    rows = [f"2023-11-16 18:15:{second:02}.0,{60 + 13 * second},{20 + second}" for second in range(requests)]
+    path = directory / "trace.csv"
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    return path
+
+
+def simulate(directory: Path, *arguments: str) -> int:
+    profile = directory / "profile.json"
+    write_profile(PROFILE, profile)
+    return main(["simulate", "--profile", str(profile), *SMALL, *arguments])
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def served(number: int, first: float, end: float, output: int = 11) -> Served:
+    return Served(number, 10.0, 100, output, first_token=10.0 + first, finished=10.0 + end)
+
+
+def test_latencies_are_as_defined() -> None:
+    times = latencies(served(0, 1.0, 6.0))
+    assert times == pytest.approx({"ttft": 1.0, "e2e": 6.0, "normalised": 6 / 11, "tpot": 0.5})
+    assert latencies(Served(1, 0.0, 10, 0, refused="queue_full")) is None
+    assert "tpot" not in (latencies(served(2, 1.0, 1.0, output=1)) or {})
+
+
+def test_attainment_is_over_all_attempted() -> None:
+    """One meets both objectives, one misses its TPOT, one is refused, one was not done in time."""
+    outcome = Outcome(
+        served=[served(0, 1.0, 2.0), served(1, 1.0, 9.0), Served(2, 0.0, 10, 0, refused="queue_full")],
+        unfinished=1,
+        seconds=20.0,
+        computed_tokens=200,
+        recomputed_tokens=50,
+    )
+    found = figures(outcome, Objectives(ttft=1.5, tpot=0.2))
+    assert (found.attempted, found.refused, found.unfinished) == (4, 1, 1)
+    assert found.attainment == 0.25
+    assert found.goodput == pytest.approx(1 / 20)
+    assert found.recompute_tax == 0.25
+    assert figures(outcome, Objectives()).attainment == 0.5
+    assert figures(Outcome(), Objectives()).spreads == {}
+
+
+def test_percentiles_lie_between_values() -> None:
+    assert percentile([1.0, 2.0, 3.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0], 0.9) == pytest.approx(1.9)
+    assert percentile([5.0], 0.99) == 5.0
+    assert spread([]) is None
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        ([(1.0, 1.0), (2.0, 0.95), (3.0, 0.5)], 2.0),
+        ([(3.0, 0.92), (1.0, 1.0), (2.0, 0.8)], 1.0),
+        ([(1.0, 0.5)], None),
+    ],
+)
+def test_capacity_is_the_highest_rate_below_which_all_meet(
+    pairs: Sequence[tuple[float, float]], wanted: float | None
+) -> None:
+    assert capacity(pairs) == wanted
+
+
+def test_sweeps_make_the_product_of_their_values() -> None:
+    found = scenarios(["policies.order=fcfs,other", "rate=1,2.5"], rate=9.0)
+    assert [each.name for each in found] == [
+        "order=fcfs @ 1/s",
+        "order=fcfs @ 2.5/s",
+        "order=other @ 1/s",
+        "order=other @ 2.5/s",
+    ]
+    (alone,) = scenarios([], rate=9.0)
+    assert (alone.rate, alone.settings) == (9.0, ())
+    for wrong in ("order=fcfs", "rate=fast", "rate=-1", "rate", "policies.order="):
+        with pytest.raises(BadSweep):
+            scenarios([wrong], None)
+
+
+def test_blocks_of_another_size_are_as_many_bytes() -> None:
+    larger = for_block_size(PROFILE, 64)
+    assert larger.block_bytes * larger.kv_blocks == PROFILE.block_bytes * PROFILE.kv_blocks
+    assert larger.block_size == 64
+
+
+def test_a_trace_is_thinned_cut_scaled_and_clipped() -> None:
+    trace = [TraceRequest(n, str(n), n / 10, 512 * 8, 100, ((n * 10, 8),), 512) for n in range(1000)]
+    playing = Playing("mooncake", seconds=50.0, requests=200, scale_blocks=16, clip=True)
+    played = playing.played(trace, rate=5.0, context=100)
+    assert 150 < len(played) <= 200
+    assert {(each.prompt_tokens, each.output_tokens, each.block_size) for each in played} == {(97, 3, 16)}
+    assert max(each.arrival for each in played) < 50.0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_client_that_does_not_know_its_length_asks_for_all_there_is_room_for(known: bool) -> None:
+    workload = TraceWorkload([TraceRequest(0, "a", 0.0, 60, 30)], 100, lengths_known=known)
+    job = workload.job(0)
+    assert job.output_tokens == 30
+    assert job.request.stopping.max_tokens == (30 if known else 40)
+    assert job.request.expected_output_tokens is None
+
+
+def test_a_sweep_writes_rows_and_charts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All requests are served in each run; the same run twice has the same digest."""
+    out = tmp_path / "out"
+    arguments = ["--trace", str(azure(tmp_path)), "--sweep", "policies.eviction=lru,lfu", "--sweep", "rate=1,2",
+                 "--poisson", "--ttft", "1", "--tpot", "0.1", "--out", str(out)]  # fmt: skip
+    assert simulate(tmp_path, *arguments) == 0
+    facts, *runs = rows(out / "runs.jsonl")
+    assert "sluice_simulate" in facts
+    assert len(runs) == 4
+    assert all(run["attempted"] == 12 and run["unfinished"] == 0 for run in runs)
+    assert len(rows(out / "requests.jsonl")) == 48
+    assert rows(out / "ticks.jsonl")
+    assert sorted(path.name for path in out.glob("*.png")) == [
+        "capacity.png", "latency.png", *(f"timeline-{n:02}.png" for n in range(1, 5)),
+    ]  # fmt: skip
+    told = capsys.readouterr().out
+    assert "capacity" in told
+    assert str(runs[0]["digest"])[:12] in told
+    assert simulate(tmp_path, *arguments) == 0
+    assert [run["digest"] for run in rows(out / "runs.jsonl")[1:]] == [run["digest"] for run in runs]
+
+
+def test_without_matplotlib_there_are_rows_and_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "out"
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--out", str(out)) == 0
+    assert "sluice[charts]" in capsys.readouterr().err
+    assert (out / "runs.jsonl").is_file()
+    assert not list(out.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--rate", "50"], "cannot be|can be thinned, not thickened"),
+        (["--poisson"], "give --rate"),
+        (["--sweep", "order=fcfs"], "wanted is section.key"),
+        (["--sweep", "policies.order=fastest"], "policies.order"),
+        (["--set", "kvstore.disk.bytes=10000000", "--profile", "none.json"], "none.json cannot be read"),
+        (["--format", "mooncake"], "trace.csv:1: it is not JSON"),
+    ],
+)
+def test_what_cannot_be_used_is_a_line_and_exit_code_2(
+    arguments: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), *arguments) == 2
+    error = capsys.readouterr().err
+    assert any(part in error for part in why.split("|"))
+    assert "Traceback" not in error
+
+
+def test_the_shipped_profile_loads_and_plays(tmp_path: Path) -> None:
+    assert main(["simulate", "--trace", str(azure(tmp_path)), "--set", "kvstore.disk.bytes=0"]) == 0
