@@ -17,7 +17,7 @@ from typing import Protocol
 
 from engine.core import Core, CoreConfig
 from engine.events import Account, Arrived, Emit, Event, Instruction, Reject, Report, Run, StepDone
-from engine.plan import Plan, Row, StepResult
+from engine.plan import Plan, StepResult
 from engine.profile import Profile
 from engine.request import Finished, Request
 from engine.scheduler import Counts
@@ -129,31 +129,38 @@ class SimulatedRunner:
 
     def __init__(self, max_sequences: int) -> None:
         self._jobs: dict[int, Job] = {}
-        self._slots: list[Job | None] = [None] * max_sequences
+        self._outputs: dict[int, list[int]] = {}
+        self._slots: list[tuple[int, list[int]]] = [(0, [])] * max_sequences  # (prompt's length, output)
 
     def add(self, job: Job) -> None:
         self._jobs[job.number] = job
+        self._outputs[job.number] = _output(job)
 
     def job(self, number: int) -> Job:
         return self._jobs[number]
 
     def remove(self, number: int) -> None:
-        del self._jobs[number]
+        del self._jobs[number], self._outputs[number]
 
     def draw(self, plan: Plan) -> tuple[int, ...]:
         for placement in plan.placements:
-            self._slots[placement.slot] = self._jobs[placement.sampling.seed]
-        return tuple([self._token(row) for row in plan.rows if row.samples])
+            number = placement.sampling.seed
+            self._slots[placement.slot] = len(self._jobs[number].request.prompt), self._outputs[number]
+        slots, tokens = self._slots, []
+        for row in plan.rows:
+            if row.samples:
+                prompt_tokens, output = slots[row.slot]
+                index = row.start + len(row.tokens) - prompt_tokens
+                tokens.append(output[index] if index < len(output) else EOS)
+        return tuple(tokens)
 
-    def _token(self, row: Row) -> int:
-        job = self._slots[row.slot]
-        assert job is not None, f"slot {row.slot} runs, and was never placed"
-        index = row.start + len(row.tokens) - len(job.request.prompt)  # of the output
-        if index + 1 >= job.output_tokens:
-            return EOS
-        return (
-            job.answer[index] if index < len(job.answer) else (job.number * 40503 + index) % VOCABULARY_SIZE
-        )
+
+def _output(job: Job) -> list[int]:
+    """All that it draws: its answer as far as that goes, made-up tokens, and the end."""
+    known = list(job.answer[: job.output_tokens - 1])
+    first = job.number * 40503
+    made_up = [(first + index) % VOCABULARY_SIZE for index in range(len(known), job.output_tokens - 1)]
+    return [*known, *made_up, EOS]
 
 
 class Simulation:

@@ -120,17 +120,18 @@ class _Interpolated:
             for b, weight_b in sides[1] if a else ((0, 1.0),):
                 for c, weight_c in sides[2]:
                     for d, weight_d in sides[3] if c else ((0, 1.0),):
-                        weight = weight_a * weight_b * weight_c * weight_d
-                        if weight and (a or c):
-                            total += weight * self._cell(a, b, c, d)
+                        if a or c:
+                            total += weight_a * weight_b * weight_c * weight_d * self._cell(a, b, c, d)
         return max(0.0, total)
 
     def _side(self, axis: int, value: float) -> tuple[tuple[int, float], ...]:
-        """The two places around a value, with their weights."""
+        """The two places around a value, with their weights; one where the other counts for nothing."""
         places = self._axes[axis]
         index = min(max(bisect_right(places, value), 1), len(places) - 1)
         low, high = places[index - 1], places[index]
         share = (value - low) / (high - low)
+        if share == 0.0:
+            return ((low, 1.0),)
         return ((low, 1.0 - share), (high, share))
 
     def _cell(self, chunk: int, before: int, rows: int, context: int) -> float:
