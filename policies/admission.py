@@ -68,7 +68,9 @@ class Admission:
     """Admits while the predicted peak stays within the pool.
 
     `risk`: each is taken to run as long as it does with probability 1 − risk. The sum of many is steadier than each
-    of them, so 0.5 is not reckless; 0 is max_tokens, and nothing is ever preempted for want of blocks.
+    of them, so 0.5 is not reckless; 0 is max_tokens, and nothing is ever preempted for want of blocks; with 1 nothing
+    is foreseen, and whoever fits now is admitted. `wait_steps`: one who lacks a block sits out so many steps, at most,
+    while somebody else is expected to end within them, before a victim is looked for.
 
     Assumes one token a step for all, and lengths that are independent; blocks shared by several sequences count for
     each of them, so give `blocks` as the pool and what is counted more than once. Ties: none. Worst case: all run
@@ -77,10 +79,13 @@ class Admission:
     """
 
     risk: float = 0.3
+    wait_steps: int = 4
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.risk < 1.0:
-            raise ValueError("risk must be at least 0 and less than 1")
+        if not 0.0 <= self.risk <= 1.0:
+            raise ValueError("risk must be at least 0 and at most 1")
+        if self.wait_steps < 0:
+            raise ValueError("wait_steps must not be negative")
 
     def room(
         self, running: Iterable[SequenceView], predictor: Predictor, block_size: int, blocks: int
@@ -101,14 +106,14 @@ class Room:
         blocks: int,
     ) -> None:
         self._running = [(view, view.held_blocks) for view in running]
-        self._quantile = 1.0 - admission.risk
+        self._quantile = 1.0 - admission.risk  # 0: nothing is foreseen
         self._predictor, self._block_size, self._blocks = predictor, block_size, blocks
         self._most = sum(self._most_of(view, held) for view, held in self._running)
         self._outlook: Outlook | None = None
 
     def fits(self, view: SequenceView, held: int) -> bool:
         """Whether the peak stays within the pool if `view`, holding `held` blocks at once, runs too."""
-        if not self._running or self._most + self._most_of(view, held) <= self._blocks:
+        if not self._running or not self._quantile or self._most + self._most_of(view, held) <= self._blocks:
             return True
         if self._outlook is None:
             self._outlook = Outlook(

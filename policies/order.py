@@ -12,12 +12,16 @@ and one more step may be under way). The docstrings say what holds without it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from policies.views import SequenceView
 
 
 class Order(Protocol):
+    """One whose keys grow with a tenant's service has an attribute `by_tenant = True`: the line then ranks the tenants
+    by their first ones, and the others behind these by arrival.
+    """
+
     def __call__(self, view: SequenceView, /) -> tuple[float, ...]:
         """Its key. All keys of one order have the same length."""
 
@@ -160,8 +164,10 @@ class Fair(_Patient):
     "Fairness in Serving Large Language Models", OSDI'24.
     """
 
+    by_tenant: ClassVar[bool] = True
+
     def __call__(self, view: SequenceView, /) -> tuple[float, ...]:
-        return (view.tenant_service, view.arrived)
+        return (view.tenant_service, view.number)
 
 
 @dataclass(frozen=True)

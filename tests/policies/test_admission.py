@@ -93,7 +93,7 @@ class TestAdmission:
         assert smallest_pool(0.5) < smallest_pool(0.3) < smallest_pool(0.0)
         assert smallest_pool(0.0) == pytest.approx(11 * (4 + 1000), abs=10)
 
-    @pytest.mark.parametrize("risk", [-0.1, 1.0, float("nan")])
+    @pytest.mark.parametrize("risk", [-0.1, 1.1, float("nan")])
     def test_a_risk_that_makes_no_sense_is_refused(self, risk: float) -> None:
         with pytest.raises(ValueError, match="risk must be"):
             Admission(risk)

@@ -1,0 +1,204 @@
+"""What it costs that a sequence gives its blocks up and comes back, by each way there is. Pure arithmetic.
+
+The one `price` that both choose by: which way a waiter comes back (policies/resume.py), and which running sequence is
+to give up its blocks (policies/preemption.py). Seconds come from a cost model (policies/cost.py).
+
+    price = delay of this sequence × its weight + device seconds × the weights of those running
+
+Recompute takes the device from everyone who runs; a reload mostly delays the one that waits for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+RELOAD = "reload"
+RECOMPUTE = "recompute"
+SPLIT = "split"
+
+
+class StepCosts(Protocol):
+    """Seconds of steps, as a cost model predicts them: policies/cost.py has the one that is fitted."""
+
+    def recompute_seconds(
+        self, cached: int, count: int, chunk: int, decode_rows: int = 0, decode_context: int = 0
+    ) -> float:
+        """Until `count` positions after `cached` are computed, in chunks, beside rows that decode."""
+
+    def added_seconds(self, cached: int, count: int) -> float:
+        """What these positions add to steps that run anyway."""
+
+
+class CopyCosts(Protocol):
+    """Seconds of copies between tiers."""
+
+    def seconds(self, source: str, target: str, size: int) -> float:
+        """Of one copy of `size` bytes, from the moment a thread takes it up."""
+
+    def reload_seconds(self, source: str, size: int, copy_bytes: int, ahead_bytes: int = 0) -> float:
+        """To the device, in copies of `copy_bytes`, behind what is queued there already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What goes on beside the sequence that is priced."""
+
+    steps: StepCosts
+    copies: CopyCosts
+    block_tokens: int
+    block_bytes: int
+    copy_bytes: int  # most of one copy
+    chunk: int  # tokens that a step has for it
+    decode_rows: int = 0
+    decode_context: int = 0
+    running_weight: float = 0.0  # of all that run beside it
+    ahead_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier: what is queued to come from there
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a sequence's KV is, or will be when it comes back. Positions count from the beginning of its tokens."""
+
+    device_tokens: int  # on the device already, or still
+    below: tuple[tuple[str, int], ...]  # what follows these: (tier, blocks), in order
+    below_tokens: int  # positions in those blocks
+    total: int  # positions that it must have to go on
+
+    @property
+    def below_blocks(self) -> int:
+        return sum(blocks for _, blocks in self.below)
+
+    @property
+    def reloadable(self) -> int:
+        """Positions that need not be computed."""
+        return self.device_tokens + self.below_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way back. Of the blocks below the device those from `first_fetched` on are loaded, the rest are computed."""
+
+    name: str
+    first_fetched: int
+    seconds: float  # until all positions are there
+    device_seconds: float  # of computing, taken from everyone
+    price: float  # weighted seconds
+
+
+def ways(standing: Standing, weight: float, situation: Situation, enabled: Sequence[str]) -> list[Way]:
+    """The enabled ways that are possible, at least one: recompute is what is left when nothing can be loaded."""
+    found = []
+    if RELOAD in enabled and standing.below_blocks:
+        found.append(reload(standing, weight, situation))
+    if SPLIT in enabled and standing.below_blocks > 1:
+        found.append(split(standing, weight, situation))
+    if RECOMPUTE in enabled or not found:
+        found.append(recompute(standing, weight, situation))
+    return found
+
+
+def recompute(standing: Standing, weight: float, situation: Situation) -> Way:
+    seconds, device = _computing(standing.device_tokens, standing.total, situation)
+    return Way(RECOMPUTE, standing.below_blocks, seconds, device, _price(seconds, device, weight, situation))
+
+
+def reload(standing: Standing, weight: float, situation: Situation) -> Way:
+    """Loads all there is, then computes what no tier has."""
+    rest, device = _computing(standing.reloadable, standing.total, situation)
+    seconds = _loading(standing, 0, situation) + rest
+    return Way(RELOAD, 0, seconds, device, _price(seconds, device, weight, situation))
+
+
+def split(standing: Standing, weight: float, situation: Situation) -> Way:
+    """Computes the head while the rest loads, from the block on where both end together; at least a block each."""
+    low, high = 1, standing.below_blocks - 1
+    while (
+        low < high
+    ):  # computing grows with the head, loading falls: the first head that takes longer to compute
+        middle = (low + high) // 2
+        if _head(standing, middle, situation)[0] < _loading(standing, middle, situation):
+            low = middle + 1
+        else:
+            high = middle
+    return min(
+        (_split_at(standing, blocks, weight, situation) for blocks in {max(1, low - 1), low}),
+        key=lambda way: (way.price, way.first_fetched),
+    )
+
+
+def _split_at(standing: Standing, blocks: int, weight: float, situation: Situation) -> Way:
+    head, head_device = _head(standing, blocks, situation)
+    rest, rest_device = _computing(standing.reloadable, standing.total, situation)
+    seconds = max(head, _loading(standing, blocks, situation)) + rest
+    device = head_device + rest_device
+    return Way(SPLIT, blocks, seconds, device, _price(seconds, device, weight, situation))
+
+
+def _head(standing: Standing, blocks: int, situation: Situation) -> tuple[float, float]:
+    end = standing.device_tokens + blocks * situation.block_tokens
+    return _computing(standing.device_tokens, end, situation)
+
+
+def _computing(start: int, end: int, situation: Situation) -> tuple[float, float]:
+    """(seconds until positions start … end are computed among those that run, device seconds that they add)."""
+    if end <= start:
+        return 0.0, 0.0
+    steps = situation.steps
+    return steps.recompute_seconds(
+        start, end - start, situation.chunk, situation.decode_rows, situation.decode_context
+    ), steps.added_seconds(start, end - start)
+
+
+def _loading(standing: Standing, skipped: int, situation: Situation) -> float:
+    """Seconds until all blocks but the first `skipped` are there. Each tier has its own queue, beside the others'."""
+    sizes: dict[str, int] = {}
+    for tier, blocks in standing.below:
+        taken = max(0, blocks - skipped)
+        skipped = max(0, skipped - blocks)
+        sizes[tier] = sizes.get(tier, 0) + taken * situation.block_bytes
+    return max(
+        (
+            situation.copies.reload_seconds(
+                tier, size, situation.copy_bytes, situation.ahead_bytes.get(tier, 0)
+            )
+            for tier, size in sizes.items()
+            if size
+        ),
+        default=0.0,
+    )
+
+
+def _price(seconds: float, device_seconds: float, weight: float, situation: Situation) -> float:
+    return seconds * weight + device_seconds * situation.running_weight
+
+
+# --- giving up ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stake:
+    """What a running sequence has at stake, should it be the victim."""
+
+    standing: Standing  # as it will be when it comes back
+    frees: int  # blocks that only it holds: what the others get
+    unsaved_blocks: int  # to be written down before they are free
+    survival: float  # chance that what is saved is still there then, 0 … 1
+    preemptions: int  # it has suffered before
+    save_tier: str  # where it would be saved; "" where nothing is
+
+
+def price(stake: Stake, weight: float, situation: Situation, enabled: Sequence[str]) -> float:
+    """Weighted seconds per block freed; infinite where none is. Each preemption suffered raises it, so thrash ends.
+
+    Ways that load count as far as what is saved survives; where it does not, all is computed again.
+    """
+    if not stake.frees:
+        return float("inf")
+    best = min(way.price for way in ways(stake.standing, weight, situation, enabled))
+    if stake.survival < 1.0:
+        lost = recompute(stake.standing, weight, situation).price
+        best = min(lost, stake.survival * best + (1.0 - stake.survival) * lost)
+    if stake.save_tier and stake.unsaved_blocks:
+        size = stake.unsaved_blocks * situation.block_bytes
+        best += situation.copies.seconds("device", stake.save_tier, size)
+    return best * (1 + stake.preemptions) / stake.frees
