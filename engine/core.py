@@ -16,6 +16,7 @@ from engine.events import (
     Emit,
     Event,
     Instruction,
+    PoliciesChanged,
     Preempted,
     Pruned,
     Reject,
@@ -24,6 +25,7 @@ from engine.events import (
     StepDone,
 )
 from engine.plan import Logprob, Plan, StepResult
+from engine.policy_set import Catalog
 from engine.request import Delta, FinishReason, Request
 from engine.scheduler import Scheduled, Scheduler, SchedulerConfig
 from engine.sequence import Sequence, State
@@ -53,19 +55,23 @@ class Outstanding:
 
     scheduled: Scheduled
     epochs: list[int]
+    told: float
 
 
 class Core:
-    """`vocabulary`: the bytes of each token id, empty for special tokens."""
+    """`vocabulary`: the bytes of each token id, empty for special tokens. `catalog`: of policies; None: ours alone."""
 
-    def __init__(self, config: CoreConfig, vocabulary: tuple[bytes, ...]) -> None:
+    def __init__(
+        self, config: CoreConfig, vocabulary: tuple[bytes, ...], catalog: Catalog | None = None
+    ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config.scheduler)
+        self.scheduler = Scheduler(config.scheduler, catalog)
         self.sequences: dict[str, list[Sequence]] = {}  # unfinished ones, by request
         self._vocabulary = vocabulary
         self._outstanding: deque[Outstanding] = deque()
         self._arrivals = 0
         self._steps = 0
+        self._step_ended = float("-inf")
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Changes the state by one event at time `now` (seconds, never falling). A next step comes first."""
@@ -86,10 +92,13 @@ class Core:
             case CopyDone():
                 self.scheduler.copied(event, now)
             case TierDown(tier):
-                self.scheduler.tier_down(tier)
+                self.scheduler.tier_down(tier, now)
             case TierUp():
                 self.scheduler.residency.tier_up(event, now)
-        return [*self._next_steps(now), *news, *self.scheduler.residency.take(now)]
+            case PoliciesChanged(names):
+                self.scheduler.use(dict(names))
+        steps = list(self._next_steps(now))
+        return [*steps, *news, *self.scheduler.residency.take(now), *self.scheduler.take_news()]
 
     # --- requests come and go -------------------------------------------------------------------------------------
 
@@ -152,7 +161,7 @@ class Core:
     def _preempted(self, request_id: str, now: float) -> None:
         for sequence in self.sequences.get(request_id, ()):
             if sequence.state is State.RUNNING:
-                self.scheduler.preempt(sequence, now)
+                self.scheduler.preempt(sequence, now, by="operator")
 
     def _pruned(self, tier: str, blocks: int, now: float) -> None:
         if tier == DEVICE:
@@ -169,13 +178,15 @@ class Core:
             scheduled = self.scheduler.schedule(now, self._steps if self._outstanding else 0)
             if scheduled is None:
                 return
-            self._outstanding.append(Outstanding(scheduled, [s.epoch for s in scheduled.sequences]))
+            self._outstanding.append(Outstanding(scheduled, [s.epoch for s in scheduled.sequences], now))
             self._steps += 1
             yield Run(Plan(self._steps, tuple(scheduled.placements), tuple(scheduled.rows)))
 
     def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
         """Commits a step row by row. Rows of sequences that lost their place meanwhile are void."""
         step = self._outstanding.popleft()
+        self.scheduler.step_done(step.scheduled, now - max(step.told, self._step_ended))
+        self._step_ended = now
         news: list[Instruction] = []
         kept = 0
         drawn = zip(result.tokens, result.logprobs, strict=True)
@@ -200,6 +211,7 @@ class Core:
         """One more token of a sequence: its text, and whether it is the last."""
         stopping = sequence.request.stopping
         sequence.token_times.append(now)
+        self.scheduler.drawn(sequence)
         heeds_stops = sequence.output_tokens > stopping.min_tokens
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
@@ -224,7 +236,8 @@ class Core:
         return [Emit(sequence.request.id, delta), *self._retire(sequence, reason, now)]
 
     def _retire(self, sequence: Sequence, reason: FinishReason, now: float) -> list[Instruction]:
-        self.scheduler.retire(sequence, now)
+        by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        self.scheduler.retire(sequence, now, by_itself=by_itself)
         siblings = self.sequences[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:

@@ -18,21 +18,27 @@ from engine.events import (
     Arrived,
     Cancelled,
     Damaged,
+    Decided,
     Emit,
     Event,
     Instruction,
+    PoliciesChanged,
+    PolicyFailed,
     Preempted,
     Pruned,
     Reject,
     Report,
+    Resumed,
     Run,
     StepDone,
 )
 from engine.plan import StepResult
+from engine.policy_set import FAMILIES
 from engine.records import CopyRecord
 from engine.request import EngineDead, Finished, QueueFull, Refused, Request
 from engine.sequence import Sequence, State
 from engine.stream import Stream
+from engine.timeline import Timelines
 from engine.worker import Worker
 from kvstore.copies import DEVICE, Copy, CopyDone, Drop, TierDown, TierUp
 
@@ -53,6 +59,8 @@ class StepRecord:
     sampled_tokens: int
     prompt_tokens: int  # of requests first admitted
     preemptions: int
+    preemptions_by: Mapping[str, int]  # by the victim policy, or "displaced", "operator"
+    promotions: Mapping[str, int]  # by reason
     resumptions: Mapping[tuple[str, str], int]  # by way, and the lowest tier that they took from
     prefix_queries: int  # tokens looked up in all tiers
     prefix_hits: int  # tokens found there
@@ -103,6 +111,9 @@ class Engine:
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finished: list[Callable[[Finished], None]] = []
         self.on_copy: list[Callable[[CopyRecord], None]] = []
+        self.on_resumed: list[Callable[[Resumed], None]] = []
+        self.on_policy_failed: list[Callable[[PolicyFailed], None]] = []
+        self.timelines = Timelines()
         self.on_tier: list[Callable[[str, bool, str], None]] = []  # (tier, up, reason)
         self.draining = False
         self._worker = worker
@@ -111,6 +122,7 @@ class Engine:
         self._held_copies: list[Copy] = []  # these wait for a step to end
         self._loading: dict[str, Iterator[TierUp]] = {}  # what tiers hold, as far as not fed yet
         self._clock = clock
+        self._now = clock()  # of the event being handled
         self._recorder = recorder
         self._streams: dict[str, Stream] = {}
         self._loop = asyncio.get_running_loop()
@@ -185,6 +197,11 @@ class Engine:
         self._feed(Preempted(request_id))
         return True
 
+    def use_policies(self, names: Mapping[str, str]) -> None:
+        """Other policies decide from now on, by family: names of those loaded at start."""
+        if self.failure is None:
+            self._feed(PoliciesChanged(tuple(sorted(names.items()))))
+
     def prune(self, tier: str, blocks: int) -> int:
         """Shrinks a tier to `blocks` by the eviction policy; 0 forgets all that is idle. Returns how many left."""
         before = self._blocks_in(tier)
@@ -228,9 +245,7 @@ class Engine:
             "tiers": self._tiers(),
             "copies": scheduler.residency.copying,
             "policies": {
-                "order": scheduler.config.order,
-                "victim": scheduler.config.victim,
-                "resume": scheduler.config.resume,
+                **{family: getattr(scheduler.policy_config, family) for family in FAMILIES},
                 "eviction": scheduler.config.residency.eviction,
                 "placement": scheduler.config.residency.placement,
             },
@@ -268,7 +283,7 @@ class Engine:
     # --- events in, instructions out ------------------------------------------------------------------------------
 
     def _feed(self, event: Event) -> list[Instruction]:
-        now = self._clock()
+        now = self._now = self._clock()
         try:
             instructions = self._handle(event, now)
             for instruction in instructions:
@@ -300,6 +315,14 @@ class Engine:
                 self._account(instruction)
             case Reject():
                 pass  # submit() raises it
+            case Decided(request_id, choice, decision):
+                self.timelines.note(request_id, choice, decision, self._now)
+            case Resumed():
+                for observe in self.on_resumed:
+                    observe(instruction)
+            case PolicyFailed():
+                for observe_failure in self.on_policy_failed:
+                    observe_failure(instruction)
             case Copy():
                 self._start_copy(instruction)
             case Drop():
@@ -354,6 +377,8 @@ class Engine:
             sampled_tokens=account.sampled_tokens,
             prompt_tokens=now.prompt_tokens - before.prompt_tokens,
             preemptions=now.preemptions - before.preemptions,
+            preemptions_by=now.preemptions_by - before.preemptions_by,
+            promotions=now.promotions - before.promotions,
             resumptions=now.resumptions - before.resumptions,
             prefix_queries=now.prefix_queries - before.prefix_queries,
             prefix_hits=now.prefix_hits - before.prefix_hits,

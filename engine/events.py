@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from engine.plan import Plan, StepResult
 from engine.request import Delta, Finished, Request
 from kvstore.copies import Copy, CopyDone, Drop, TierDown, TierUp
+from policies.decisions import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,25 @@ class Damaged:
     keys: tuple[bytes, ...]
 
 
-Event = Arrived | Cancelled | StepDone | Preempted | Pruned | Damaged | CopyDone | TierDown | TierUp
+@dataclass(frozen=True, slots=True)
+class PoliciesChanged:
+    """An operator wants other policies: (family, name) each, of those that were loaded at start."""
+
+    names: tuple[tuple[str, str], ...]
+
+
+Event = (
+    Arrived
+    | Cancelled
+    | StepDone
+    | Preempted
+    | Pruned
+    | Damaged
+    | PoliciesChanged
+    | CopyDone
+    | TierDown
+    | TierUp
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +125,34 @@ class Account:
     gil_seconds: float
 
 
-Instruction = Run | Emit | Reject | Report | Account | Copy | Drop
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Why something happens to a sequence: for its timeline."""
+
+    request_id: str
+    choice: int
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A preempted sequence has all its KV on the device again. `tier`: the lowest that it took from."""
+
+    request_id: str
+    way: str
+    tier: str
+    predicted_seconds: float
+    actual_seconds: float
+    regret_seconds: float | None  # actual − the best predicted alternative; None: there was no other way
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFailed:
+    """A plug-in raised or returned nonsense; the plainest policy of its family decided in its place."""
+
+    family: str
+    name: str
+    what: str
+
+
+Instruction = Run | Emit | Reject | Report | Account | Decided | Resumed | PolicyFailed | Copy | Drop

@@ -16,12 +16,23 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
 from engine.core import Core, CoreConfig
-from engine.events import Arrived, Cancelled, Damaged, Event, Instruction, Preempted, Pruned, StepDone
+from engine.events import (
+    Arrived,
+    Cancelled,
+    Damaged,
+    Event,
+    Instruction,
+    PoliciesChanged,
+    Preempted,
+    Pruned,
+    StepDone,
+)
+from engine.policy_set import Catalog
 from kvstore.copies import CopyDone, Place, TierDown, TierUp
 
 EVENTS: dict[str, TypeAdapter[Any]] = {
     kind.__name__: TypeAdapter(kind)
-    for kind in (Arrived, Cancelled, StepDone, Preempted, Pruned, CopyDone, TierDown)
+    for kind in (Arrived, Cancelled, StepDone, Preempted, Pruned, PoliciesChanged, CopyDone, TierDown)
 }
 CONFIG = TypeAdapter(CoreConfig)
 VERSION = 3
@@ -45,11 +56,14 @@ def line(now: float, event: Event, instructions: list[Instruction]) -> bytes:
     return to_json([now, type(event).__name__, event, told], bytes_mode="hex")
 
 
-def replay(path: Path, vocabulary: tuple[bytes, ...]) -> int:
-    """Feeds a recording's events to a fresh core. Returns how many agreed, byte for byte; raises Difference."""
+def replay(path: Path, vocabulary: tuple[bytes, ...], catalog: Catalog | None = None) -> int:
+    """Feeds a recording's events to a fresh core. Returns how many agreed, byte for byte; raises Difference.
+
+    `catalog`: with the plug-ins of the recorded run, if it had any.
+    """
     with path.open("rb") as file:
         lines = (raw.rstrip(b"\n") for raw in file)
-        core = Core(_config(next(lines, b"")), vocabulary)
+        core = Core(_config(next(lines, b"")), vocabulary, catalog)
         count = 0
         for count, (recorded, now, event) in enumerate(_events(lines), 1):
             if (given := line(now, event, core.handle(event, now))) != recorded:

@@ -1,32 +1,45 @@
 """Who computes what in the next step: grow → preempt → admit → build. Pure; no clock but the `now` it is given.
 
-Decides with the policies of the configuration; owns the running list and the runner's slots. Where blocks are, and what
-is copied, is the residency's; the line of waiters is waiting.py's; what happens to tokens is core.py's.
+Asks the policies in force; owns the running list and the runner's slots. How a waiter's KV is found and comes in is
+resumption.py's; where blocks are, and what is copied, is the residency's; the line of waiters is waiting.py's; prices
+are valuation.py's; what happens to tokens is core.py's.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from heapq import nsmallest
 
 from engine.checkpoint import CheckpointConfig, Checkpoints
+from engine.events import Decided, PolicyFailed, Resumed
+from engine.intake import Intake
+from engine.places import Places
 from engine.plan import Placement, Row
-from engine.resumption import Load, Loads, Match
+from engine.policy_set import Catalog, PolicyConfig
+from engine.resumption import Match, lowest_tier
 from engine.sequence import Sequence, State
+from engine.tenants import Tenants
+from engine.valuation import Offer, Valuation, Work, work_of
 from engine.waiting import WaitingLine
-from kvstore.block import Key
-from kvstore.copies import DEVICE, DISK, HOST, CopyDone
+from kvstore.copies import CopyDone
 from kvstore.device import DevicePool
 from kvstore.residency import Residency, ResidencyConfig
-from kvstore.shelf import Entry
-from policies.order import ORDERS
-from policies.preemption import VICTIMS
-from policies.resume import RECOMPUTE, RELOAD
+from policies.admission import Room
+from policies.cost import CopySample, CostModel, StepSample
+from policies.decisions import Alternative, Decision, Kind
+from policies.pricing import Way
 
 PASSED_OVER = 32
 """Waiters that one step passes over, at most, because their next block is being computed: each costs a look-up."""
 
 PREFETCHED = 4
-"""Waiters at the head of the line whose blocks are brought up from the disk while they wait."""
+"""Waiters at the head of the line that are looked up anew, and whose blocks are brought up from the disk meanwhile."""
+
+NAMED = 4
+"""Alternatives that a decision names, at most."""
+
+PREDICTED_ANEW = 16
+"""Tokens after which a running sequence's remaining length is predicted again; between, each token is one less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +48,28 @@ class SchedulerConfig:
     blocks: int  # of the device pool
     max_batch_tokens: int  # the token budget of a step
     max_sequences: int  # running at once
-    order: str = "fcfs"
-    victim: str = "last_admitted"
-    resume: str = RELOAD
+    policies: PolicyConfig = field(default_factory=PolicyConfig)
+    block_bytes: int = 0  # of one block, all layers
+    calibration: tuple[StepSample | CopySample, ...] = ()  # what the cost model knows before the first step
     residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(slots=True)
+class Draft:
+    """The step being made: who gets how many tokens, and what is left of the budget."""
+
+    budget: int
+    shares: dict[Sequence, int] = field(default_factory=dict)
+    placed: list[Sequence] = field(default_factory=list)  # those that are new on the device
+    room: Room | None = None  # what is foreseen of the pool; None: not asked yet, or no longer true
+
+    def give(self, sequence: Sequence, count: int) -> None:
+        self.shares[sequence] = count
+        self.budget -= count
+
+    def take_back(self, sequence: Sequence) -> None:
+        self.budget += self.shares.pop(sequence, 0)
 
 
 @dataclass(slots=True)
@@ -50,6 +80,7 @@ class Scheduled:
     rows: list[Row]
     sequences: list[Sequence]
     recomputed_tokens: int
+    work: Work
 
 
 @dataclass(slots=True)
@@ -61,32 +92,70 @@ class Counts:
     prefix_queries: int = 0  # tokens looked up in the tiers, and of these …
     prefix_hits: int = 0  # … found, both at first admissions alone
     reload_failures: int = 0
+    preemptions_by: Counter[str] = field(
+        default_factory=Counter
+    )  # by the victim policy, or "displaced", "operator"
+    promotions: Counter[str] = field(default_factory=Counter)  # by reason
     hit_tokens: Counter[str] = field(default_factory=Counter)  # by tier, at every admission
     resumptions: Counter[tuple[str, str]] = field(
         default_factory=Counter
     )  # by way, and the lowest tier it took from
 
     def copy(self) -> "Counts":
-        return replace(self, hit_tokens=self.hit_tokens.copy(), resumptions=self.resumptions.copy())
+        return replace(
+            self,
+            preemptions_by=self.preemptions_by.copy(),
+            promotions=self.promotions.copy(),
+            hit_tokens=self.hit_tokens.copy(),
+            resumptions=self.resumptions.copy(),
+        )
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, catalog: Catalog | None = None) -> None:
         self.config = config
-        self.pool = DevicePool(config.blocks)
-        self.residency = Residency(self.pool, config.residency)
-        self.running: list[Sequence] = []
-        self.loading: list[Sequence] = []  # blocks and slot reserved, fetches under way or just over
+        self.policy_config = config.policies
         self.counts = Counts()
-        self._victim = VICTIMS[config.victim]
-        self._order = ORDERS[config.order]()
-        self._line = WaitingLine(self._order)
+        self._places = Places(config.blocks, config.max_sequences, config.block_size)
+        self.residency = Residency(self.pool, config.residency)
+        self.valuation = Valuation(
+            CostModel.calibrated(config.calibration),
+            self.residency,
+            block_size=config.block_size,
+            block_bytes=config.block_bytes,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        self._intake = Intake(self._places, self.residency, self.valuation, self._decide)
         self._checkpoints = Checkpoints(self.residency, config.block_size, config.checkpoint)
-        self._loads = Loads(self.residency)
-        self._loaded: list[Load] = []  # complete, not yet started
-        self._slots = list(range(config.max_sequences - 1, -1, -1))
+        self._catalog = catalog or Catalog()
+        self._policies = self._catalog.make(config.policies, self._policy_failed)
+        self._intake.use(self._policies.resume, config.policies.resume)
+        self._line = WaitingLine(self._policies.order, self._policies.promotion)
+        self._tenants = Tenants()
         self._admissions = 0
-        self._computing: dict[Key, Sequence] = {}  # who is about to cache which block on the device
+        self._served = 0  # tokens computed for anybody
+        self._news: list[Decided | PolicyFailed] = []
+
+    @property
+    def pool(self) -> DevicePool:
+        return self._places.pool
+
+    @property
+    def running(self) -> list[Sequence]:
+        return self._places.running
+
+    @property
+    def loading(self) -> list[Sequence]:
+        """Their blocks and slots are reserved, and fetches under way or just over."""
+        return self._places.loading
+
+    def use(self, names: Mapping[str, str]) -> None:
+        """Other policies decide from now on, by family."""
+        config = self.policy_config.having(names)
+        self._policies = self._catalog.make(config, self._policy_failed)
+        self.policy_config = config
+        self._intake.use(self._policies.resume, config.resume)
+        self._line.use(self._policies.order, self._policies.promotion)
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -95,160 +164,217 @@ class Scheduler:
 
         `outstanding_step`: the last one told and not done, whose rows may still write to blocks given up since.
         """
-        shares: dict[Sequence, int] = {}
-        budget = self._grow(shares, now)
-        placed = self._start_loaded(shares, budget, now)
-        budget -= sum(shares[sequence] for sequence in placed)
-        placed += self._admit(shares, budget, outstanding_step, now)
-        return self._build(shares, placed) if shares else None
+        draft = Draft(self.config.max_batch_tokens)
+        for sequence in self._line.promote(now, self._served):
+            self._promoted(sequence, now)
+        self._grow(draft, now)
+        self._start_loaded(draft, now)
+        self._admit(draft, outstanding_step, now)
+        self._prefetch(now)
+        return self._build(draft) if draft.shares else None
 
-    def _grow(self, shares: dict[Sequence, int], now: float) -> int:
-        """Gives the running their tokens, those in decode first, preempting where blocks run out.
+    def _promoted(self, sequence: Sequence, now: float) -> None:
+        self.counts.promotions[sequence.promoted] += 1
+        waited = now - sequence.waiting_since
+        reason = f"{waited:.3f} s and {self._served - sequence.served_before} tokens of service waited"
+        self._decide(sequence, Decision(Kind.PROMOTED, "promotion", sequence.promoted, reason, waited))
 
-        Returns the budget left for newcomers: none after a preemption.
-        """
-        budget, preempted = self.config.max_batch_tokens, False
-        for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, self._order(s))):
-            count = min(sequence.remaining, budget)
+    # --- grow, and preempt ----------------------------------------------------------------------------------------
+
+    def _grow(self, draft: Draft, now: float) -> None:
+        """Gives the running their tokens: all of them where that fits, else in order, preempting for blocks."""
+        wanted = [(sequence, count) for sequence in self.running if (count := sequence.remaining) > 0]
+        missing = sum(self._places.missing_blocks(sequence, count) for sequence, count in wanted)
+        if missing <= self.pool.available and sum(count for _, count in wanted) <= draft.budget:
+            for sequence, count in wanted:
+                self._give(draft, sequence, count)
+        else:
+            self._grow_in_order(draft, [sequence for sequence, _ in wanted], now)
+
+    def _grow_in_order(self, draft: Draft, wanting: list[Sequence], now: float) -> None:
+        """Those in decode first. After a preemption there is nothing for newcomers."""
+        preempted = False
+        for sequence in sorted(wanting, key=self._rank):
+            count = min(sequence.remaining, draft.budget)
             if count <= 0 or sequence.state is not State.RUNNING:
                 continue
-            while (missing := self._missing_blocks(sequence, count)) > self.pool.available:
+            while (missing := self._places.missing_blocks(sequence, count)) > self.pool.available:
                 if missing <= self.pool.available + self.residency.leaving:
                     break  # enough is on its way out: it sits this step out
-                victim = self._choose_victim()
+                if self._may_wait(sequence, draft):
+                    break
+                victim = self._preempt_for(sequence, missing, now)
+                draft.take_back(victim)
                 preempted = True
-                budget += shares.pop(victim, 0)
-                self.preempt(victim, now)
                 if victim is sequence:
                     break
             else:
-                sequence.table += self.pool.allocate(missing)
-                shares[sequence] = count
-                budget -= count
-        return 0 if preempted else budget
+                self._give(draft, sequence, count)
+        if preempted:
+            draft.budget = 0
 
-    def _missing_blocks(self, sequence: Sequence, count: int) -> int:
-        return max(0, -(-(sequence.scheduled + count) // self.config.block_size) - len(sequence.table))
+    def _rank(self, sequence: Sequence) -> tuple[bool, bool, tuple[float, ...], int]:
+        key = self._policies.order(sequence)
+        return (sequence.remaining > 1, not sequence.promoted, key, sequence.number)
 
-    def _choose_victim(self) -> Sequence:
-        victim = self._victim(self.running)
-        assert isinstance(victim, Sequence)
+    def _give(self, draft: Draft, sequence: Sequence, count: int) -> None:
+        self._places.grow(sequence, count)
+        draft.give(sequence, count)
+
+    def _may_wait(self, sequence: Sequence, draft: Draft) -> bool:
+        """Whether it had better sit this step out: one of those who go on is expected to end very soon.
+
+        Only while others go on, and for so many steps: a prediction that does not come true must stop nobody.
+        """
+        most = self._policies.admission.wait_steps
+        rounds = min(
+            (s.expected_remaining_tokens for s in draft.shares if not s.head_end), default=most + 1.0
+        )
+        if sequence.waits + rounds > most:
+            return False
+        sequence.waits += 1
+        if sequence.waits == 1:
+            reason = f"no block is free, but a sequence is expected to end in {rounds:.0f} steps"
+            self._decide(sequence, Decision(Kind.SPARED, "admission", "wait", reason))
+        return True
+
+    def _preempt_for(self, sequence: Sequence, missing: int, now: float) -> Sequence:
+        """Preempts whom the victim policy names: promoted ones only when there is nobody else."""
+        candidates = [s for s in self.running if not s.promoted] or self.running
+        victim, alternatives = self._choose_victim(candidates)
+        reason = f"{missing} blocks were missing for {sequence.request.id}"
+        self._explain_preemption(victim, self.policy_config.victim, reason, alternatives)
+        self.preempt(victim, now, by=self.policy_config.victim)
         return victim
 
-    def preempt(self, sequence: Sequence, now: float) -> None:
-        """A running sequence gives up its place: nothing of it stays but its snapshot, and it waits again."""
-        computed_in_the_end = sequence.scheduled  # void or not, the rows under way are computed
-        sequence.computed_before = max(sequence.computed_before, computed_in_the_end)
+    def _choose_victim(self, candidates: list[Sequence]) -> tuple[Sequence, tuple[Alternative, ...]]:
+        """The first by the victim policy, and the next few, priced."""
+        situation = self.valuation.situation(self.running)
+        offers = {sequence: Offer(sequence, self.valuation, situation) for sequence in candidates}
+        ranked = nsmallest(
+            NAMED, candidates, key=lambda s: (self._policies.victim(s, offers[s]), s.admitted_as)
+        )
+        return ranked[0], tuple(Alternative(s.request.id, offers[s].price) for s in ranked)
+
+    def preempt(self, sequence: Sequence, now: float, by: str) -> None:
+        """A running sequence gives up its place: nothing of it stays but its snapshot, and it waits again.
+
+        `by`: the victim policy, or what else wanted it.
+        """
         sequence.preemptions += 1
         self.counts.preemptions += 1
+        self.counts.preemptions_by[by] += 1
+        self._give_up(sequence, now)
+
+    def _give_up(self, sequence: Sequence, now: float) -> None:
+        computed_in_the_end = sequence.scheduled  # void or not, the rows under way are computed
+        sequence.computed_before = max(sequence.computed_before, computed_in_the_end)
         snapshot = sequence.take_snapshot(self.config.block_size)
-        if self.config.resume == RELOAD:
+        if self._intake.saves:
             self._checkpoints.save_snapshot(sequence, snapshot, now)
             tail = (snapshot.tail.key,) if snapshot.tail else ()
             sequence.pins = self.residency.pin((*snapshot.keys, *tail))
-        self._leave(sequence, self.running)
+        sequence.resume_seconds = self.valuation.resume_seconds(sequence)
+        self._places.leave(sequence)
         sequence.restore(snapshot)
         self.enqueue(sequence, now)
 
-    def _start_loaded(self, shares: dict[Sequence, int], budget: int, now: float) -> list[Sequence]:
-        """Those whose fetches are over run now, as far as the budget goes."""
-        started = []
-        while budget > 0 and self._loaded:
-            load = self._loaded.pop(0)
-            if not load.current:
-                continue
-            sequence = load.sequence
-            self.loading.remove(sequence)
-            self._start(sequence, load.match, load.tiers, now)
-            shares[sequence] = min(sequence.remaining, budget)
-            budget -= shares[sequence]
-            started.append(sequence)
-        return started
+    # --- admit ----------------------------------------------------------------------------------------------------
 
-    def _admit(
-        self, shares: dict[Sequence, int], budget: int, outstanding_step: int, now: float
-    ) -> list[Sequence]:
+    def _start_loaded(self, draft: Draft, now: float) -> None:
+        """Those whose fetches are over run now, as far as the budget goes."""
+        while draft.budget > 0 and (load := self._intake.ready()):
+            self._started(load.sequence, load.match, load.way, draft, now)
+
+    def _admit(self, draft: Draft, outstanding_step: int, now: float) -> None:
         """Takes waiters in while the budget, the slots and the pool have room for all their tokens."""
-        placed: list[Sequence] = []
         set_aside: list[Sequence] = []
-        while (
-            budget > 0 and self._slots and len(set_aside) < PASSED_OVER and (sequence := self._line.first())
-        ):
-            match = self._match(sequence)
+        while draft.budget > 0 and len(set_aside) < PASSED_OVER and (sequence := self._line.first()):
+            match = self._intake.match(sequence)
             if match.waits_for is not None:
                 set_aside.append(self._line.pop())
                 continue
-            if not self._take_blocks(sequence, match):
+            if not self._admits(sequence, match, draft, now):
                 break
             self._line.pop()
-            sequence.slot = self._slots.pop()
-            if match.entries:
-                self._load(sequence, match, outstanding_step)
-                continue
-            self._start(sequence, match, match.tokens_by_tier(self.config.block_size), now)
-            shares[sequence] = min(sequence.remaining, budget)
-            budget -= shares[sequence]
-            placed.append(sequence)
+            self._room(draft).add(sequence, self._places.known_blocks(sequence))
+            way = self._intake.take(sequence, match, outstanding_step, now)
+            if sequence.state is State.RUNNING:
+                self._started(sequence, match, way, draft, now)
         for sequence in set_aside:
-            self._line.add(sequence)
-        self._prefetch(now)
-        return placed
+            self._line.put_back(sequence)
 
-    def _match(self, sequence: Sequence) -> Match:
-        """What need not be computed: of the full blocks short of the last token, and of its snapshot's tail."""
-        size = self.config.block_size
-        keys = sequence.block_keys(size)[: (len(sequence.tokens) - 1) // size]
-        device_only = sequence.snapshot is not None and self.config.resume == RECOMPUTE
-        blocks = self.residency.find(keys, device_only=device_only)
-        full, tokens = len(blocks), len(blocks) * size
-        below = next(
-            (key for key, found in zip(keys, blocks, strict=False) if isinstance(found, Entry)), None
-        )
-        for key in (below, *keys[full : full + 1]):  # never fetched twice, never computed twice
-            if key is not None and (key in self._computing or self.residency.coming(key)):
-                return Match(blocks, full, tokens, waits_for=key)
-        snapshot = sequence.snapshot
-        if not device_only and snapshot and snapshot.tail and full == len(snapshot.keys):
-            key = snapshot.tail.key
-            if self.residency.writing(key):
-                return Match(blocks, full, tokens, waits_for=key)  # it will be there when its save has ended
-            tail = self.residency.find((key,))
-            blocks, tokens = blocks + tail, tokens + len(tail) * snapshot.tail.tokens
-        return Match(blocks, full, tokens, waits_for=None)
+    def _admits(self, sequence: Sequence, match: Match, draft: Draft, now: float) -> bool:
+        """Whether there is room, now and as far as can be foreseen; or room is made at others' cost."""
+        while not (self._places.slots_left and self._places.fits(sequence, match)):
+            if self._places.slots_left and self._places.fits(sequence, match, self.residency.leaving):
+                return False  # enough is on its way out
+            victim = self._displace(sequence, now)
+            if victim is None:
+                return False
+            draft.take_back(victim)
+            draft.room = None
+        return sequence.promoted != "" or self._foreseen(sequence, draft)
 
-    def _take_blocks(self, sequence: Sequence, match: Match) -> bool:
-        """Holds what the device has and room for the rest, all or nothing; one block is left for those who run."""
-        held = [found for found in match.blocks if isinstance(found, int)]
-        self.pool.hold(held)
-        missing = -(-len(sequence.tokens) // self.config.block_size) - len(held)
-        if missing + bool(self.running or self.loading) > self.pool.available:
-            self.pool.release(held)
-            return False
-        fresh = iter(self.pool.allocate(missing))
-        sequence.table = [found if isinstance(found, int) else next(fresh) for found in match.blocks]
-        sequence.table += fresh
-        return True
+    def _displace(self, waiter: Sequence, now: float) -> Sequence | None:
+        """Who gives way to the first in line: by the order policy, when it pays; to a promoted one, who came later."""
+        if waiter.promoted:
+            candidates = [s for s in self.running if s.number > waiter.number]
+        else:
+            displaces = self._policies.order.displaces
+            candidates = [s for s in self.running if not s.promoted and displaces(waiter, s)]
+        if not candidates:
+            return None
+        victim, alternatives = self._choose_victim(candidates)
+        if not (waiter.promoted or self._displacement_pays(waiter, victim)):
+            return None
+        reason = f"{waiter.request.id} goes before it" + (", promoted" if waiter.promoted else "")
+        self._explain_preemption(victim, self.policy_config.order, reason, alternatives)
+        self.preempt(victim, now, by="displaced")
+        return victim
 
-    def _load(self, sequence: Sequence, match: Match, outstanding_step: int) -> None:
-        """Its missing blocks are fetched while others go on; it starts in the step after the last has come."""
-        sequence.state = State.LOADING
-        self.loading.append(sequence)
-        self._announce(sequence, match.entries[0][0])
-        self._loads.begin(sequence, match, self.config.block_size, outstanding_step)
+    def _displacement_pays(self, waiter: Sequence, victim: Sequence) -> bool:
+        """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.
 
-    def _announce(self, sequence: Sequence, first: int) -> None:
-        for key in sequence.keys[first:]:
-            self._computing.setdefault(key, sequence)
+        A victim that gave way already costs more each time, so two never displace each other for long.
+        """
+        situation = self.valuation.situation(self.running)
+        offer = Offer(victim, self.valuation, situation)
+        rounds = min(sequence.expected_remaining_tokens for sequence in self.running)
+        gain = waiter.weight * rounds * self.valuation.step_seconds(situation)
+        return offer.frees > 0 and offer.price * offer.frees < gain
 
-    def _start(self, sequence: Sequence, match: Match, tiers: Counter[str], now: float) -> None:
-        """The books of an admission: positions, keys under way, what the client waited and found."""
+    def _foreseen(self, sequence: Sequence, draft: Draft) -> bool:
+        """Whether those who run and this one are expected to find room until they end."""
+        if self._room(draft).fits(sequence, self._places.known_blocks(sequence)):
+            return True
+        if not sequence.held_back:
+            sequence.held_back = True
+            reason = f"{len(self._places.taken)} that run are expected to need the room"
+            self._decide(sequence, Decision(Kind.HELD_BACK, "admission", "wait", reason))
+        return False
+
+    def _room(self, draft: Draft) -> Room:
+        """What is foreseen of the pool. Blocks that several hold count once for each, on both sides."""
+        if draft.room is None:
+            taken = self._places.taken
+            several = max(0, sum(len(sequence.table) for sequence in taken) - self.pool.held)
+            blocks = self.pool.blocks + several
+            policies = self._policies
+            draft.room = policies.admission.room(taken, policies.prediction, self.config.block_size, blocks)
+        return draft.room
+
+    def _started(self, sequence: Sequence, match: Match, way: Way, draft: Draft, now: float) -> None:
+        """It runs: the books of an admission, and its first tokens."""
+        tiers = match.tokens_by_tier(way.first_fetched, self.config.block_size)
         if sequence.admissions == 0:
-            sequence.admitted, sequence.cached_tokens = now, match.tokens
+            found = sum(tiers.values())
+            sequence.admitted, sequence.cached_tokens = now, found
             self.counts.prefix_queries += len(sequence.tokens)
-            self.counts.prefix_hits += match.tokens
+            self.counts.prefix_hits += found
             self.counts.prompt_tokens += sequence.prompt_tokens if sequence.choice == 0 else 0
         elif sequence.snapshot is not None:
-            self.counts.resumptions[_way(sequence, match, tiers)] += 1
+            self.counts.resumptions[way.name, lowest_tier(tiers)] += 1
         self.counts.hit_tokens.update(tiers)
         self.residency.hit(sequence.keys[: match.full], now)
         self._settle_snapshot(sequence)
@@ -256,12 +382,9 @@ class Scheduler:
         sequence.queued_seconds += now - sequence.waiting_since
         sequence.admitted_as = self._admissions
         self._admissions += 1
-        sequence.state, sequence.told = State.RUNNING, 0
-        sequence.scheduled = sequence.computed = match.tokens
-        sequence.published, sequence.saved, sequence.saved_at = match.full, 0, now
-        self._no_longer_computing(sequence, *sequence.keys[: match.full])
-        self._announce(sequence, match.full)
-        self.running.append(sequence)
+        sequence.saved, sequence.saved_at, sequence.held_back = 0, now, False
+        draft.give(sequence, min(sequence.remaining, draft.budget))
+        draft.placed.append(sequence)
 
     def _settle_snapshot(self, sequence: Sequence) -> None:
         """Its snapshot is used up, or nobody will come back to it: the tail is no use to anybody else."""
@@ -278,22 +401,31 @@ class Scheduler:
                 sequence.prefetched = True
                 self.residency.prefetch(sequence.block_keys(self.config.block_size), now)
 
-    def _build(self, shares: dict[Sequence, int], placed: Iterable[Sequence]) -> Scheduled:
-        placements = [Placement(sequence.slot, sequence.sampling) for sequence in placed]
-        recomputed = sum(self._advance_recomputed(sequence, count) for sequence, count in shares.items())
-        rows = [self._row(sequence, count) for sequence, count in shares.items()]
-        return Scheduled(placements, rows, list(shares), recomputed)
+    # --- build ----------------------------------------------------------------------------------------------------
+
+    def _build(self, draft: Draft) -> Scheduled:
+        placements = [Placement(sequence.slot, sequence.sampling) for sequence in draft.placed]
+        recomputed = sum(self._advance_recomputed(*share) for share in draft.shares.items())
+        rows = [self._row(*share) for share in draft.shares.items()]
+        for sequence, row in zip(draft.shares, rows, strict=True):
+            count, request = len(row.tokens), sequence.request
+            output = count == 1 and row.samples
+            self._tenants.serve(request.tenant, count, request.service.weight, output=output)
+            self._served += count
+        return Scheduled(placements, rows, list(draft.shares), recomputed, work_of(rows))
 
     @staticmethod
     def _advance_recomputed(sequence: Sequence, count: int) -> int:
-        again = max(0, min(sequence.computed_before, sequence.scheduled + count) - sequence.scheduled)
+        if sequence.scheduled >= sequence.computed_before:
+            return 0
+        again = min(sequence.computed_before, sequence.scheduled + count) - sequence.scheduled
         sequence.recomputed_tokens += again
         return again
 
     @staticmethod
     def _row(sequence: Sequence, count: int) -> Row:
         """Hands out `count` positions: from here on they count as scheduled, and the token drawn as pending."""
-        samples = count == sequence.remaining
+        samples = count == sequence.remaining and not sequence.head_end
         row = Row(
             slot=sequence.slot,
             start=sequence.scheduled,
@@ -314,80 +446,71 @@ class Scheduler:
         sequence.computed = positions
         sequence.computed_before = max(sequence.computed_before, positions)
         full = positions // self.config.block_size
-        if full == sequence.published:
-            return
-        keys = sequence.block_keys(self.config.block_size)
-        for index in range(sequence.published, full):
-            self._cache_block(sequence, index, keys[index])
-        sequence.published = full
-        self._checkpoints.grown(sequence, now)
+        if full != sequence.published:
+            sequence.block_keys(self.config.block_size)
+            for index in range(sequence.published, full):
+                self._places.cache(sequence, index)
+            sequence.published = full
+            self._checkpoints.grown(sequence, now)
+        if sequence.way_back or sequence.head_end:
+            self._intake.computed(sequence, now)
 
-    def _cache_block(self, sequence: Sequence, index: int, key: Key) -> None:
-        block = self.pool.publish(sequence.table[index], key)
-        if block != sequence.table[index]:
-            sequence.table[index] = block
-            sequence.told = min(sequence.told, index)
-        self._no_longer_computing(sequence, key)
+    def drawn(self, sequence: Sequence) -> None:
+        """It has one more token: one less is expected."""
+        if sequence.output_tokens % PREDICTED_ANEW:
+            sequence.expected_remaining_tokens = max(1.0, sequence.expected_remaining_tokens - 1.0)
+        else:
+            sequence.expected_remaining_tokens = self._policies.prediction.remaining(sequence)
 
-    def _no_longer_computing(self, sequence: Sequence, *keys: Key) -> None:
-        for key in keys:
-            if self._computing.get(key) is sequence:
-                del self._computing[key]
+    def retire(self, sequence: Sequence, now: float, *, by_itself: bool) -> None:
+        """A sequence has ended, wherever it stands: nothing of it stays but its cached blocks.
 
-    def retire(self, sequence: Sequence, now: float) -> None:
-        """A sequence has ended, wherever it stands: nothing of it stays but its cached blocks."""
+        `by_itself`: not from outside, so that its length is one to learn from.
+        """
+        if by_itself:
+            self._policies.prediction.observe(sequence)
         if sequence.state is State.RUNNING:
             self._checkpoints.save(sequence, now)
         else:
             sequence.queued_seconds += now - sequence.waiting_since
+        self._tenants.leave(sequence.tenant)
         before, sequence.state = sequence.state, State.FINISHED
         if before is State.WAITING:
             self._line.left()
         else:
-            self._leave(sequence, self.running if before is State.RUNNING else self.loading)
+            self._places.leave(sequence)
         self._settle_snapshot(sequence)
-
-    def _leave(self, sequence: Sequence, those: list[Sequence]) -> None:
-        """One of `those` who have a place gives it up."""
-        self._no_longer_computing(sequence, *sequence.keys[sequence.published :])
-        self.pool.release(sequence.table)
-        self._slots.append(sequence.slot)
-        those.remove(sequence)
-        sequence.lose_place()
 
     # --- copies end, tiers come and go ----------------------------------------------------------------------------
 
+    def step_done(self, scheduled: Scheduled, seconds: float) -> None:
+        """A step has ended, `seconds` after it could begin."""
+        self.valuation.step_done(scheduled.work, seconds)
+
     def copied(self, done: CopyDone, now: float) -> None:
         """A copy has ended: perhaps a sequence has all its blocks, or must look again for what it lacks."""
-        load = self._loads.copied(done)
-        if load:
-            self._hand_over(load)
-        self.residency.copied(done, now)
-        if load and not load.whole:
-            self._look_again(load.sequence)
+        lacking = self._intake.copied(done, now)
+        self.valuation.copied(self.residency.copied(done, now), done, now)
+        if lacking is not None:
+            self._look_again(lacking, now)
 
-    def _hand_over(self, load: Load) -> None:
-        """What has arrived is cached on the device, up to the first gap."""
-        sequence = load.sequence
-        for index, entry in load.match.entries:
-            if index not in load.arrived:
-                return
-            if index < load.match.full:
-                self._cache_block(sequence, index, entry.key)
-        self._loaded.append(load)
-
-    def _look_again(self, sequence: Sequence) -> None:
+    def _look_again(self, sequence: Sequence, now: float) -> None:
         """What a tier promised has not come: back into the line, where the next match knows better."""
         sequence.reload_failures += 1
         self.counts.reload_failures += 1
-        self._leave(sequence, self.loading)
+        reason = "what a tier below the device had promised did not come"
+        self._decide(sequence, Decision(Kind.LOAD_FAILED, "", "wait", reason))
+        if sequence.state is State.RUNNING:  # a split, with copies that may still write to its blocks
+            self._give_up(sequence, now)
+            return
+        self._places.leave(sequence)
         sequence.state = State.WAITING
-        self._line.add(sequence)
+        self._line.go_on(sequence)
 
-    def tier_down(self, tier: str) -> None:
+    def tier_down(self, tier: str, now: float) -> None:
         """A tier is out of use: whoever waits for it looks again, without it."""
-        for load in self._loads.touching(self.residency.tier_down(tier)):
-            self._look_again(load.sequence)
+        for sequence in self._intake.touching(self.residency.tier_down(tier)):
+            self._look_again(sequence, now)
 
     # --- the queue ------------------------------------------------------------------------------------------------
 
@@ -396,33 +519,40 @@ class Scheduler:
         return len(self._line) + len(self.loading)
 
     def enqueue(self, sequence: Sequence, now: float) -> None:
-        sequence.state, sequence.waiting_since, sequence.prefetched = State.WAITING, now, False
-        self._line.add(sequence)
+        """It begins to wait, for the first time or after a preemption."""
+        sequence.state, sequence.prefetched, sequence.service = State.WAITING, False, self._tenants.service
+        if not (sequence.admissions or sequence.preemptions):
+            self._tenants.arrive(sequence.tenant)
+        sequence.expected_remaining_tokens = self._policies.prediction.remaining(sequence)
+        self._intake.match(sequence)
+        if self._line.enter(sequence, now, self._served):
+            self._promoted(sequence, now)
 
     def waiters(self) -> Iterator[Sequence]:
         return iter(self._line)
 
+    # --- what is told ---------------------------------------------------------------------------------------------
+
+    def take_news(self) -> list[Decided | PolicyFailed | Resumed]:
+        """What has been decided, and has come back, since the last call."""
+        news = [*self._news, *self._intake.returned]
+        self._news, self._intake.returned = [], []
+        return news
+
+    def _decide(self, sequence: Sequence, decision: Decision) -> None:
+        self._news.append(Decided(sequence.request.id, sequence.choice, decision))
+
+    def _explain_preemption(
+        self, victim: Sequence, policy: str, reason: str, alternatives: tuple[Alternative, ...]
+    ) -> None:
+        decision = Decision(Kind.PREEMPTED, policy, victim.request.id, reason, None, alternatives)
+        self._decide(victim, decision)
+
+    def _policy_failed(self, family: str, name: str, what: str) -> None:
+        self._news.append(PolicyFailed(family, name, what))
+
     def check(self) -> None:
         """Asserts that sequences, slots, blocks and positions agree."""
-        placed = [*self.running, *self.loading]
-        self.residency.check([sequence.table for sequence in placed])
-        slots = [sequence.slot for sequence in placed]
-        assert sorted(slots + self._slots) == list(range(self.config.max_sequences)), (
-            "a slot is lost or shared"
-        )
+        self._places.check()
+        self.residency.check([sequence.table for sequence in self._places.taken])
         assert sum(1 for _ in self.waiters()) == len(self._line)
-        for sequence in self.running:
-            assert sequence.state is State.RUNNING
-            assert sequence.computed <= sequence.scheduled <= len(sequence.tokens) + sequence.pending
-            assert sequence.scheduled <= len(sequence.table) * self.config.block_size
-        assert all(sequence.state is State.LOADING for sequence in self.loading)
-        assert all(owner in placed for owner in self._computing.values()), "a key is announced by nobody"
-
-
-def _way(sequence: Sequence, match: Match, tiers: Counter[str]) -> tuple[str, str]:
-    """How a preempted sequence comes back, and the lowest tier that it takes from."""
-    lowest = next((tier for tier in (DISK, HOST, DEVICE) if tiers[tier]), "none")
-    if not match.tokens:
-        return RECOMPUTE, lowest
-    assert sequence.snapshot is not None
-    return (RELOAD if match.tokens >= sequence.snapshot.computed else "split"), lowest

@@ -23,6 +23,18 @@ class State(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
+class Return:
+    """A preempted sequence's way back, under way. Seconds and prices as predicted when it was chosen."""
+
+    way: str
+    tier: str  # the lowest that it takes from
+    since: float
+    target: int  # positions that it must have again
+    seconds: float
+    alternative_seconds: float | None  # of the best way not taken
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     request: Request
     number: int  # order of arrival
@@ -35,9 +47,14 @@ class Sequence:
     service: dict[str, float] = field(default_factory=dict)  # every tenant's, shared by all sequences
 
     state: State = State.WAITING
+    ticket: int = 0  # of its entry in the waiting line that counts
+    promoted: str = ""  # why it goes before all others; "" while it does not
+    served_before: int = 0  # tokens served to anybody when it began to wait
     snapshot: Snapshot | None = None  # taken when it was preempted, until it runs again
+    way_back: Return | None = None
     pins: list[Entry] = field(default_factory=list)  # blocks below the device that are kept for it
     prefetched: bool = False  # since it began to wait
+    held_back: bool = False  # since it began to wait
     epoch: int = 0  # grows when it loses its place: rows of steps under way are then void
     slot: int = -1  # of the runner, while running
     table: list[int] = field(default_factory=list)  # device blocks, held
@@ -46,12 +63,18 @@ class Sequence:
     told: int = 0  # length of the table's part that the runner has and that is still true
     keys: list[Key] = field(default_factory=list)  # of its full blocks, filled on demand
     published: int = 0  # blocks of the table cached under their keys
+    head_end: int = (
+        0  # in a split: positions below it are computed, while those up to `loaded_end` load; else 0
+    )
+    loaded_end: int = 0  # known when they have come
+    loaded_full: int = 0  # full blocks up to there
     scheduled: int = 0
     computed: int = 0
     pending: int = 0  # tokens being sampled, at most one a step under way
 
     admissions: int = 0
     preemptions: int = 0
+    waits: int = 0  # steps it sat out for want of blocks, since it was admitted
     reload_failures: int = 0  # times that what a tier had promised did not come
     admitted_as: int = -1
     computed_before: int = 0  # highest position + 1 ever computed for it: below this, work is done again
@@ -121,9 +144,12 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Positions that a step could compute now. The last token allowed needs no KV: nobody reads it."""
-        if self.output_tokens + self.pending >= self.request.stopping.max_tokens:
+        if self.head_end:
+            return self.head_end - self.scheduled
+        known = len(self.tokens) + self.pending
+        if known - self.prompt_tokens >= self.request.stopping.max_tokens:
             return 0
-        return len(self.tokens) + self.pending - self.scheduled
+        return known - self.scheduled
 
     def next_tokens(self, count: int) -> tuple[int, ...]:
         """The ids at positions scheduled … scheduled + count - 1."""
@@ -174,6 +200,8 @@ class Sequence:
         """Its blocks and its slot are somebody else's from now on, and rows of steps under way are void."""
         self.table, self.slot, self.epoch = [], -1, self.epoch + 1
         self.scheduled = self.computed = self.pending = self.published = self.saved = self.told = 0
+        self.head_end = self.loaded_end = self.loaded_full = self.waits = 0
+        self.way_back = None
 
     def accounts(self, reason: FinishReason, now: float) -> Finished:
         return Finished(

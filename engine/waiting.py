@@ -1,21 +1,39 @@
-"""The line of waiters: a heap by the order policy's key, so that ten thousand of them are not sorted at each step."""
+"""The line of waiters: a heap by the order policy's key, so that ten thousand of them are not sorted at each step.
+
+The line owns a waiter's rank: the order's key, and above it promotion (policies/promotion.py). While it waits a key may
+grow, or fall after a new look at the cache: what comes up is looked at again, so growth is noticed in time. By an order
+whose keys grow for all of a tenant's waiters at once, only each tenant's first stands in the heap.
+"""
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
+from itertools import chain
 
 from engine.sequence import Sequence, State
 from policies.order import Order
+from policies.promotion import Promotion
 
 STALE = 64
 """Entries of ended sequences that the heap may hold beyond as many as it has waiters."""
+
+Entry = tuple[tuple[float, ...], int, int, Sequence]
+"""(rank, order of arrival, ticket, waiter): one of several of a sequence counts, that with its ticket."""
 
 
 class WaitingLine:
     """Sequences in state WAITING. One that ends where it stands is told by `left`; its entry goes when it comes up."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, promotion: Promotion) -> None:
         self._order = order
-        self._heap: list[tuple[tuple[float, ...], int, int, Sequence]] = []
+        self._promotion = promotion
+        self._heap: list[Entry] = []
+        self._spells: list[
+            tuple[float, int, int, Sequence]
+        ] = []  # a heap: (since when, ticket, epoch, waiter)
+        # where the order is by tenant: who of it stands in the heap, and a heap by arrival of those behind
+        self._first_of: dict[str, Sequence] = {}
+        self._behind: dict[str, list[tuple[int, int, Sequence]]] = {}
+        self._tickets = 0
         self._count = 0
 
     def __len__(self) -> int:
@@ -23,37 +41,144 @@ class WaitingLine:
 
     def __iter__(self) -> Iterator[Sequence]:
         """All waiters, in no order but that the first is the first."""
-        return (entry[-1] for entry in self._heap if entry[-1].state is State.WAITING)
+        in_front = ((ticket, sequence) for *_, ticket, sequence in self._heap)
+        behind = ((ticket, sequence) for entries in self._behind.values() for _, ticket, sequence in entries)
+        everyone = chain(in_front, behind)
+        return (sequence for ticket, sequence in everyone if _stands(sequence) and sequence.ticket == ticket)
 
-    def add(self, sequence: Sequence) -> None:
+    def enter(self, sequence: Sequence, now: float, served: int) -> str | None:
+        """A spell of waiting begins, at a time when `served` tokens have been computed for anybody.
+
+        Returns why it is promoted at once, if it is.
+        """
+        sequence.waiting_since, sequence.served_before, sequence.promoted = now, served, ""
+        reason = self._promotion.reason_at_enqueue(sequence)
+        sequence.promoted = reason or ""
+        self.go_on(sequence)
+        return reason
+
+    def go_on(self, sequence: Sequence) -> None:
+        """A spell of waiting goes on: it had left the line, and is back without having run."""
+        self.put_back(sequence)
+        heappush(self._spells, (sequence.waiting_since, sequence.ticket, sequence.epoch, sequence))
+
+    def put_back(self, sequence: Sequence) -> None:
+        """A waiter that was popped, and could not move."""
         assert sequence.state is State.WAITING
         self._count += 1
         self._push(sequence)
 
     def first(self) -> Sequence | None:
         while self._heap:
-            *_, sequence = self._heap[0]
-            if sequence.state is State.WAITING:
-                return sequence
-            heappop(self._heap)
+            entry = self._heap[0]
+            if not _counts(entry):
+                heappop(self._heap)
+                self._gone(entry[-1])
+            elif (rank := self._rank(entry[-1])) > entry[0]:
+                heappop(self._heap)
+                heappush(self._heap, (rank, *entry[1:]))
+            else:
+                return entry[-1]
         return None
 
     def pop(self) -> Sequence:
         """Takes the first out: `first` has just returned it."""
         self._count -= 1
-        sequence: Sequence = heappop(self._heap)[-1]
+        sequence = heappop(self._heap)[-1]
+        sequence.ticket = 0
+        self._gone(sequence)
         return sequence
 
     def left(self) -> None:
         """A waiter's state is no longer WAITING. Clients may come and leave while the first cannot move."""
         self._count -= 1
         if len(self._heap) > 2 * self._count + STALE:
-            self._heap = [entry for entry in self._heap if entry[-1].state is State.WAITING]
-            heapify(self._heap)
+            self._rank_anew()
 
     def next_few(self, count: int) -> list[Sequence]:
         """The first, and some of those that follow it soon: the top of the heap, unsorted."""
-        return [entry[-1] for entry in self._heap[:count] if entry[-1].state is State.WAITING]
+        return [entry[-1] for entry in self._heap[:count] if _counts(entry)]
+
+    def look_again(self, sequence: Sequence) -> None:
+        """What its rank depends on has changed, perhaps for the better."""
+        if sequence.ticket:
+            self._push(sequence)
+
+    def promote(self, now: float, served: int) -> list[Sequence]:
+        """Those whose wait has reached a bound go before all others from now on."""
+        promoted = []
+        while self._spells:
+            _, _, epoch, sequence = self._spells[0]
+            if sequence.state is State.WAITING and sequence.epoch == epoch and not sequence.promoted:
+                reason = self._due(sequence, now, served)
+                if not reason:
+                    break  # those behind it have waited less
+                sequence.promoted = reason
+                promoted.append(sequence)
+                self.look_again(sequence)
+            heappop(self._spells)
+        return promoted
+
+    def _due(self, sequence: Sequence, now: float, served: int) -> str:
+        bounds = self._promotion
+        if 0 < bounds.service_tokens <= served - sequence.served_before:
+            return "service"
+        return "wait" if 0 < bounds.wait_seconds <= now - sequence.waiting_since else ""
+
+    def use(self, order: Order, promotion: Promotion) -> None:
+        """All ranks are by these from now on."""
+        self._order, self._promotion = order, promotion
+        self._rank_anew()
+
+    def _rank_anew(self) -> None:
+        waiting = list(self)
+        self._heap.clear()
+        self._first_of.clear()
+        self._behind.clear()
+        for sequence in waiting:
+            self._push(sequence)
 
     def _push(self, sequence: Sequence) -> None:
-        heappush(self._heap, (self._order(sequence), sequence.number, sequence.epoch, sequence))
+        self._tickets += 1
+        sequence.ticket = self._tickets
+        if self._by_tenant and not sequence.promoted:
+            first = self._first_of.get(sequence.tenant)
+            if first is not None and first is not sequence and first.number < sequence.number:
+                behind = self._behind.setdefault(sequence.tenant, [])
+                heappush(behind, (sequence.number, sequence.ticket, sequence))
+                return
+            self._first_of[sequence.tenant] = sequence
+        heappush(self._heap, (self._rank(sequence), sequence.number, sequence.ticket, sequence))
+
+    @property
+    def _by_tenant(self) -> bool:
+        return getattr(self._order, "by_tenant", False)
+
+    def _gone(self, sequence: Sequence) -> None:
+        """An entry has left the heap: if it was its tenant's first, the next stands there now."""
+        tenant = sequence.tenant
+        if self._first_of.get(tenant) is not sequence or _stands(sequence):
+            return
+        del self._first_of[tenant]
+        behind = self._behind.get(tenant, [])
+        while behind and tenant not in self._first_of:
+            _, ticket, following = heappop(behind)
+            if _stands(following) and following.ticket == ticket:
+                self._first_of[tenant] = following
+                heappush(self._heap, (self._rank(following), following.number, ticket, following))
+        if not behind:
+            self._behind.pop(tenant, None)
+
+    def _rank(self, sequence: Sequence) -> tuple[float, ...]:
+        """Promoted ones by arrival, before all others by the order's key."""
+        return (0.0,) if sequence.promoted else (1.0, *self._order(sequence))
+
+
+def _counts(entry: Entry) -> bool:
+    """Whether it is the entry of a waiter that counts."""
+    return _stands(entry[-1]) and entry[-1].ticket == entry[-2]
+
+
+def _stands(sequence: Sequence) -> bool:
+    """Whether it is in the line: set aside, it has no ticket."""
+    return sequence.state is State.WAITING and sequence.ticket != 0

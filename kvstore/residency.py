@@ -94,20 +94,16 @@ class Residency:
         return self._shelves[tier]
 
     def find(self, keys: Sequence[Key], *, device_only: bool = False) -> list[int | Entry]:
-        """The longest prefix of `keys` that some tier has: device blocks, or readable entries below, topmost first."""
+        """The longest prefix of `keys` that tiers have: device blocks, then readable entries below, topmost first."""
         found: list[int | Entry] = list(self.pool.match(keys))
         if device_only or not self.keeps:
             return found
         for key in keys[len(found) :]:
-            place = self._topmost(key)
-            if place is None:
+            entry = self.host.readable(key) or self.disk.readable(key)
+            if entry is None:
                 break
-            found.append(place)
+            found.append(entry)
         return found
-
-    def _topmost(self, key: Key) -> int | Entry | None:
-        block = self.pool.block_of(key)
-        return block if block is not None else self.host.readable(key) or self.disk.readable(key)
 
     def coming(self, key: Key) -> bool:
         """Whether a block that the device has not is on its way up into the host: worth waiting for."""
@@ -118,6 +114,34 @@ class Residency:
         """Whether the first copy of a block below the device is still being written."""
         entries = [entry for shelf in (self.host, self.disk) if (entry := shelf.get(key))]
         return bool(entries) and all(entry.writing for entry in entries)
+
+    @property
+    def shelves(self) -> tuple[Shelf, Shelf]:
+        """The tiers below the device, the topmost first."""
+        return self.host, self.disk
+
+    def holders(self, block: int) -> int:
+        """How many sequences hold a device block: copies are left out."""
+        return self.pool.references(block) - self._held[block]
+
+    def coming_up(self, block_bytes: int) -> dict[str, int]:
+        """Bytes on their way to the device, or waiting for it, by the tier that they come from."""
+        sizes: dict[str, int] = {}
+        for flight in self._copies.values():
+            copy = flight.copy
+            if copy.target == DEVICE:
+                sizes[copy.source] = sizes.get(copy.source, 0) + len(copy.sources) * block_bytes
+        return sizes
+
+    def survival(self, blocks: int) -> float:
+        """The chance that so many more blocks of a snapshot are still below the device when it comes back.
+
+        What is pinned is. What finds no room under the share for pins competes with everything else: taken as lost.
+        """
+        shelf = next((shelf for shelf in self.shelves if shelf.up), None)
+        if shelf is None or not blocks:
+            return 0.0
+        return max(0.0, min(1.0, (self.config.pinned_share * shelf.capacity - shelf.pinned) / blocks))
 
     @property
     def keeps(self) -> bool:

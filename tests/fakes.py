@@ -117,6 +117,7 @@ class ScriptedStore:
         self.ended: list[Copy] = []
         self.host: dict[int, Content] = {}
         self.disk: dict[Key, Content] = {}
+        self.seconds = 0.001  # that a copy says to have taken
         self._runner = runner
 
     def begin(self, copy: Copy) -> None:
@@ -151,7 +152,7 @@ class ScriptedStore:
                 losses.append((index, reason))
             else:
                 self._put(copy.target, target, content)
-        return CopyDone(copy.id, tuple(losses), seconds=0.001)
+        return CopyDone(copy.id, tuple(losses), seconds=self.seconds)
 
     def _get(self, tier: str, place: Place) -> Content | None:
         if tier == DEVICE:

@@ -18,6 +18,8 @@ MAY_IMPORT = {
 PURE = ["engine/core.py", "engine/scheduler.py", "engine/sequence.py", "engine/events.py", "engine/plan.py",
         "engine/request.py", "engine/text.py", "kvstore/block.py", "kvstore/device.py",
         "engine/snapshot.py", "engine/waiting.py", "engine/checkpoint.py", "engine/resumption.py",
+        "engine/intake.py", "engine/places.py", "engine/policy_set.py", "engine/tenants.py", "engine/timeline.py",
+        "engine/valuation.py",
         "kvstore/copies.py", "kvstore/shelf.py", "kvstore/residency.py"]  # fmt: skip
 HEAVY = {"torch", "numba", "asyncio", "aiohttp", "time", "transformers", "socket", "threading"}
 

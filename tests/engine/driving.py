@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from engine.checkpoint import CheckpointConfig
 from engine.core import Core, CoreConfig
@@ -9,25 +10,34 @@ from engine.events import (
     Account,
     Arrived,
     Cancelled,
+    Decided,
     Emit,
     Event,
     Instruction,
+    PoliciesChanged,
+    PolicyFailed,
     Preempted,
     Pruned,
     Reject,
     Report,
+    Resumed,
     Run,
     StepDone,
 )
 from engine.plan import Launched, Sampling
+from engine.policy_set import Catalog, PolicyConfig
 from engine.request import Delta, Finished, FinishReason, Request, Stopping
 from engine.scheduler import SchedulerConfig
 from kvstore.copies import DISK, Copy, Drop, Loss, Place, TierDown, TierUp
 from kvstore.residency import ResidencyConfig
+from policies.cost import CopySample, StepSample
 from tests.fakes import Script, ScriptedRunner, ScriptedStore, hashed
 
 VOCABULARY = tuple(bytes([65 + i % 26]) for i in range(100))
 EOS = 99
+
+UNFORESEEN: dict[str, dict[str, float]] = {"admission": {"risk": 1.0, "wait_steps": 0}}
+"""Parameters by which whoever fits now is admitted, and blocks that are missing are taken at once: pressure."""
 
 
 def core_config(
@@ -39,18 +49,20 @@ def core_config(
     max_queue: int = 1000,
     max_outstanding: int = 1,
     resume: str = "reload",
+    policies: PolicyConfig | None = None,
     residency: ResidencyConfig | None = None,
     every_tokens: int = 8,
     every_seconds: float = 1000.0,
 ) -> CoreConfig:
-    """`residency`: None is a device without tiers below it."""
+    """`residency`: None is a device without tiers below it. `policies` go before `resume`."""
     return CoreConfig(
         scheduler=SchedulerConfig(
             block_size,
             blocks,
             max_batch_tokens,
             max_sequences,
-            resume=resume,
+            policies=policies or PolicyConfig(resume=resume, parameters=UNFORESEEN),
+            block_bytes=1000,
             residency=residency or ResidencyConfig(),
             checkpoint=CheckpointConfig(every_tokens, every_seconds),
         ),
@@ -87,8 +99,16 @@ class Driver:
 
     prompt_copies = True
 
-    def __init__(self, config: CoreConfig, script: Script | None = None) -> None:
-        self.core = Core(config, VOCABULARY)
+    def __init__(
+        self,
+        config: CoreConfig,
+        script: Script | None = None,
+        *,
+        calibration: tuple[StepSample | CopySample, ...] = (),
+        catalog: Catalog | None = None,
+    ) -> None:
+        config = replace(config, scheduler=replace(config.scheduler, calibration=calibration))
+        self.core = Core(config, VOCABULARY, catalog)
         self.runner = ScriptedRunner(
             script or hashed(98),
             block_size=config.scheduler.block_size,
@@ -101,6 +121,9 @@ class Driver:
         self.finished: dict[tuple[str, int], Finished] = {}
         self.rejected: dict[str, Reject] = {}
         self.accounts: list[Account] = []
+        self.decided: list[Decided] = []
+        self.resumed: list[Resumed] = []
+        self.failed: list[PolicyFailed] = []
         self._under_way: deque[Launched] = deque()
 
     def arrive(self, *requests: Request) -> None:
@@ -115,6 +138,9 @@ class Driver:
 
     def prune(self, tier: str, blocks: int = 0) -> None:
         self._feed(Pruned(tier, blocks))
+
+    def use_policies(self, **names: str) -> None:
+        self._feed(PoliciesChanged(tuple(names.items())))
 
     def tier_up(self, tier: str = DISK, records: tuple[Place, ...] = ()) -> None:
         self._feed(TierUp(tier, records))
@@ -182,3 +208,9 @@ class Driver:
                 self.store.begin(instruction)
             case Drop():
                 self.store.drop(instruction)
+            case Decided():
+                self.decided.append(instruction)
+            case Resumed():
+                self.resumed.append(instruction)
+            case PolicyFailed():
+                self.failed.append(instruction)

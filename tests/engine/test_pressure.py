@@ -20,6 +20,7 @@ from engine.core import Core, CoreConfig
 from engine.engine import Engine, StepRecord
 from engine.model.loading import Loaded
 from engine.plan import Sampling
+from engine.policy_set import PolicyConfig
 from engine.recording import FileRecorder, replay
 from engine.request import Finished, Request, Stopping
 from engine.runner import ModelRunner
@@ -32,6 +33,7 @@ from kvstore.memory import host_tier, pool_tier
 from kvstore.residency import ResidencyConfig
 from kvstore.store import Opened, Store
 from kvstore.tier import Buffer, Tier
+from tests.engine.driving import UNFORESEEN
 from tests.engine.models import BLOCK, load, random_tokens, runner_for
 
 MAX_SEQUENCES = 64
@@ -148,7 +150,7 @@ async def outcome(
         blocks,
         max_batch_tokens=128,
         max_sequences=MAX_SEQUENCES,
-        resume=resume,
+        policies=PolicyConfig(resume=resume, parameters=UNFORESEEN),
         residency=residency,
         checkpoint=CheckpointConfig(every_tokens=BLOCK),
     )

@@ -12,10 +12,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.policy_set import PolicyConfig
 from engine.request import Request
 from engine.sequence import State
 from kvstore.copies import DEVICE, DISK, HOST, Loss
 from kvstore.residency import ResidencyConfig
+from policies.order import ORDERS
+from policies.preemption import VICTIMS
+from policies.resume import RESUMES
 from tests.engine.driving import Driver, core_config, request
 from tests.engine.test_core import expected_tokens
 
@@ -344,13 +348,22 @@ def test_a_scan_turns_lru_over_and_lfu_not() -> None:
 # --- any order of anything -------------------------------------------------------------------------------------------
 
 
+TIGHT = PolicyConfig(
+    parameters={
+        "admission": {"risk": 1.0, "wait_steps": 2},
+        "promotion": {"service_tokens": 60, "demotions": 3},
+    }
+)
+"""Pressure, with bounds so narrow that promotions and what follows from them happen all the time."""
+
+
 class Store(RuleBasedStateMachine):
     """Requests come and leave, steps and copies end in any order, copies fail, tiers fail and heal."""
 
     def __init__(self) -> None:
         super().__init__()
         self.driver = driver_with(
-            host=12, disk=20, blocks=16, max_queue=20, max_outstanding=2, spilling_blocks=6
+            host=12, disk=20, blocks=16, max_queue=20, max_outstanding=2, spilling_blocks=6, policies=TIGHT
         )
         self.driver.prompt_copies = False
         self.asked: dict[str, Request] = {}
@@ -378,6 +391,15 @@ class Store(RuleBasedStateMachine):
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
         self.driver.preempt(data.draw(st.sampled_from(sorted(self.asked))))
+
+    @rule(
+        order=st.sampled_from(sorted(ORDERS)),
+        victim=st.sampled_from(sorted(VICTIMS)),
+        resume=st.sampled_from(sorted(RESUMES)),
+        prediction=st.sampled_from(["max_tokens", "histogram", "hint"]),
+    )
+    def switch(self, order: str, victim: str, resume: str, prediction: str) -> None:
+        self.driver.use_policies(order=order, victim=victim, resume=resume, prediction=prediction)
 
     @rule(steps=st.integers(1, 10))
     def steps(self, steps: int) -> None:
@@ -452,6 +474,10 @@ def test_long_random_runs_lose_nothing_and_leave_nothing() -> None:
                 "failed loads": counts.reload_failures,
                 "reloaded": sum(n for (way, tier), n in counts.resumptions.items() if tier in (HOST, DISK)),
                 "found below": counts.hit_tokens[HOST] + counts.hit_tokens[DISK],
+                "computed again": counts.resumptions["recompute", "none"],
+                "split": sum(n for (way, _), n in counts.resumptions.items() if way == "split"),
+                "promoted": sum(counts.promotions.values()),
+                "displaced": counts.preemptions_by["displaced"],
             }
         )
     assert all(totals[what] > 25 for what in totals), totals
@@ -467,6 +493,13 @@ def _one_event(machine: Store, choose: Random) -> None:
         id = choose.choice(sorted(driver.core.sequences))
         machine.cancelled.add(id)
         driver.cancel(id)
+    elif dice < 0.20:
+        machine.switch(
+            choose.choice(sorted(ORDERS)),
+            choose.choice(sorted(VICTIMS)),
+            choose.choice(sorted(RESUMES)),
+            choose.choice(["max_tokens", "histogram", "hint"]),
+        )
     elif dice < 0.25 and driver.core.sequences:
         driver.preempt(choose.choice(sorted(driver.core.sequences)))
     elif dice < 0.60:

@@ -1,0 +1,44 @@
+"""What each tenant has been served: virtual token counters, for orders that are fair between them.
+
+A prompt's token counts once, a generated one twice, each divided by the weight of its request. A tenant that comes back
+from having nothing to do starts at the least counter of those that have, so idleness saves nothing up.
+Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI'24.
+"""
+
+from collections import Counter
+
+OUTPUT_WEIGHT = 2.0
+
+KEPT = 10_000
+"""Counters that are kept of tenants without requests; those of the least served go first."""
+
+
+class Tenants:
+    def __init__(self) -> None:
+        self.service: dict[str, float] = {}  # sequences look here for their own tenant's
+        self._active: Counter[str] = Counter()  # sequences not finished
+
+    def arrive(self, tenant: str) -> None:
+        """A sequence of this tenant begins to wait for the first time."""
+        if not self._active[tenant]:
+            least = min((self.service[other] for other in self._active), default=0.0)
+            self.service[tenant] = max(least, self.service.get(tenant, 0.0))
+        self._active[tenant] += 1
+
+    def leave(self, tenant: str) -> None:
+        """A sequence of this tenant has ended."""
+        self._active[tenant] -= 1
+        if not self._active[tenant]:
+            del self._active[tenant]
+            if len(self.service) > len(self._active) + KEPT:
+                self._forget()
+
+    def serve(self, tenant: str, tokens: int, weight: float, *, output: bool) -> None:
+        self.service[tenant] += tokens * (OUTPUT_WEIGHT if output else 1.0) / weight
+
+    def _forget(self) -> None:
+        idle = sorted(
+            (served, tenant) for tenant, served in self.service.items() if tenant not in self._active
+        )
+        for _, tenant in idle[: len(idle) // 2]:
+            del self.service[tenant]

@@ -1,0 +1,197 @@
+"""What the policies' prices are made of: where a sequence's KV is, what runs beside it, what the cost model says.
+
+The arithmetic is policies/pricing.py's and cost.py's; here the engine's books become their terms. Pure.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from engine.plan import Row
+from engine.resumption import Match
+from engine.sequence import Sequence
+from kvstore.copies import DEVICE, CopyDone
+from kvstore.residency import InFlight, Residency
+from kvstore.shelf import Entry
+from policies.cost import CopySample, CostModel, StepSample
+from policies.pricing import Situation, Stake, Standing, price, ways
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes, in the cost model's terms (policies/cost.py has what they mean)."""
+
+    prefill_tokens: int = 0
+    attended: float = 0.0
+    decode_rows: int = 0
+    decode_context: int = 0
+
+    def sample(self, seconds: float) -> StepSample:
+        return StepSample(self.prefill_tokens, self.attended, self.decode_rows, self.decode_context, seconds)
+
+
+def work_of(rows: Sequence_[Row]) -> Work:
+    """A row of one token that samples is a decode; all others are prefill."""
+    decoding = [row.start for row in rows if row.samples and len(row.tokens) == 1]
+    if len(decoding) == len(rows):
+        return Work(0, 0.0, len(rows), sum(decoding))
+    chunks = [(row.start, len(row.tokens)) for row in rows if not row.samples or len(row.tokens) > 1]
+    return Work(
+        prefill_tokens=sum(count for _, count in chunks),
+        attended=sum(count * (start + count / 2) for start, count in chunks),
+        decode_rows=len(decoding),
+        decode_context=sum(decoding),
+    )
+
+
+class Offer:
+    """A running sequence as a victim, priced when somebody asks. Implements policies.preemption.Offer."""
+
+    def __init__(self, sequence: Sequence, valuation: "Valuation", situation: Situation) -> None:
+        self._sequence = sequence
+        self._valuation = valuation
+        self._situation = situation
+
+    @cached_property
+    def frees(self) -> int:
+        return len(self._sequence.table) - self._valuation.shared_blocks(self._sequence)
+
+    @cached_property
+    def price(self) -> float:
+        return self._valuation.price(self._sequence, self.frees, self._situation)
+
+
+class Valuation:
+    """`block_bytes`: of one block, all layers."""
+
+    def __init__(
+        self,
+        costs: CostModel,
+        residency: Residency,
+        *,
+        block_size: int,
+        block_bytes: int,
+        max_batch_tokens: int,
+    ) -> None:
+        self.costs = costs
+        self._loaded_at: dict[str, float] = {}
+        self.enabled: tuple[str, ...] = ()  # the ways back that the resume policy allows
+        self._residency = residency
+        self._block_size = block_size
+        self._block_bytes = block_bytes
+        self._max_batch_tokens = max_batch_tokens
+
+    # --- what happened --------------------------------------------------------------------------------------------
+
+    def step_done(self, work: Work, seconds: float) -> None:
+        self.costs.steps.observe(work.sample(seconds))
+
+    def loaded_at(self, tier: str) -> float:
+        """When the last copy from there to the device began or ended that says how long such take."""
+        return self._loaded_at.get(tier, float("-inf"))
+
+    def probed(self, tier: str, now: float) -> None:
+        self._loaded_at[tier] = now
+
+    def copied(self, flight: InFlight, done: CopyDone, now: float) -> None:
+        """Only whole copies say how long copying takes."""
+        if not done.lost:
+            copy = flight.copy
+            if copy.target == DEVICE:
+                self._loaded_at[copy.source] = now
+            size = len(copy.sources) * self._block_bytes
+            self.costs.copies.observe(
+                CopySample(copy.source, copy.target, size, done.seconds, done.queued_seconds)
+            )
+
+    # --- what is, and would be ------------------------------------------------------------------------------------
+
+    def situation(self, beside: Iterable[Sequence]) -> Situation:
+        """For a sequence that comes to, or leaves, those that run `beside` it."""
+        rows = context = 0
+        weight = 0.0
+        for sequence in beside:
+            rows += 1
+            context += sequence.computed
+            weight += sequence.weight
+        return Situation(
+            steps=self.costs.steps,
+            copies=self.costs.copies,
+            block_tokens=self._block_size,
+            block_bytes=self._block_bytes,
+            copy_bytes=self._residency.config.copy_blocks * self._block_bytes,
+            chunk=max(1, self._max_batch_tokens - rows),
+            decode_rows=rows,
+            decode_context=context,
+            running_weight=weight,
+            ahead_bytes=self._residency.coming_up(self._block_bytes),
+        )
+
+    def step_seconds(self, situation: Situation) -> float:
+        """Of a step in which all only decode."""
+        return self.costs.steps.step_seconds(0, 0.0, situation.decode_rows, situation.decode_context)
+
+    def standing(self, sequence: Sequence, match: Match) -> Standing:
+        """Of a waiter, as its tiers have been found."""
+        runs: list[tuple[str, int]] = []
+        below_tokens = 0
+        for found in match.blocks:
+            if not isinstance(found, Entry):
+                continue
+            below_tokens += found.tokens
+            if runs and runs[-1][0] == found.tier:
+                runs[-1] = (found.tier, runs[-1][1] + 1)
+            else:
+                runs.append((found.tier, 1))
+        total = sequence.snapshot.computed if sequence.snapshot else len(sequence.tokens)
+        device_tokens = match.tokens - below_tokens
+        return Standing(device_tokens, tuple(runs), below_tokens, max(total, match.tokens))
+
+    def shared_blocks(self, sequence: Sequence) -> int:
+        """Blocks of its table that others hold too: its first ones, as equal chains are equal from the start."""
+        low, high = 0, sequence.published
+        while low < high:
+            middle = (low + high) // 2
+            if self._residency.holders(sequence.table[middle]) > 1:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def price(self, sequence: Sequence, frees: int, situation: Situation) -> float:
+        """Of preempting it, per block that this frees."""
+        stake = self._stake(sequence, frees)
+        weight = sequence.weight
+        beside = replace(
+            situation,
+            decode_rows=max(0, situation.decode_rows - 1),
+            decode_context=max(0, situation.decode_context - sequence.computed),
+            running_weight=max(0.0, situation.running_weight - weight),
+        )
+        return price(stake, weight, beside, self.enabled)
+
+    def resume_seconds(self, sequence: Sequence) -> float:
+        """Of a running sequence, what coming back would take alone, by the quickest way there would be."""
+        standing = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence)).standing
+        return min(way.seconds for way in ways(standing, 1.0, self.situation(()), self.enabled))
+
+    def _stake(self, sequence: Sequence, frees: int) -> Stake:
+        blocks = len(sequence.table)
+        kept = min((blocks - frees) * self._block_size, sequence.computed)
+        tier = next((shelf.name for shelf in self._residency.shelves if shelf.up), "")
+        below = ((tier, frees),) if tier and frees else ()
+        standing = Standing(
+            device_tokens=kept,
+            below=below,
+            below_tokens=sequence.computed - kept if below else 0,
+            total=sequence.computed,
+        )
+        return Stake(
+            standing=standing,
+            frees=frees,
+            unsaved_blocks=max(0, blocks - max(sequence.saved, blocks - frees)) if tier else 0,
+            survival=self._residency.survival(frees) if tier else 0.0,
+            preemptions=sequence.preemptions,
+            save_tier=tier,
+        )

@@ -1,0 +1,191 @@
+"""Ways back: what is predicted decides, each way really is what it says, and none changes a token.
+
+A scripted runner's tokens are right only if every position of every block that it reads is (tests/fakes.py).
+"""
+
+import pytest
+
+from engine.events import Resumed
+from engine.policy_set import PolicyConfig
+from engine.sequence import Sequence, State
+from kvstore.copies import DEVICE, DISK, HOST, Loss
+from kvstore.residency import ResidencyConfig
+from policies.cost import CopySample, StepSample
+from policies.decisions import Kind
+from tests.engine.driving import UNFORESEEN, Driver, core_config, request
+from tests.engine.test_core import expected_tokens
+
+PROMPT = range(1, 42)  # ten full blocks of four, and one token
+QUICK, SLOW = 1e-6, 10.0
+
+
+def driver(resume: str, *, load_seconds: float = 1e-3, step_seconds: float = 1e-3, **more: int) -> Driver:
+    """Tiers of 64 blocks, of which one copy has four; samples say how long copies and prefill steps take."""
+    residency = ResidencyConfig(host_blocks=64, disk_blocks=64, transaction_blocks=4, copy_blocks=4)
+    policies = PolicyConfig(victim="cheapest_resume", resume=resume, parameters=UNFORESEEN)
+    made = Driver(
+        core_config(residency=residency, policies=policies, **more),  # type: ignore[arg-type]
+        calibration=(
+            *(StepSample(n, n * n / 2, 0, 0, step_seconds * n) for n in (4, 8, 16) for _ in range(8)),
+            *(StepSample(0, 0.0, n, 40 * n, step_seconds) for n in (1, 2, 4) for _ in range(8)),
+            *(CopySample(tier, DEVICE, 4000, load_seconds, 0.0) for tier in (HOST, DISK) for _ in range(8)),
+        ),
+    )
+    made.tier_up()
+    made.prompt_copies = False
+    return made
+
+
+def preempted(made: Driver, id: str = "a") -> Sequence:
+    """A request that has given up its place, with everything saved and nothing of it on the device."""
+    made.arrive(request(id, PROMPT, max_tokens=12))
+    while len(made.deltas.get((id, 0), ())) < 4:
+        made.step()
+    made.copies()
+    (sequence,) = made.core.sequences[id]
+    made.arrive(request("other", range(60, 70), max_tokens=40))  # so that the device has something to do
+    made.step()
+    made.preempt(id)
+    assert sequence.state is State.WAITING
+    made.prune(DEVICE)
+    while sequence.state is State.WAITING:
+        assert made.copy() or made.step()
+    return sequence
+
+
+def finish(made: Driver, id: str = "a") -> Resumed:
+    made.finish()
+    assert made.tokens(id) == expected_tokens(request(id, PROMPT, max_tokens=12))
+    (resumed,) = [each for each in made.resumed if each.request_id == id]
+    return resumed
+
+
+@pytest.mark.parametrize("load_first", [True, False])
+@pytest.mark.parametrize("max_outstanding", [1, 2])
+def test_a_split_computes_its_head_and_loads_the_rest(load_first: bool, max_outstanding: int) -> None:
+    """At least a block each, whichever is over first; and nothing that was loaded is computed."""
+    made = driver("split", max_outstanding=max_outstanding)
+    sequence = preempted(made)
+    assert sequence.state is State.RUNNING
+    assert sequence.head_end >= 4
+    head = sequence.head_end
+    loads = [copy for copy, _ in made.store.under_way if copy.target == DEVICE]
+    assert sum(len(copy.sources) for copy in loads) >= 1
+    if load_first:
+        made.copies()
+        assert sequence.head_end or sequence.computed > head
+    else:
+        while sequence.computed < head:
+            made.step()
+        assert sequence.head_end == head, "it must wait for what loads"
+    assert finish(made).way == "split"
+    assert 4 <= sequence.recomputed_tokens < 41
+    assert made.core.scheduler.counts.resumptions["split", HOST] == 1
+
+
+def test_what_a_split_lacks_is_computed() -> None:
+    """A block in the middle of what loads does not come: what came before it counts, the rest is computed again."""
+    made = driver("split", step_seconds=1e-2)
+    made.lost = lambda copy, place: Loss.CORRUPT if copy.target == DEVICE and place.depth >= 6 else None
+    sequence = preempted(made)
+    assert sequence.head_end == 4
+    assert finish(made).way == "split"
+    assert sequence.reload_failures == 0
+
+
+def test_a_split_that_gets_nothing_computes_everything() -> None:
+    made = driver("split")
+    made.lost = lambda copy, place: Loss.CORRUPT if copy.target == DEVICE else None
+    sequence = preempted(made)
+    finish(made)
+    assert sequence.recomputed_tokens >= 44 - 4
+
+
+def test_a_split_may_be_preempted_half_way() -> None:
+    """Copies still write to its blocks then, which are nobody's until these have ended."""
+    made = driver("split")
+    sequence = preempted(made)
+    assert sequence.head_end
+    made.preempt("a")
+    assert sequence.state is State.WAITING
+    made.finish()
+    assert made.tokens("a") == expected_tokens(request("a", PROMPT, max_tokens=12))
+
+
+def test_a_split_may_be_cancelled_half_way() -> None:
+    made = driver("split")
+    assert preempted(made).head_end
+    made.cancel("a")
+    made.finish()
+
+
+def test_a_tier_that_goes_down_under_a_split_costs_only_time() -> None:
+    """Its copies may hang for ever with their hands on the sequence's blocks: it goes on with others."""
+    made = driver("split")
+    made.prune(HOST)
+    sequence = preempted(made)
+    made.copies()
+    made.preempt("a")
+    made.prune(DEVICE)
+    made.prune(HOST)
+    while not sequence.head_end:
+        assert made.step() or made.copy()
+    if any(copy.source == DISK for copy, _ in made.store.under_way):
+        made.tier_down()
+        assert sequence.state is State.WAITING
+    made.finish()
+    assert made.tokens("a") == expected_tokens(request("a", PROMPT, max_tokens=12))
+
+
+@pytest.mark.parametrize(
+    ("load", "step", "way"),
+    [(QUICK, SLOW, "reload"), (SLOW, QUICK, "recompute"), (0.02, 0.0005, "split")],
+)
+def test_the_cheapest_way_is_taken(load: float, step: float, way: str) -> None:
+    """Loading ten blocks against computing forty positions, by what calibration has seen of both."""
+    made = driver("cheapest", load_seconds=load, step_seconds=step)
+    sequence = preempted(made)
+    admitted = [each.decision for each in made.decided if each.decision.kind is Kind.ADMITTED][-1]
+    assert admitted.chosen == way
+    assert {each.name for each in admitted.alternatives} == {"reload", "split", "recompute"}
+    assert min(admitted.alternatives, key=lambda each: each.price).name == way
+    resumed = finish(made)
+    assert resumed.way == way
+    assert resumed.predicted_seconds > 0
+    assert resumed.actual_seconds > 0
+    assert resumed.regret_seconds is not None
+    assert (sequence.recomputed_tokens > 1) == (way != "reload")  # the step under way counts for one
+
+
+def test_decisions_turn_when_a_tier_becomes_slow_and_turn_back() -> None:
+    """A dozen copies that take long are enough to compute instead; a dozen quick ones to load again."""
+    made = driver("cheapest", load_seconds=1e-3, step_seconds=0.01)
+    chosen = []
+    for round, seconds in enumerate([1e-3] * 3 + [60.0] * 14 + [1e-3] * 30):
+        made.store.seconds = seconds
+        id = f"r{round}"
+        made.arrive(request(id, [round] * 41, max_tokens=8))
+        while len(made.deltas.get((id, 0), ())) < 4:
+            assert made.step() or made.copy()
+        made.copies()
+        made.prune(DEVICE)
+        made.preempt(id)
+        made.prune(DEVICE)
+        made.finish()
+        chosen += [each.way for each in made.resumed if each.request_id == id]
+    assert chosen[:3] == ["reload"] * 3
+    assert "recompute" in chosen[3:17]
+    assert chosen[-1] == "reload"
+
+
+def test_the_victim_is_whose_way_back_costs_least() -> None:
+    """With nowhere to save, the one with the longest context is spared, though it came last."""
+    policies = PolicyConfig(victim="cheapest_resume", resume="recompute", parameters=UNFORESEEN)
+    made = Driver(core_config(blocks=24, policies=policies))
+    made.arrive(request("short", range(5), max_tokens=60), request("long", range(20, 61), max_tokens=60))
+    while not made.core.scheduler.counts.preemptions:
+        made.step()
+    (victim,) = [each for each in made.decided if each.decision.kind is Kind.PREEMPTED][:1]
+    prices = {each.name: each.price for each in victim.decision.alternatives}
+    assert prices[victim.request_id] == min(prices.values())
+    made.finish()
