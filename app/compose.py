@@ -74,7 +74,9 @@ def load(config: Config) -> Parts:
     for fact in loaded.facts:
         log.info("model_fact", fact=fact)
     vocabulary = tokenizer.vocabulary(loaded.config.vocab_size)
-    scheduler = scheduler_config(config, _blocks(config.engine, loaded))
+    scheduler = scheduler_config(
+        config, _blocks(config.engine, loaded), _block_bytes(config.engine, loaded)
+    )
     runner = make_runner(loaded, scheduler)
     runner.warm_up()
     tiers = make_tiers(config, directory, files, loaded, runner)
@@ -132,13 +134,17 @@ def core_config(config: Config, loaded: Loaded, scheduler: SchedulerConfig, fing
     )
 
 
+def _block_bytes(engine: EngineSection, loaded: Loaded) -> int:
+    return loaded.model.kv_shape(engine.block_size).elements * loaded.dtype.itemsize
+
+
 def _blocks(engine: EngineSection, loaded: Loaded) -> int:
     """At most what lets every slot run a whole context; the prefix cache lives in what is not held."""
     device = loaded.model.device
     on_gpu = device.type == "cuda"
     return memory.kv_blocks(
         engine.kv_blocks,
-        block_bytes=loaded.model.kv_shape(engine.block_size).elements * loaded.dtype.itemsize,
+        block_bytes=_block_bytes(engine, loaded),
         useful_blocks=-(-loaded.config.max_positions // engine.block_size) * engine.max_sequences,
         free_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else memory.free_cpu_bytes(),
         share=memory.GPU_SHARE if on_gpu else memory.CPU_SHARE,

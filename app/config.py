@@ -5,14 +5,17 @@ Where values come from and which source wins: `app/config_sources.py`. The comme
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
+from app.policy_sections import PARAMETERS
+from app.sections import Section
 from policies.eviction import EVICTIONS
 from policies.order import ORDERS
 from policies.placement import PLACEMENTS
+from policies.prediction import PREDICTIONS
 from policies.preemption import VICTIMS
 from policies.resume import RESUMES
 
@@ -37,12 +40,6 @@ Bytes = Annotated[int, Field(ge=0, le=2**60)]
 Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-
-
-class Section(BaseModel):
-    """Strict: a key that nobody reads, or a value of another type, stops the start."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", str_max_length=4096)
 
 
 class ServerSection(Section):
@@ -94,12 +91,23 @@ class CheckpointSection(Section):
     every_seconds: PositiveSeconds = 5.0
 
 
-class PoliciesSection(Section):
-    order: Annotated[str, one_of(ORDERS)] = "fcfs"
-    victim: Annotated[str, one_of(VICTIMS)] = "last_admitted"
-    resume: Annotated[str, one_of(RESUMES)] = "reload"
+class PolicyNames(Section):
+    order: Annotated[str, one_of(ORDERS)] = "hybrid"
+    prediction: Annotated[str, one_of(sorted(set(PREDICTIONS) - {"oracle"}))] = "histogram"
+    victim: Annotated[str, one_of(VICTIMS)] = "cheapest_resume"
+    resume: Annotated[str, one_of(RESUMES)] = "cheapest"
     eviction: Annotated[str, one_of(EVICTIONS)] = "lru"
     placement: Annotated[str, one_of(PLACEMENTS)] = "write_through"
+
+
+if TYPE_CHECKING:
+
+    class PoliciesSection(PolicyNames): ...
+
+else:
+    _TABLES = {name: (kind, kind()) for name, kind in PARAMETERS.items()}
+    PoliciesSection = create_model("PoliciesSection", __base__=PolicyNames, **_TABLES)
+"""The names, and a table of parameters for every policy that has some."""
 
 
 class LogSection(Section):

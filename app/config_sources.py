@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from app.config import Config, ConfigError, Section
+from app.config import Config, ConfigError
+from app.sections import Section
 
 DEFAULT_FILE = "config.toml"
 ENV_PREFIX = "SLUICE__"

@@ -1,7 +1,9 @@
 """From the configuration to the core's: what needs no model and no torch, so that the simulator shares it."""
 
 from app.config import Config
+from app.policy_sections import PARAMETERS
 from engine.checkpoint import CheckpointConfig
+from engine.policy_set import PolicyConfig
 from engine.scheduler import SchedulerConfig
 from kvstore.residency import ResidencyConfig
 
@@ -10,18 +12,28 @@ COPY_BYTES = 4 * 2**20
 """On their way down from the device at once; and of one copy: small enough for others to come between."""
 
 
-def scheduler_config(config: Config, blocks: int) -> SchedulerConfig:
+def scheduler_config(config: Config, blocks: int, block_bytes: int) -> SchedulerConfig:
     """All but the tiers below the device, whose sizes are known when they are there. `blocks`: of the device."""
-    engine, policies, checkpoint = config.engine, config.policies, config.checkpoint
+    engine, checkpoint = config.engine, config.checkpoint
     return SchedulerConfig(
         block_size=engine.block_size,
         blocks=blocks,
         max_batch_tokens=engine.max_batch_tokens,
         max_sequences=engine.max_sequences,
+        block_bytes=block_bytes,
+        policies=policy_config(config),
+        checkpoint=CheckpointConfig(checkpoint.every_tokens, checkpoint.every_seconds),
+    )
+
+
+def policy_config(config: Config) -> PolicyConfig:
+    policies = config.policies
+    return PolicyConfig(
         order=policies.order,
         victim=policies.victim,
         resume=policies.resume,
-        checkpoint=CheckpointConfig(checkpoint.every_tokens, checkpoint.every_seconds),
+        prediction=policies.prediction,
+        parameters={name: getattr(policies, name).model_dump() for name in PARAMETERS},
     )
 
 

@@ -13,7 +13,15 @@ from typing import Any
 import aiohttp
 
 from app.compose import load
-from app.config import Config, DiskSection, EngineSection, HostSection, KVStoreSection, ModelSection
+from app.config import (
+    Config,
+    DiskSection,
+    EngineSection,
+    HostSection,
+    KVStoreSection,
+    ModelSection,
+    PoliciesSection,
+)
 from app.listening import bind
 from app.server import listen
 from app.serving import Parts, serving
@@ -70,12 +78,15 @@ def configuration(
     host_bytes: int = 0,
     disk_bytes: int = 16 * 2**20,
 ) -> Config:
-    """A server of the shipped model; `store` None: no disk tier."""
+    """A server of the shipped model, which admits whatever fits now; `store` None: no disk tier."""
     disk = DiskSection(path=str(store), bytes=disk_bytes) if store else DiskSection()
     return Config(
         model=ModelSection.model_validate({"path": str(model), "dtype": dtype}),
         engine=EngineSection(block_size=block_size, kv_blocks=kv_blocks, max_sequences=max_sequences),
         kvstore=KVStoreSection(host=HostSection(bytes=host_bytes), disk=disk),
+        policies=PoliciesSection.model_validate(
+            {"resume": "reload", "admission": {"risk": 1.0, "wait_steps": 0}}
+        ),
     )
 
 
@@ -111,4 +122,6 @@ def settings(store: Path, **more: Any) -> dict[str, object]:
         "kvstore.disk.path": store,
         "kvstore.disk.bytes": 16 * 2**20,
         "checkpoint.every_tokens": 16,
+        "policies.admission.risk": 1.0,
+        "policies.resume": "reload",
     } | more

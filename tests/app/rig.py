@@ -24,13 +24,17 @@ from engine.core import Core, CoreConfig
 from engine.engine import Engine
 from engine.model.generation import GenerationDefaults
 from engine.plan import Plan
+from engine.policy_set import PolicyConfig
 from engine.scheduler import SchedulerConfig
 from engine.worker import Report
+from tests.engine.driving import UNFORESEEN
 from tests.fakes import Script, ScriptedRunner, saying
 
 EOS = 256
 VOCABULARY = (*(bytes([byte]) for byte in range(256)), b"")
 STORY = "Once upon a time there was a small, brave otter — ünïcödé 🦦 and all. ".encode()
+
+UNFORESEEN_POLICIES = PolicyConfig(parameters=UNFORESEEN)
 
 
 class ByteTokenizer:
@@ -129,7 +133,7 @@ async def rig(
     """At the end: nothing runs, no block is held, the books balance."""
     server = server or ServerSection(port=0, max_body_bytes=100_000)
     scheduler = SchedulerConfig(
-        block_size=16, blocks=blocks, max_batch_tokens=256, max_sequences=max_sequences
+        16, blocks, max_batch_tokens=256, max_sequences=max_sequences, policies=UNFORESEEN_POLICIES
     )
     core = Core(CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,)), VOCABULARY)
     worker = GatedWorker(ScriptedRunner(script or saying(STORY), block_size=16, max_sequences=max_sequences))

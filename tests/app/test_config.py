@@ -81,7 +81,7 @@ def test_values_written_as_text_get_their_keys_type() -> None:
         ("sever.port=1", "unknown section [sever]; did you mean [server]?"),
         ("engine.port=1", "did you mean server.port?"),
         ("policies.order=fcsf", "did you mean fcfs?"),
-        ("policies.victim=newest", "known names: last_admitted"),
+        ("policies.victim=newest", "known names: cheapest_resume, fewest_output, last_admitted"),
         ("log.level=warn", "did you mean warning?"),
         ("server.port=eighty", 'server.port = "eighty": input should be a valid integer'),
         ("server.port=70000", "less than or equal to 65535"),

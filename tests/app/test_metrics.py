@@ -86,7 +86,7 @@ async def test_preemptions_and_recomputed_tokens_are_counted() -> None:
     preemptions = value(samples, "vllm:num_preemptions_total")
     assert preemptions > 0
     assert value(samples, "sluice:preemptions_total", victim_policy="last_admitted") == preemptions
-    ways = [("recompute", "none"), ("split", "device"), ("reload", "device")]
+    ways = [("recompute", "none"), ("recompute", "device"), ("reload", "device")]
     resumed = [value(samples, "sluice:resumptions_total", way=way, tier=tier) for way, tier in ways]
     assert sum(resumed) == preemptions
     assert value(samples, "sluice:recomputed_tokens_total") > 0

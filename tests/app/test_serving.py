@@ -13,11 +13,13 @@ from app.serving import Parts, serving
 from engine.core import Core, CoreConfig
 from engine.model.generation import GenerationDefaults
 from engine.plan import Sampling
+from engine.policy_set import PolicyConfig
 from engine.recording import replay
 from engine.request import Request, Stopping
 from engine.scheduler import SchedulerConfig
 from engine.worker import QueueWorker
 from tests.app.rig import EOS, STORY, VOCABULARY, ByteTokenizer
+from tests.engine.driving import UNFORESEEN
 from tests.fakes import ScriptedRunner, saying
 
 
@@ -45,7 +47,7 @@ def test_free_memory_is_a_plausible_number() -> None:
 
 async def test_a_recording_of_a_live_run_replays_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    scheduler = SchedulerConfig(block_size=16, blocks=24, max_batch_tokens=64, max_sequences=4)
+    scheduler = SchedulerConfig(16, 24, 64, 4, policies=PolicyConfig(parameters=UNFORESEEN))
     core = Core(CoreConfig(scheduler, model_context=256, max_queue=8, eos_token_ids=(EOS,)), VOCABULARY)
     worker = QueueWorker(ScriptedRunner(saying(STORY), block_size=16, max_sequences=4))
     steps = asyncio.ensure_future(asyncio.to_thread(worker.run_forever))
