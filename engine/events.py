@@ -4,6 +4,7 @@ What concerns bytes (copies, their ends, tiers that come and go) is defined in k
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.plan import Plan, StepResult
 from engine.request import Delta, Finished, Request
@@ -86,8 +87,7 @@ class Run:
     plan: Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(NamedTuple):
     """Hand this news to the client."""
 
     request_id: str

@@ -2,10 +2,12 @@
 
 A runner keeps a little state per *slot* (block table, sampling parameters, last sampled token), so a plan
 carries only what changed since the slot's last row. Nothing here knows torch.
+
+What is made once a row of every step is a named tuple: made in a quarter of a frozen dataclass's time.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 PENDING = -1
 """A token id not known yet: the one that the slot's previous row, still under way, is about to sample."""
@@ -34,8 +36,7 @@ class Placement:
     sampling: Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's share of a step: compute KV for `tokens` at positions start, start + 1, …
 
     Before the step, `blocks` are written into the slot's block table from index `blocks_at` on (its end, when the

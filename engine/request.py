@@ -5,6 +5,7 @@ Nothing of HTTP here (see app/), nothing of a sequence's inner state (see engine
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from engine.plan import Logprob, Sampling
 
@@ -55,8 +56,7 @@ class Request:
     expected_output_tokens: int | None = None  # the client's hint
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """News of one choice. Texts of a choice's deltas, joined, are its whole text."""
 
     choice: int

@@ -6,7 +6,6 @@ answer itself.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 from engine.request import Delta, EngineDead, Finished, Request, Usage
 
@@ -66,8 +65,7 @@ class Stream(AsyncIterator[Delta]):
 
 
 def _joined(first: Delta, second: Delta) -> Delta:
-    return replace(
-        second,
+    return second._replace(
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
