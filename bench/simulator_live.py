@@ -75,7 +75,7 @@ def _length(random: Random, middle: float, least: int, most: int) -> int:
 def simulated(trace: Sequence[TraceRequest], profile: Profile) -> Outcome:
     config = Config.model_validate(CONFIG)
     core = CoreConfig(
-        scheduler=scheduler_config(config, KV_BLOCKS),
+        scheduler=scheduler_config(config, KV_BLOCKS, profile.block_bytes),
         model_context=profile.context,
         max_queue=config.engine.max_queue,
         max_outstanding=2 if profile.runs_ahead else 1,

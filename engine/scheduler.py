@@ -294,7 +294,11 @@ class Scheduler:
             if match.waits_for is not None:
                 set_aside.append(self._line.pop())
                 continue
-            if not self._admits(sequence, match, draft, now):
+            if not (self._places.slots_left and self._places.fits(sequence, match)):
+                if self._makes_room(sequence, match, draft, now):
+                    continue  # where blocks are, and who is first, may have changed
+                break
+            if not (sequence.promoted or self._foreseen(sequence, draft)):
                 break
             self._line.pop()
             self._room(draft).add(sequence, self._places.known_blocks(sequence))
@@ -304,17 +308,16 @@ class Scheduler:
         for sequence in set_aside:
             self._line.put_back(sequence)
 
-    def _admits(self, sequence: Sequence, match: Match, draft: Draft, now: float) -> bool:
-        """Whether there is room, now and as far as can be foreseen; or room is made at others' cost."""
-        while not (self._places.slots_left and self._places.fits(sequence, match)):
-            if self._places.slots_left and self._places.fits(sequence, match, self.residency.leaving):
-                return False  # enough is on its way out
-            victim = self._displace(sequence, now)
-            if victim is None:
-                return False
-            draft.take_back(victim)
-            draft.room = None
-        return sequence.promoted != "" or self._foreseen(sequence, draft)
+    def _makes_room(self, sequence: Sequence, match: Match, draft: Draft, now: float) -> bool:
+        """Whether somebody gave way to the first in line, at once: what is on its way out is waited for."""
+        if self._places.slots_left and self._places.fits(sequence, match, self.residency.leaving):
+            return False
+        victim = self._displace(sequence, now)
+        if victim is None:
+            return False
+        draft.take_back(victim)
+        draft.room = None
+        return True
 
     def _displace(self, waiter: Sequence, now: float) -> Sequence | None:
         """Who gives way to the first in line: by the order policy, when it pays; to a promoted one, who came later."""

@@ -16,7 +16,20 @@ from itertools import pairwise
 from typing import Protocol
 
 from engine.core import Core, CoreConfig
-from engine.events import Account, Arrived, Emit, Event, Instruction, Reject, Report, Run, StepDone
+from engine.events import (
+    Account,
+    Arrived,
+    Decided,
+    Emit,
+    Event,
+    Instruction,
+    PolicyFailed,
+    Reject,
+    Report,
+    Resumed,
+    Run,
+    StepDone,
+)
 from engine.plan import Plan, StepResult
 from engine.profile import Profile
 from engine.request import Finished, Request
@@ -120,6 +133,7 @@ class Outcome:
     seconds: float = 0.0  # virtual, from 0 to the last event
     unfinished: int = 0  # when time was up
     counts: Counts = field(default_factory=Counts)
+    returns: list[Resumed] = field(default_factory=list)  # ways back, predicted and actual
     copied_bytes: dict[str, int] = field(default_factory=dict)  # by route
     digest: str = ""
 
@@ -293,6 +307,13 @@ class Simulation:
                 return f"copy {instruction.id} {instruction.source}>{instruction.target} {len(instruction.sources)}"
             case Drop():
                 return f"drop {instruction.tier} {len(instruction.keys)}"
+            case Decided(request_id, choice, decision):
+                return f"{decision.kind} {request_id}/{choice} {decision.chosen}"
+            case Resumed():
+                self.outcome.returns.append(instruction)
+                return f"resumed {instruction.request_id}"
+            case PolicyFailed():
+                return f"failed {instruction.name} {instruction.what}"
             case _:
                 raise AssertionError(f"the simulator does not know {type(instruction).__name__}")
 

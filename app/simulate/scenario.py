@@ -116,7 +116,7 @@ def core_config(config: Config, profile: Profile) -> CoreConfig:
     host_blocks = config.kvstore.host.bytes // profile.block_bytes
     residency = residency_config(config, profile.block_bytes, host_blocks)
     return CoreConfig(
-        scheduler=replace(scheduler_config(config, blocks), residency=residency),
+        scheduler=replace(scheduler_config(config, blocks, profile.block_bytes), residency=residency),
         model_context=profile.context,
         max_queue=config.engine.max_queue,
         max_outstanding=2 if profile.runs_ahead else 1,

@@ -10,6 +10,7 @@ from engine.checkpoint import CheckpointConfig
 from engine.core import CoreConfig
 from engine.events import Event, Instruction
 from engine.plan import Sampling
+from engine.policy_set import PolicyConfig
 from engine.profile import Between, Profile, ProfileError, Transfer
 from engine.recording import line
 from engine.request import Request, Stopping
@@ -19,6 +20,7 @@ from engine.simulation import EOS, Job, Outcome, Simulation, Step
 from engine.step_time import CurveTime
 from kvstore.copies import DEVICE, DISK, HOST, Copy, Place
 from kvstore.residency import ResidencyConfig
+from tests.engine.driving import UNFORESEEN
 
 TRANSFERS = {
     route: Transfer(0.001, 1e6)
@@ -75,10 +77,13 @@ def workload(count: int = 24, *, known: bool = True, gap: float = 0.05) -> Jobs:
     )
 
 
-def config(blocks: int = 40, residency: ResidencyConfig | None = None, **scheduler: Any) -> CoreConfig:
+def config(
+    blocks: int = 40, residency: ResidencyConfig | None = None, resume: str = "reload", **scheduler: Any
+) -> CoreConfig:
     return CoreConfig(
         SchedulerConfig(
             16, blocks, 128, 16, residency=residency or ResidencyConfig(),
+            policies=PolicyConfig(resume=resume, parameters=UNFORESEEN),
             checkpoint=CheckpointConfig(32, 5.0), **scheduler
         ),
         model_context=1000,
