@@ -74,9 +74,7 @@ def load(config: Config) -> Parts:
     for fact in loaded.facts:
         log.info("model_fact", fact=fact)
     vocabulary = tokenizer.vocabulary(loaded.config.vocab_size)
-    scheduler = scheduler_config(
-        config, _blocks(config.engine, loaded), _block_bytes(config.engine, loaded)
-    )
+    scheduler = scheduler_config(config, _blocks(config.engine, loaded), _block_bytes(config.engine, loaded))
     runner = make_runner(loaded, scheduler)
     runner.warm_up()
     tiers = make_tiers(config, directory, files, loaded, runner)

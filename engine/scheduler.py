@@ -70,6 +70,8 @@ class Draft:
 
     def take_back(self, sequence: Sequence) -> None:
         self.budget += self.shares.pop(sequence, 0)
+        if sequence in self.placed:
+            self.placed.remove(sequence)
 
 
 @dataclass(slots=True)
