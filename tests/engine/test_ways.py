@@ -40,7 +40,7 @@ def preempted(made: Driver, id: str = "a") -> Sequence:
     """A request that has given up its place, with everything saved and nothing of it on the device."""
     made.arrive(request(id, PROMPT, max_tokens=12))
     while len(made.deltas.get((id, 0), ())) < 4:
-        made.step()
+        assert made.step() or made.copy()
     made.copies()
     (sequence,) = made.core.sequences[id]
     made.arrive(request("other", range(60, 70), max_tokens=40))  # so that the device has something to do
@@ -76,7 +76,7 @@ def test_a_split_computes_its_head_and_loads_the_rest(load_first: bool, max_outs
         assert sequence.head_end or sequence.computed > head
     else:
         while sequence.computed < head:
-            made.step()
+            assert made.step()
         assert sequence.head_end == head, "it must wait for what loads"
     assert finish(made).way == "split"
     assert 4 <= sequence.recomputed_tokens < 41
@@ -182,9 +182,9 @@ def test_the_victim_is_whose_way_back_costs_least() -> None:
     """With nowhere to save, the one with the longest context is spared, though it came last."""
     policies = PolicyConfig(victim="cheapest_resume", resume="recompute", parameters=UNFORESEEN)
     made = Driver(core_config(blocks=24, policies=policies))
-    made.arrive(request("short", range(5), max_tokens=60), request("long", range(20, 61), max_tokens=60))
+    made.arrive(request("short", range(5), max_tokens=60), request("long", range(20, 61), max_tokens=40))
     while not made.core.scheduler.counts.preemptions:
-        made.step()
+        assert made.step()
     (victim,) = [each for each in made.decided if each.decision.kind is Kind.PREEMPTED][:1]
     prices = {each.name: each.price for each in victim.decision.alternatives}
     assert prices[victim.request_id] == min(prices.values())
