@@ -4,7 +4,7 @@ LMDB trusts its file. A flipped bit in a page of a tree, in the list of free pag
 makes it crash, or write over live pages. So this reads the file by itself, without LMDB, and demands what LMDB's writer
 guarantees: each page is reached once, or free, and numbered; nodes fill their page without a gap; keys are in order,
 and where the branches above say; counts are right; values have the size of ours. And what ours does: each index value's
-checksum, and the same keys in both databases.
+checksum, and the same keys and pages in both databases.
 
 Payloads are not read: their checksums are, when they are used. Some seconds for 1 M records. It prints one object:
 `{"damage": why}`, or `{"about": hex, "records": how many}`, with an empty `about` where a store has only been begun.
@@ -30,6 +30,7 @@ from kvstore.format import (
     INDEX,
     INDEX_BYTES,
     KEY_BYTES,
+    PAGE_AT,
     About,
     index_intact,
     value_bytes,
@@ -91,7 +92,7 @@ class Audit:
             return about, 0
         demand(databases.keys() == {DATA, INDEX}, "a database is missing")
         keys, values = self._records(databases[DATA], about)
-        demand(self._index(databases[INDEX]) == keys, "index and values have different keys")
+        demand(self._index(databases[INDEX]) == keys, "index and values have different keys, or pages")
         self._free_pages()
         demand(not (lost := self.kinds.count(UNKNOWN)), f"{lost} pages are neither in use nor free")
         self._value_headers(values, value_pages_of(about))
@@ -165,7 +166,7 @@ class Audit:
         return about, {key: Database.unpack(value) for key, (_, value) in values.items()}
 
     def _records(self, tree: Database, about: About) -> tuple[int, "array[int]"]:
-        """The data values: a hash over all keys in order, and the first page of each."""
+        """The data values: a hash over all keys and first pages in order, and the first pages."""
         pages, head = (
             value_pages_of(about),
             LEAF_NODE.pack(value_bytes(about.block_bytes, PAGESIZE), BIG, KEY_BYTES),
@@ -174,7 +175,7 @@ class Audit:
         hashed, firsts = xxh3_64(), array("Q")
         for leaf in self._leaves(tree):
             nodes = uniform_nodes(leaf, head, 8)
-            hashed.update(b"".join(node[NODE_BYTES:-8] for node in nodes))
+            hashed.update(b"".join(node[NODE_BYTES:] for node in nodes))
             firsts.frombytes(b"".join(node[-8:] for node in nodes))
         for first in firsts:
             self._take(first, pages, VALUE_PAGE)
@@ -186,17 +187,21 @@ class Audit:
         return hashed.intdigest(), firsts
 
     def _index(self, tree: Database) -> int:
-        """The index: a hash over all its keys in order."""
+        """The index: a hash over all its keys, and the first pages that it names, in order."""
         head = LEAF_NODE.pack(INDEX_BYTES, 0, KEY_BYTES)
         demand(not tree.flags and not tree.page_bytes, "the index has flags")
-        hashed, count = xxh3_64(), 0
+        hashed, count, value = xxh3_64(), 0, NODE_BYTES + KEY_BYTES
         for leaf in self._leaves(tree):
             nodes = uniform_nodes(leaf, head, INDEX_BYTES)
             demand(
                 all(index_intact(node[NODE_BYTES:]) for node in nodes),
                 f"index page {leaf[0]}: a wrong checksum",
             )
-            hashed.update(b"".join(node[NODE_BYTES : NODE_BYTES + KEY_BYTES] for node in nodes))
+            hashed.update(
+                b"".join(
+                    node[NODE_BYTES:value] + node[value + PAGE_AT : value + PAGE_AT + 8] for node in nodes
+                )
+            )
             count += len(nodes)
         demand(
             (count, 0) == (tree.entries, tree.overflow_pages), "the index has not as many entries as it says"

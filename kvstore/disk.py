@@ -10,7 +10,7 @@ LMDB's rules, and how they are kept:
 - pages that a transaction frees are used again two transactions later: `capacity_blocks` leaves room for four;
 - a reader keeps the pages of its snapshot from reuse, so one transaction reads SNAPSHOT_BYTES at most;
 - a value is read by `preadv` of its pages (values.py), not through the memory map: a bad sector is then an error, not a
-  SIGBUS;
+  SIGBUS. The index says where it is, as py-lmdb touches every page of a value that it is asked for;
 - LMDB frees as many pages as the header before a value says, so that is looked at before a value is forgotten.
 """
 
@@ -43,7 +43,9 @@ from kvstore.format import (
     KEY_BYTES,
     PAGE_HEADER_BYTES,
     About,
+    first_page,
     header,
+    index_intact,
     pack_index,
     unpack_index,
     value_bytes,
@@ -217,10 +219,7 @@ class DiskTier:
                 txn.put(ABOUT_KEY, self._about.pack(), db=main)
             stored = About.unpack(txn.get(ABOUT_KEY, b"", db=main))
             assert stored == self._about, "prepare() lets no other pass"
-        with self._env.begin(buffers=True) as reading:
-            about = reading.get(ABOUT_KEY, db=main)
-            assert about is not None
-            self._map = _map_address(about)
+        with self._env.begin() as reading:
             self._blocks = reading.stat(self._index)["entries"]
 
     @property
@@ -248,34 +247,32 @@ class DiskTier:
 
     def _read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Loss | None]:
         """In one transaction, and in one call without the interpreter's lock."""
+        losses: list[Loss | None] = [Loss.MISSING] * len(places)
         found: list[int] = []
         offsets: list[int] = []
         try:
-            with self._env.begin(buffers=True) as txn:
+            with self._env.begin() as txn:
                 for index, place in enumerate(places):
-                    value = txn.get(place.key, db=self._data)
-                    if value is not None:
-                        found.append(index)
-                        offsets.append(self._offset(value))
+                    known = txn.get(place.key, db=self._index)
+                    if known is not None:
+                        losses[index] = Loss.CORRUPT
+                        if index_intact(place.key + known):
+                            found.append(index)
+                            offsets.append(first_page(known) * PAGESIZE)
                 outcomes = self._fetch(
                     [places[index] for index in found], offsets, [into[index] for index in found]
                 )
         except lmdb.Error as error:
             return [self._loss(error)] * len(places)
-        losses: list[Loss | None] = [Loss.MISSING] * len(places)
         for index, outcome in zip(found, outcomes, strict=True):
             losses[index] = LOSSES[outcome]
         return losses
 
     def _fetch(self, places: Sequence[Place], offsets: Sequence[int], into: Sequence[Buffer]) -> list[int]:
-        """Copies payloads out of the file, and checks them: whatever LMDB says of a value, its checksum decides."""
+        """Copies payloads out of the file, and checks them: whatever is said of a value, its checksum decides."""
         headers = b"".join([header(self._about, place.key, place.tokens) for place in places])
         targets = [self._payload(buffer) for buffer in into]
         return read_values(self._file, offsets, targets, headers, self.block_bytes)
-
-    def _offset(self, value: memoryview) -> int:
-        """Where a value's first page begins in the file."""
-        return _address(np.frombuffer(value, np.uint8)) - PAGE_HEADER_BYTES - self._map
 
     def _payload(self, buffer: Buffer) -> int:
         """The address of a block's bytes."""
@@ -359,22 +356,28 @@ class DiskTier:
         self._staging.data[8:HEADER_BYTES] = header(self._about, place.key, place.tokens)
         stamp(self._staging, self._payload(data), self.block_bytes)
         new = txn.put(place.key, self._staging.data, overwrite=False, db=self._data)
-        new &= txn.put(place.key, pack_index(place, txn.id()), overwrite=False, db=self._index)
+        known = pack_index(place, txn.id(), _page_of(txn.get(place.key, db=self._data)))
+        new &= txn.put(place.key, known, overwrite=False, db=self._index)
         assert new, "a block twice in one write"
 
     def _forget(self, txn: "lmdb.Transaction[memoryview]", key: Key) -> None:
-        value = txn.get(key, db=self._data)
-        if value is not None:
-            self._check_pages(value)
+        known = txn.get(key, db=self._index)
+        if known is not None:
+            self._check_pages(key, bytes(known))
             txn.delete(key, db=self._data)
-        txn.delete(key, db=self._index)
+            txn.delete(key, db=self._index)
 
-    def _check_pages(self, value: memoryview) -> None:
+    def _check_pages(self, key: Key, known: bytes) -> None:
         """LMDB would free as many pages as the value's page header says. Raises _Damaged where it is not ours."""
-        offset = self._offset(value)
-        found = overflow_header(os.pread(self._file, PAGE_HEADER_BYTES, offset))
-        if found != (offset // PAGESIZE, OVERFLOW, self._pages):
-            raise _Damaged(f"the header of page {offset // PAGESIZE} is damaged")
+        if not index_intact(key + known):
+            raise _Damaged("an index value is damaged")
+        page = first_page(known)
+        if overflow_header(os.pread(self._file, PAGE_HEADER_BYTES, page * PAGESIZE)) != (
+            page,
+            OVERFLOW,
+            self._pages,
+        ):
+            raise _Damaged(f"the header of page {page} is damaged")
 
     def _loss(self, error: Exception) -> Loss:
         """What an error means for the blocks concerned; notes whether the store can go on."""
@@ -538,10 +541,10 @@ def _batches(keys: Iterator[Key], size: int) -> Iterator[list[Key]]:
         yield batch
 
 
-def _map_address(about: memoryview) -> int:
-    """Where LMDB's memory map begins: from a value that stands in a tree's page, as pages begin with their number."""
-    page = _address(np.frombuffer(about, np.uint8)) // PAGESIZE * PAGESIZE
-    return int(page - c_uint64.from_address(page).value * PAGESIZE)
+def _page_of(value: memoryview | None) -> int:
+    """The page that a value begins on, by the header before it. Of one just written: py-lmdb touches all of it."""
+    assert value is not None
+    return c_uint64.from_address(_address(np.frombuffer(value, np.uint8)) - PAGE_HEADER_BYTES).value
 
 
 def _address(bytes_: Buffer) -> int:

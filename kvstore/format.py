@@ -17,7 +17,7 @@ from xxhash import xxh3_64_intdigest
 from kvstore.block import Key
 from kvstore.copies import Place
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Changes whenever a layout below does: a store with another number is moved aside."""
 
 KEY_BYTES: Final = 32
@@ -54,7 +54,7 @@ KEY_BYTES: Final = 32
 #  32   4  depth: blocks before it in its chain
 #  36   4  tokens
 #  40   8  number of the transaction that wrote it: later writes have larger ones
-#  48   8  zero
+#  48   8  number of the value's first page: where in the file it is, without asking LMDB, which would touch all of it
 #  56   8  checksum of the key and of bytes 0 … 55
 
 ABOUT_KEY: Final = b"about"
@@ -64,7 +64,7 @@ MAGIC: Final = b"SluiceKV"
 
 _ABOUT = Struct("<8sIIQ32s")
 _HEADER = Struct("<8sIIQ32s32s16x")  # without the checksum, which stands before it
-_INDEX = Struct("<32sIIQ8x")
+_INDEX = Struct("<32sIIQQ")
 _CHECKSUM = Struct("<Q")
 
 ABOUT_BYTES: Final = _ABOUT.size + _CHECKSUM.size
@@ -73,6 +73,8 @@ TOKENS_AT: Final = 20  # in a data value's header: the one field that a reader n
 INDEX_BYTES: Final = _INDEX.size + _CHECKSUM.size
 PAGE_HEADER_BYTES: Final = 16
 assert (ABOUT_BYTES, HEADER_BYTES, INDEX_BYTES) == (64, 112, 64)
+
+PAGE_AT: Final = 48  # in an index value
 
 NO_PARENT: Final = bytes(KEY_BYTES)
 
@@ -135,9 +137,9 @@ def header(about: About, key: Key, tokens: int) -> bytes:
     return _HEADER.pack(MAGIC, about.format, tokens, about.block_bytes, key, about.fingerprint)
 
 
-def pack_index(place: Place, sequence: int) -> bytes:
-    """The index value of a block, written by transaction `sequence`."""
-    body = _INDEX.pack(place.parent or NO_PARENT, place.depth, place.tokens, sequence)
+def pack_index(place: Place, sequence: int, page: int) -> bytes:
+    """The index value of a block, written by transaction `sequence`, whose data value begins on `page`."""
+    body = _INDEX.pack(place.parent or NO_PARENT, place.depth, place.tokens, sequence, page)
     return body + _CHECKSUM.pack(checksum(place.key + body))
 
 
@@ -148,9 +150,14 @@ def unpack_index(key: Key, value: bytes, names: dict[Key, Key]) -> tuple[Place, 
     """
     if len(value) != INDEX_BYTES or not index_intact(key + value):
         return None
-    parent, depth, tokens, sequence = _INDEX.unpack_from(value)
+    parent, depth, tokens, sequence, _ = _INDEX.unpack_from(value)
     parent = b"" if parent == NO_PARENT else names.setdefault(parent, parent)
     return Place(key, -1, parent, depth, tokens), sequence
+
+
+def first_page(index_value: bytes | memoryview) -> int:
+    """Where the data value begins, by what the index says. Look at `index_intact` first."""
+    return int.from_bytes(index_value[PAGE_AT : PAGE_AT + 8], "little")
 
 
 def index_intact(key_and_value: bytes) -> bool:

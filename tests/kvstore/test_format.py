@@ -9,6 +9,7 @@ from kvstore.format import (
     INDEX_BYTES,
     PAGE_HEADER_BYTES,
     About,
+    first_page,
     header,
     pack_index,
     unpack_index,
@@ -29,23 +30,25 @@ def test_a_value_fills_its_pages_and_no_page_is_spare(block_bytes: int, page: in
     assert 0 <= size - HEADER_BYTES - block_bytes < page
 
 
-@given(keys, st.one_of(st.just(b""), keys), u32, u32, st.integers(0, 2**64 - 1))
+@given(keys, st.one_of(st.just(b""), keys), u32, u32, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_an_index_value_says_again_what_it_was_told(
-    key: bytes, parent: bytes, depth: int, tokens: int, sequence: int
+    key: bytes, parent: bytes, depth: int, tokens: int, sequence: int, page: int
 ) -> None:
     place = Place(key, parent=parent, depth=depth, tokens=tokens)
-    assert unpack_index(key, pack_index(place, sequence), {}) == (place, sequence)
+    value = pack_index(place, sequence, page)
+    assert unpack_index(key, value, {}) == (place, sequence)
+    assert first_page(value) == page
 
 
 @given(keys, st.integers(0, 8 * (32 + INDEX_BYTES) - 1))
 def test_an_index_value_notices_each_flipped_bit_of_it_and_of_its_key(key: bytes, bit: int) -> None:
-    both = bytearray(key + pack_index(Place(key, parent=KEY, depth=3, tokens=16), 9))
+    both = bytearray(key + pack_index(Place(key, parent=KEY, depth=3, tokens=16), 9, 77))
     both[bit // 8] ^= 1 << bit % 8
     assert unpack_index(bytes(both[:32]), bytes(both[32:]), {}) is None
 
 
 def test_an_index_value_of_another_size_is_none() -> None:
-    assert unpack_index(KEY, pack_index(Place(KEY), 1)[:-1], {}) is None
+    assert unpack_index(KEY, pack_index(Place(KEY), 1, 2)[:-1], {}) is None
 
 
 def test_what_a_store_is_comes_back_and_notices_each_flipped_bit() -> None:
@@ -62,22 +65,22 @@ def test_what_a_store_is_comes_back_and_notices_each_flipped_bit() -> None:
 def test_a_store_that_cannot_be_used_says_why() -> None:
     wanted = About.of(4096, "model")
     assert wanted.difference(wanted) == ""
-    assert "format is 2" in About(4096, wanted.fingerprint, 2).difference(wanted)
+    assert "format is 3" in About(4096, wanted.fingerprint, 3).difference(wanted)
     assert "8,192" in About.of(8192, "model").difference(wanted)
     assert "another model" in About.of(4096, "other").difference(wanted)
 
 
-def test_layouts_are_those_of_format_1() -> None:
+def test_layouts_are_those_of_format_2() -> None:
     """Stores on disk have these bytes: who changes them changes the format number too."""
     about = About.of(50, "model")
     digest = "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"
     magic = b"SluiceKV".hex()
     assert about.pack().hex() == (
-        magic + "01000000" + "00000000" + "3200000000000000" + digest + "740fc6480234d6b1"
+        magic + "02000000" + "00000000" + "3200000000000000" + digest + "92cb46bfdae40cdf"
     )
-    assert pack_index(Place(KEY, parent=KEY, depth=1, tokens=2), 3).hex() == (
-        KEY.hex() + "01000000" + "02000000" + "0300000000000000" + "00" * 8 + "db833de5dfce13c5"
+    assert pack_index(Place(KEY, parent=KEY, depth=1, tokens=2), 3, 4).hex() == (
+        KEY.hex() + "01000000" + "02000000" + "0300000000000000" + "0400000000000000" + "7f3a7226c304238a"
     )
     assert header(about, KEY, 16).hex() == (
-        magic + "01000000" + "10000000" + "3200000000000000" + KEY.hex() + digest + "00" * 16
+        magic + "02000000" + "10000000" + "3200000000000000" + KEY.hex() + digest + "00" * 16
     )

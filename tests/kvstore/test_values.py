@@ -105,7 +105,7 @@ def test_every_flipped_bit_of_header_and_payload_is_noticed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "other", [About.of(300, "another"), About.of(301, "model"), replace(MODEL, format=2)]
+    "other", [About.of(300, "another"), About.of(301, "model"), replace(MODEL, format=3)]
 )
 def test_a_value_of_another_store_is_corrupt(other: About, tmp_path: Path) -> None:
     assert File(tmp_path / "file", stamped(other)).read() == [Outcome.CORRUPT]
