@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 GPU_PYTHON ?= $(BIN)/python
 ARGS ?=
 
-.PHONY: run test check bench gpu clean
+.PHONY: run test check bench bench-policies gpu clean
 
 run: $(VENV)/.run
 	$(BIN)/sluice serve $(ARGS)
@@ -22,6 +22,11 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.decode_prefill $(ARGS)
+
+# make bench-policies TRACE=mooncake_conversation.jsonl.gz ARGS="--share 0.25"
+bench-policies: $(VENV)/.bench
+	$(BIN)/python -m bench.policies --trace $(TRACE) --rows policies.jsonl $(ARGS)
+	$(BIN)/python -m bench.policies --rows policies.jsonl --report
 
 # On a host whose Python has torch with CUDA: make gpu GPU_PYTHON=python3
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.bench)

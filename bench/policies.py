@@ -1,0 +1,376 @@
+"""Policies compared live: the engine as the server composes it, on one recorded workload, short of KV blocks.
+
+    python -m bench.policies --trace FILE --share 0.4 --rows FILE      # again to add a repeat, or other shares
+    python -m bench.policies --rows FILE --report
+
+A system is a set of configuration keys: ours, and what others do, on the same engine. Each runs in a process of its
+own, one after the other. First ours runs without pressure: all requests at once, for the rate (`--load` × its
+throughput), then at that rate, for the demand (the peak of blocks held) and for the answers, which every other run must
+repeat to the token. Then each system gets `--share` × that demand.
+
+Answers end at the recorded lengths by a token that the bench puts in the place of the one drawn, so that no policy can
+know them; clients ask for `--cap` tokens. Latency is normalised: seconds from when a request was due to its end, over
+its tokens. Tax: positions computed again over all positions computed.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median, quantiles
+from threading import Thread
+from typing import Any
+
+from rich.table import Table
+
+from app.compose import load
+from app.config_sources import load as load_config
+from app.serving import Parts
+from app.workload import formats, transform
+from app.workload.drawing import Drawing
+from app.workload.prompts import Prompts
+from app.workload.trace import TraceRequest
+from bench.report import console
+from engine.engine import Engine, StepRecord
+from engine.events import Resumed
+from engine.plan import Launched, Plan, Runner, Sampling, StepResult
+from engine.request import Finished, Request, Stopping
+from engine.stream import Stream
+from engine.worker import QueueWorker
+
+UNFORESEEING = {"admission.risk": "1.0", "admission.wait_steps": "0", "promotion.service_tokens": "0"}
+SYSTEMS: Mapping[str, Mapping[str, str]] = {
+    "ours": {},
+    "vllm": {"order": "fcfs", "victim": "last_admitted", "resume": "recompute"} | UNFORESEEING,
+    "fcfs_reload": {"order": "fcfs", "victim": "last_admitted", "resume": "reload"} | UNFORESEEING,
+    "sglang": {"order": "fcfs", "victim": "fewest_output", "resume": "recompute"} | UNFORESEEING,
+    "vllm_53723": {"order": "fcfs", "victim": "least_computed", "resume": "recompute"} | UNFORESEEING,
+    "fastserve": {"order": "mlq", "victim": "last_admitted", "resume": "reload"} | UNFORESEEING,
+}
+"""Keys of [policies]; what is left out has its default."""
+
+FIRST_TOKEN = 10  # special tokens lie below
+UNPRESSURED_BLOCKS = 8192
+MAX_SEQUENCES = 64
+LATE_SECONDS = 0.01
+"""A run in which half of the requests were submitted later than this is void."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a process of its own is told."""
+
+    system: str
+    trace: str
+    model: str
+    requests: int
+    answers_over: int  # recorded output lengths are divided by this
+    cap: int
+    rate: float  # requests per second; 0: all at once
+    blocks: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    seconds: float = 0.0
+    late: float = 0.0  # median
+    normalised: list[float] = field(default_factory=list)
+    ttft: list[float] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)  # a hash of each one's tokens
+    output_tokens: int = 0
+    peak_blocks: int = 0
+    computed: int = 0
+    recomputed: int = 0
+    preemptions: int = 0
+    ways: dict[str, int] = field(default_factory=dict)
+    resumed: list[tuple[str, float, float, float | None]] = field(
+        default_factory=list
+    )  # predicted, actual, regret
+
+    @property
+    def tax(self) -> float:
+        return self.recomputed / max(1, self.computed)
+
+
+# --- one run, in a process of its own ---------------------------------------------------------------------------------
+
+
+class Ending:
+    """A runner whose sequences end where the trace says: by the end-of-sequence token, which nobody foresees."""
+
+    def __init__(self, runner: Runner, end: int) -> None:
+        self.exact = runner.exact
+        self.lengths: dict[int, tuple[int, int]] = {}  # by seed: (prompt tokens, output tokens)
+        self._runner = runner
+        self._end = end
+        self._seeds: dict[int, int] = {}  # by slot
+
+    def launch(self, plan: Plan) -> Launched:
+        for placement in plan.placements:
+            self._seeds[placement.slot] = placement.sampling.seed
+        ends = []
+        for row in plan.rows:
+            if row.samples:
+                prompt, output = self.lengths[self._seeds[row.slot]]
+                ends.append(row.start + len(row.tokens) - prompt + 1 >= output)
+        return Ended(self._runner.launch(plan), ends, self._end)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    launched: Launched
+    ends: list[bool]
+    end: int
+
+    def collect(self) -> StepResult:
+        result = self.launched.collect()
+        tokens = (self.end if ends else token for token, ends in zip(result.tokens, self.ends, strict=True))
+        return replace(result, tokens=tuple(tokens))
+
+
+def workload(run: Run) -> list[TraceRequest]:
+    """Prompts with blocks of 512 recorded tokens as 16, so that sharing stays; others a quarter as long."""
+    recorded = formats.load(Path(run.trace), Drawing(0))
+    chosen = transform.first(
+        transform.thin(recorded, min(1.0, 4 * run.requests / len(recorded))), run.requests
+    )
+    outputs = {each.number: max(2, each.output_tokens // run.answers_over) for each in chosen}
+    shared = any(each.blocks for each in chosen)
+    small = transform.scaled(chosen, 16) if shared else transform.scaled(chosen, 128)
+    whole = [replace(each, output_tokens=min(run.cap, outputs[each.number])) for each in small]
+    clipped = transform.clipped(whole, 2048 - run.cap)
+    if run.rate:
+        return transform.retimed(clipped, run.rate, seed=1)
+    return [replace(each, arrival=0.0) for each in clipped]
+
+
+def play(run: Run) -> Outcome:
+    """On the main thread, which torch gets."""
+    policies = SYSTEMS[run.system]
+    flags = [f"policies.{key}={value}" for key, value in policies.items()]
+    flags += [f"engine.kv_blocks={run.blocks}", f"engine.max_sequences={MAX_SEQUENCES}", "log.level=warning"]
+    flags += ["engine.max_queue=100000"] + ([f"model.path={run.model}"] if run.model else [])
+    parts = load(load_config(flags, {}, cwd=Path("/")).config)
+    ending = Ending(parts.worker.runner, parts.core.config.eos_token_ids[0])
+    parts = replace(parts, worker=QueueWorker(ending))
+    outcome = Outcome()
+
+    def answer() -> None:
+        try:
+            asyncio.run(Live(parts, ending, outcome).play(workload(run), run.cap))
+        finally:  # an error must not leave the main thread waiting for plans
+            parts.worker.stop()
+
+    thread = Thread(target=answer, name="event loop")
+    thread.start()
+    parts.worker.run_forever()
+    thread.join()
+    if parts.store:
+        parts.store.stop(10.0)
+    return outcome
+
+
+class Live:
+    """The engine on an event loop; every request is submitted when it is due."""
+
+    def __init__(self, parts: Parts, ending: Ending, outcome: Outcome) -> None:
+        self._parts = parts
+        self._ending = ending
+        self._outcome = outcome
+        self._finished: dict[str, Finished] = {}
+        self._late: list[float] = []
+        self._ways: Counter[str] = Counter()
+
+    async def play(self, trace: Sequence[TraceRequest], cap: int) -> None:
+        parts = self._parts
+        engine = Engine(
+            parts.core, parts.worker, exact=parts.exact, store=parts.store, clock=time.perf_counter
+        )
+        engine.on_finished.append(lambda finished: self._finished.update({finished.request: finished}))
+        engine.on_step.append(self._step)
+        engine.on_resumed.append(self._resumed)
+        prompts = Prompts(trace, len(parts.model.vocabulary) - FIRST_TOKEN, FIRST_TOKEN)
+        asked = []
+        for each in trace:
+            prompt = tuple(prompts.tokens(each))
+            self._ending.lengths[each.number] = (len(prompt), each.output_tokens)
+            asked.append(Request(str(each.number), prompt, Sampling(0.0, seed=each.number), Stopping(cap)))
+        begun = time.perf_counter() + 0.1
+        due = [begun + each.arrival for each in trace]
+        answers = await asyncio.gather(*map(self._ask, [engine] * len(asked), asked, due))
+        self._tell(engine, asked, due, answers, begun)
+
+    async def _ask(self, engine: Engine, request: Request, due: float) -> list[int]:
+        await asyncio.sleep(due - time.perf_counter())
+        self._late.append(time.perf_counter() - due)
+        return await _read(engine.submit(request))
+
+    def _step(self, record: StepRecord) -> None:
+        self._outcome.computed += record.computed_tokens
+        self._outcome.recomputed += record.recomputed_tokens
+        self._outcome.preemptions += record.preemptions
+        self._outcome.peak_blocks = max(self._outcome.peak_blocks, record.kv_used_blocks)
+        self._ways.update({f"{way} {tier}": count for (way, tier), count in record.resumptions.items()})
+
+    def _resumed(self, back: Resumed) -> None:
+        told = (
+            f"{back.way} {back.tier}",
+            back.predicted_seconds,
+            back.actual_seconds,
+            back.regret_seconds,
+        )
+        self._outcome.resumed.append(told)
+
+    def _tell(
+        self,
+        engine: Engine,
+        asked: Sequence[Request],
+        due: Sequence[float],
+        answers: Sequence[list[int]],
+        begun: float,
+    ) -> None:
+        outcome = self._outcome
+        engine.core.check()
+        for request, at, answer in zip(asked, due, answers, strict=True):
+            finished = self._finished[request.id]
+            assert finished.first_token is not None
+            assert len(answer) == finished.output_tokens == self._ending.lengths[request.sampling.seed][1]
+            outcome.normalised.append((finished.finished - at) / len(answer))
+            outcome.ttft.append(finished.first_token - at)
+            outcome.answers.append(hash(tuple(answer)))  # of ints alone: the same in every process
+            outcome.output_tokens += len(answer)
+        outcome.seconds = max(finished.finished for finished in self._finished.values()) - begun
+        outcome.late = median(self._late)
+        outcome.ways = dict(self._ways)
+
+
+async def _read(stream: Stream) -> list[int]:
+    return [token async for delta in stream for token in delta.token_ids]
+
+
+# --- all systems of one cell ------------------------------------------------------------------------------------------
+
+
+def in_a_process(run: Run) -> Outcome:
+    command = [sys.executable, "-m", "bench.policies", "--play", json.dumps(asdict(run))]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Outcome(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def cell(base: Run, load_share: float, share: float, systems: Sequence[str], rows: Path) -> int:
+    """One repeat of all systems. Exit code 1 when an answer differs, or the load came too late."""
+    burst = in_a_process(base)
+    at_rate = replace(base, rate=load_share * base.requests / burst.seconds)
+    free = in_a_process(at_rate)
+    blocks = max(round(share * free.peak_blocks), 2048 // 16 + 1)
+    wrong = 0
+    with rows.open("a") as file:
+        for system in systems:
+            outcome = in_a_process(replace(at_rate, system=system, blocks=blocks))
+            same = outcome.answers == free.answers
+            void = outcome.late > LATE_SECONDS
+            wrong += not same or void
+            head = {"trace": Path(base.trace).name, "model": base.model or "shipped", "share": share}
+            row = head | {
+                "system": system, "rate": at_rate.rate, "blocks": blocks, "demand": free.peak_blocks,
+                "same": same, "void": void, **figures(outcome),
+            }  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+            console().print(f"{system}: {row}")
+    return int(wrong > 0)
+
+
+def figures(outcome: Outcome) -> dict[str, Any]:
+    errors = [abs(predicted / actual - 1) for _, predicted, actual, _ in outcome.resumed if actual > 0]
+    regrets = [regret for *_, regret in outcome.resumed if regret is not None]
+    return {
+        "tax": outcome.tax,
+        "preemptions": outcome.preemptions,
+        "mean": mean(outcome.normalised),
+        "p50": median(outcome.normalised),
+        "p99": quantiles(outcome.normalised, n=100)[98],
+        "ttft": mean(outcome.ttft),
+        "ttft_p99": quantiles(outcome.ttft, n=100)[98],
+        "tokens_per_second": outcome.output_tokens / outcome.seconds,
+        "ways": outcome.ways,
+        "resume_error": median(errors) if errors else None,
+        "regret_seconds": sum(regrets),
+    }
+
+
+def report(rows: Path) -> int:
+    """Exit code 1 when a goal of design §9 is missed at 0.4 × demand, or any answer differed."""
+    found: dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for text in rows.read_text().splitlines():
+        row = json.loads(text)
+        if not row["void"]:
+            found[row["trace"], row["model"], row["share"]][row["system"]].append(row)
+    missed = False
+    for (trace, model, share), systems in found.items():
+        title = f"{trace}, {model}, KV {share:g} of demand: normalised latency in ms, over ours in brackets"
+        table = Table(
+            "system", "runs", "tax", "preempted", "mean", "P99", "TTFT ms", "tok/s", "|error|", title=title
+        )
+        ours = {key: _median(systems["ours"], key) for key in ("mean", "p99")}
+        for system, those in systems.items():
+            error = [each["resume_error"] for each in those if each["resume_error"] is not None]
+            table.add_row(
+                system, str(len(those)), f"{_median(those, 'tax'):.1%}", f"{_median(those, 'preemptions'):.0f}",
+                *(f"{_median(those, key) * 1e3:.1f} ({_median(those, key) / ours[key]:.2f})" for key in ours),
+                f"{_median(those, 'ttft') * 1e3:.0f}", f"{_median(those, 'tokens_per_second'):,.0f}",
+                f"{median(error):.0%}" if error else "",
+            )  # fmt: skip
+            missed |= not all(each["same"] for each in those)
+        console().print(table)
+        missed |= share == 0.4 and _median(systems["ours"], "tax") > 0.01
+    return int(missed)
+
+
+def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    found: float = median(row[key] for row in rows)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--trace", help="a recorded trace (docs/simulation.md has the formats)")
+    parser.add_argument(
+        "--model", default="", help="a model directory; the shipped one unless told otherwise"
+    )
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument(
+        "--answers-over", type=int, default=4, help="recorded output lengths are divided by this"
+    )
+    parser.add_argument("--cap", type=int, default=512, help="what clients ask for as max_tokens")
+    parser.add_argument("--load", type=float, default=0.85, help="of the throughput when all come at once")
+    parser.add_argument("--share", type=float, default=0.4, help="of the demand, as KV blocks")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--rows", type=Path, help="where rows are added")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--play", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.play:
+        outcome = play(Run(**json.loads(options.play)))
+        sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
+        return 0
+    if options.rows is None or not (options.report or options.trace):
+        parser.error("--rows, and --trace or --report, are needed")
+    if options.report:
+        return report(options.rows)
+    base = Run(
+        "ours", options.trace, options.model, options.requests, options.answers_over, options.cap, 0.0,
+        UNPRESSURED_BLOCKS,
+    )  # fmt: skip
+    return cell(base, options.load, options.share, options.systems.split(","), options.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
