@@ -73,10 +73,9 @@ def calibrate(
 
     Nobody may hold a block or a slot of the pool or of `host`: what was in them is overwritten with no matter what.
     """
-    context = (
-        runner.tables.array.shape[1] - 1
-    ) * scheduler.block_size  # the last block may be longer than the model
-    if context < 2:
+    full_blocks = runner.tables.array.shape[1] - 1  # the last may reach beyond the model's context
+    context = full_blocks * scheduler.block_size
+    if not context:
         return ()
     blocks = min(scheduler.blocks, max(1, TOUCHED_BYTES // device.block_bytes))
     _touch(device, blocks)
