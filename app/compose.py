@@ -13,6 +13,7 @@ import torch
 from structlog.stdlib import get_logger
 
 from app import memory
+from app.calibration import calibrate
 from app.config import Config, EngineSection
 from app.core_config import scheduler_config
 from app.served import Model
@@ -79,6 +80,7 @@ def load(config: Config) -> Parts:
     runner.warm_up()
     tiers = make_tiers(config, directory, files, loaded, runner)
     scheduler = replace(scheduler, residency=tiers.residency)
+    scheduler = replace(scheduler, calibration=calibrate(runner, scheduler, tiers.device, tiers.host))
     core = Core(core_config(config, loaded, scheduler, tiers.fingerprint), vocabulary)
     model = Model(
         name=config.model.name or directory.name,

@@ -33,6 +33,8 @@ class Tiers:
     residency: ResidencyConfig
     store: Store | None  # None: there is no tier below the device
     fingerprint: str  # of all that decides the bytes of KV; "" where no key outlives the process
+    device: Tier
+    host: Tier | None
 
 
 def make_tiers(
@@ -51,7 +53,7 @@ def make_tiers(
         fingerprint = _fingerprint(weights_hash(directory, loaded=files), loaded, config.engine.block_size)
         fallible[DISK] = partial(_open_disk, config, device.block_bytes, fingerprint)
     if not host and not fallible:
-        return Tiers(ResidencyConfig(), None, fingerprint)
+        return Tiers(ResidencyConfig(), None, fingerprint, device, None)
     kvstore = config.kvstore
     store = Store(
         memories,
@@ -63,7 +65,7 @@ def make_tiers(
     memory_tiers.warm_up()
     store.open()
     host_blocks = host.stats().capacity_bytes // device.block_bytes if host else 0
-    return Tiers(residency_config(config, device.block_bytes, host_blocks), store, fingerprint)
+    return Tiers(residency_config(config, device.block_bytes, host_blocks), store, fingerprint, device, host)
 
 
 def device_tier(runner: ModelRunner | CudaRunner) -> Tier:
