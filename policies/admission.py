@@ -6,7 +6,7 @@ what must be preempted soon; reserving max_tokens for everybody leaves most of t
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from policies.prediction import Predictor
@@ -29,21 +29,23 @@ class Outlook:
 
     def __init__(self, remaining_and_held: Iterable[tuple[float, int]], block_size: int) -> None:
         self._block_size = block_size
-        self._ends = sorted((-remaining, held) for remaining, held in remaining_and_held)
+        self._ends = sorted([(-remaining / block_size, held) for remaining, held in remaining_and_held])
         self._look()
 
     def _look(self) -> None:
         """What is held as each ends, by it and those longer; the most of these, and with one more that grows along."""
-        size = self._block_size
-        held = accumulate(blocks for _, blocks in self._ends)
-        at_end = [
-            blocks - count * end / size
-            for count, ((end, _), blocks) in enumerate(zip(self._ends, held, strict=True), 1)
-        ]
-        growing = [blocks - end / size for blocks, (end, _) in zip(at_end, self._ends, strict=True)]
-        self._held = [0, *accumulate(blocks for _, blocks in self._ends)]
-        self._most_of_longer = [0.0, *accumulate(at_end, max)]
-        self._most_of_shorter = [*accumulate(reversed(growing), max, initial=0.0)][::-1]
+        held, most = 0, 0.0
+        self._held, self._most_of_longer = [0], [0.0]
+        with_one_more = []
+        for count, (growth, blocks) in enumerate(self._ends, 1):  # growth is negative: the longest come first
+            held += blocks
+            at_its_end = held - count * growth
+            most = max(most, at_its_end)
+            self._held.append(held)
+            self._most_of_longer.append(most)
+            with_one_more.append(at_its_end - growth)
+        with_one_more.reverse()
+        self._most_of_shorter = [*accumulate(with_one_more, max, initial=0.0)]
 
     @property
     def peak(self) -> float:
@@ -52,18 +54,20 @@ class Outlook:
 
     def peak_with(self, remaining: float, held: int) -> float:
         """The peak if one more ran, which holds `held` blocks at once. Changes nothing."""
-        longer = bisect_left(self._ends, (-remaining, -1))  # they are there when it ends
-        at_its_end = self._held[longer] + held + (longer + 1) * remaining / self._block_size
-        before = self._most_of_shorter[longer] + held if longer < len(self._ends) else 0.0
-        return max(self._most_of_longer[longer], at_its_end, before)
+        growth = remaining / self._block_size
+        longer = bisect_left(self._ends, (-growth, -1))  # they are there when it ends
+        at_its_end = self._held[longer] + held + (longer + 1) * growth
+        shorter = len(self._ends) - longer
+        while_it_runs = self._most_of_shorter[shorter] + held if shorter else 0.0
+        return max(self._most_of_longer[longer], at_its_end, while_it_runs)
 
     def add(self, remaining: float, held: int) -> None:
         """One more runs. O(n)."""
-        insort(self._ends, (-remaining, held))
+        insort(self._ends, (-remaining / self._block_size, held))
         self._look()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Admission:
     """Admits while the predicted peak stays within the pool.
 
@@ -80,6 +84,7 @@ class Admission:
 
     risk: float = 0.3
     wait_steps: int = 4
+    _ends: dict[int, tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.risk <= 1.0:
@@ -93,6 +98,21 @@ class Admission:
         """What is left of `blocks` for newcomers in this step. Asks the predictor only when it must."""
         return Room(self, list(running), predictor, block_size, blocks)
 
+    def left(self, views: list[SequenceView], predictor: Predictor) -> list[float]:
+        """Tokens to come, at this risk. Who was there the last time keeps that end for an eighth of the way."""
+        ends: dict[int, tuple[int, float]] = {}  # by number: to be asked again at so many tokens, the end
+        left = []
+        for view in views:
+            number, so_far = view.number, view.output_tokens
+            again, end = self._ends.get(number, (0, 0.0))
+            if so_far >= again:
+                to_come = predictor.quantile(view, 1.0 - self.risk)
+                again, end = so_far + max(1, int(to_come / 8)), so_far + to_come
+            ends[number] = again, end
+            left.append(end - so_far)
+        self._ends = ends
+        return left
+
 
 class Room:
     """One step's answers. As long as all would fit at their max_tokens, nothing is predicted."""
@@ -105,31 +125,32 @@ class Room:
         block_size: int,
         blocks: int,
     ) -> None:
-        self._running = [(view, view.held_blocks) for view in running]
-        self._quantile = 1.0 - admission.risk  # 0: nothing is foreseen
-        self._predictor, self._block_size, self._blocks = predictor, block_size, blocks
-        self._most = sum(self._most_of(view, held) for view, held in self._running)
+        self._running, self._held = running, [view.held_blocks for view in running]
+        self._admission, self._predictor = admission, predictor
+        self._block_size, self._blocks = block_size, blocks
+        self._foresees = admission.risk < 1.0
+        self._most = sum(map(self._most_of, running, self._held))
         self._outlook: Outlook | None = None
 
     def fits(self, view: SequenceView, held: int) -> bool:
         """Whether the peak stays within the pool if `view`, holding `held` blocks at once, runs too."""
-        if not self._running or not self._quantile or self._most + self._most_of(view, held) <= self._blocks:
+        if not (self._running and self._foresees) or self._most + self._most_of(view, held) <= self._blocks:
             return True
         if self._outlook is None:
-            self._outlook = Outlook(
-                [(self._left(each), blocks) for each, blocks in self._running], self._block_size
-            )
+            left = self._admission.left(self._running, self._predictor)
+            self._outlook = Outlook(zip(left, self._held, strict=True), self._block_size)
         return self._outlook.peak_with(self._left(view), held) <= self._blocks
 
     def add(self, view: SequenceView, held: int) -> None:
         """It is admitted, with `held` blocks."""
-        self._running.append((view, held))
+        self._running.append(view)
+        self._held.append(held)
         self._most += self._most_of(view, held)
         if self._outlook is not None:
             self._outlook.add(self._left(view), held)
 
     def _left(self, view: SequenceView) -> float:
-        return self._predictor.quantile(view, self._quantile)
+        return self._predictor.quantile(view, 1.0 - self._admission.risk)
 
     def _most_of(self, view: SequenceView, held: int) -> float:
         return held + (view.max_tokens - view.output_tokens) / self._block_size

@@ -77,6 +77,16 @@ class TestAdmission:
         room = Admission().room([], MaxTokens(), block_size=4, blocks=2)
         assert room.fits(View(1, max_tokens=1000), 1)
 
+    def test_an_end_is_predicted_again_after_an_eighth_of_the_way_or_when_it_comes_back(self) -> None:
+        admission, lengths = Admission(), {1: 80, 2: 3}
+        oracle = Oracle(lengths)
+        one, other = View(1, max_tokens=1000), View(2, max_tokens=1000)
+        assert admission.left([one, other], oracle) == [80, 3]
+        lengths.update({1: 160, 2: 300})
+        assert admission.left([View(1, output_tokens=9, max_tokens=1000), other], oracle) == [71, 3]
+        assert admission.left([View(1, output_tokens=10, max_tokens=1000)], oracle) == [150]
+        assert admission.left([View(2, output_tokens=1, max_tokens=1000)], oracle) == [299]
+
     def test_less_risk_admits_less(self) -> None:
         histogram = Histogram()
         running = [View(each, held_blocks=4, max_tokens=4000) for each in range(10)]
