@@ -6,8 +6,8 @@ sorts like `work − rate × waited`. Equal keys are settled by the line, by ord
 
 Promotion (promotion.py) is the line's too, and the same for all: a promoted waiter goes before all others. With
 promotion by service on, every order here has this *service bound*: while a sequence waits, those that came later
-are computed no more than `service_tokens` + 2 × `max_batch_tokens` tokens (the threshold is seen at a step's end,
-and one more step may be under way). The docstrings say what holds without it.
+are computed no more than `service_tokens` + 2 × `max_batch_tokens` tokens (promotion.py says why two, and when more).
+The docstrings say what holds without it.
 """
 
 from collections.abc import Callable
