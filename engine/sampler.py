@@ -26,19 +26,20 @@ from torch import Tensor
 
 from engine import sampler_torch
 from engine.plan import Logprob, Sampling
-from engine.sampler_rows import FLOOR, MASS_BITS, Rows, Summary, noise_keys, request_keys
+from engine.sampler_rows import MASS_BITS, Summary
+from engine.sampler_table import Table
 
-_HIGHEST_INVERSE_TEMPERATURE = 1e30  # distances stay finite; a colder request draws as one at 1e-30 does
+Integers = NDArray[np.int64]
 
 
 class Arithmetic(Protocol):
     """What sampler_cpu and sampler_torch both are."""
 
-    def draw(self, logits: Tensor, rows: Rows, /) -> tuple[Tensor, Tensor]: ...
+    def draw(
+        self, logits: Tensor, table: Table, slots: Integers, positions: Integers, /
+    ) -> tuple[Tensor, Tensor]: ...
 
-    def summarise(
-        self, logits: Tensor, wanted: NDArray[np.int64], tokens: Tensor, top: int, /
-    ) -> Summary: ...
+    def summarise(self, logits: Tensor, wanted: Integers, tokens: Tensor, top: int, /) -> Summary: ...
 
     def released_seconds(self) -> float: ...
 
@@ -51,15 +52,17 @@ class Drawn:
     """The tokens of one step. Nothing waits for the device until `check` or `logprobs` is called."""
 
     def __init__(
-        self, tokens: Tensor, sound: Tensor, asked: NDArray[np.int64], summary: Summary | None
+        self, tokens: Tensor, sound: Tensor | None, asked: Integers, summary: Summary | None
     ) -> None:
-        """sound: bool [S]; asked: [S], how many likeliest tokens each row wants, -1: no log-probabilities.
+        """sound: bool [S], None if all rows are known to be.
+
+        asked: [S], how many likeliest tokens each row wants, -1: no log-probabilities.
 
         Copies to the host are queued now: behind this draw, before the step that comes next.
         """
         self.tokens = tokens  # int64 [S], on the sampler's device
         self._asked = asked
-        self._sound = sampler_torch.download(sound)
+        self._sound = None if sound is None else sampler_torch.download(sound)
         self._parts = [sampler_torch.download(part) for part in summary.parts()] if summary else []
         self._copied = sampler_torch.mark(tokens.device)
 
@@ -67,7 +70,8 @@ class Drawn:
         """Waits for the draw; raises BrokenLogits. A broken row's token is a valid id, but means nothing."""
         if self._copied is not None:
             self._copied.synchronize()
-        _check(self._sound)
+        if self._sound is not None:
+            _check(self._sound)
 
     def logprobs(self) -> tuple[Logprob | None, ...]:
         """One for each row, None where the request did not ask. Waits and raises as `check` does."""
@@ -95,7 +99,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._arithmetic = arithmetic or _arithmetic(self._device)
-        self._table = _Table(max_sequences, vocab_size)
+        self._table = Table(max_sequences, vocab_size)
 
     def place(self, slot: int, sampling: Sampling) -> None:
         """From now on rows of `slot` are drawn by `sampling`; the door has seen to its ranges."""
@@ -109,11 +113,15 @@ class Sampler:
         """
         assert logits.shape == (len(slots), self._vocab_size)
         assert len(positions) == len(slots)
-        positions = positions.astype(np.int64)
-        rows = self._table.rows(slots, positions)
-        tokens, sound = self._arithmetic.draw(self._masked(logits, slots, positions), rows)
+        slots = np.ascontiguousarray(slots, np.int64)
+        positions = np.ascontiguousarray(positions, np.int64)
+        sound: Tensor | None
+        tokens, sound = self._arithmetic.draw(
+            self._masked(logits, slots, positions), self._table, slots, positions
+        )
         if logits.device.type == "cpu":
             _check(sound)
+            sound = None  # nothing is left to check
         asked = self._table.logprobs[slots]
         return Drawn(tokens, sound, asked, self._summary(logits, tokens, asked))
 
@@ -130,79 +138,23 @@ class Sampler:
         """Seconds spent so far with the interpreter lock released, by the samplers of this process."""
         return self._arithmetic.released_seconds()
 
-    def _masked(self, logits: Tensor, slots: NDArray[Any], positions: NDArray[np.int64]) -> Tensor:
+    def _masked(self, logits: Tensor, slots: Integers, positions: Integers) -> Tensor:
         """The logits, or a copy with suppressed tokens at -inf where a row has any at its position."""
+        if not self._table.suppresses:
+            return logits
         rows, ids = self._table.suppressed(slots, positions)
         if not len(rows):
             return logits
         index = (sampler_torch.upload(rows, logits.device), sampler_torch.upload(ids, logits.device))
         return logits.index_put(index, logits.new_full((), -torch.inf))
 
-    def _summary(self, logits: Tensor, tokens: Tensor, asked: NDArray[np.int64]) -> Summary | None:
+    def _summary(self, logits: Tensor, tokens: Tensor, asked: Integers) -> Summary | None:
+        if not self._table.wants_logprobs:
+            return None
         wanted = np.flatnonzero(asked >= 0)
         if not len(wanted):
             return None
         return self._arithmetic.summarise(logits, wanted, tokens, int(asked.max()))
-
-
-class _Table:
-    """Each slot's parameters in the form the arithmetic takes: one array a parameter, picked from by slot."""
-
-    def __init__(self, max_sequences: int, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._keys = np.zeros(max_sequences, np.uint64)  # of seed and choice
-        self._inverse_temperatures = np.zeros(max_sequences, np.float64)
-        self._floors = np.zeros(max_sequences, np.float64)
-        self._top_k = np.zeros(max_sequences, np.int64)
-        self._top_p = np.zeros(max_sequences, np.float64)
-        self._suppressed = np.full(
-            (max_sequences, 0), -1, np.int64
-        )  # ids, filled up with -1; widened when needed
-        self._suppressed_until = np.zeros(max_sequences, np.int64)
-        self.logprobs = np.full(max_sequences, -1, np.int64)
-
-    def place(self, slot: int, sampling: Sampling) -> None:
-        assert 0 <= sampling.seed < 1 << 64
-        assert sampling.temperature >= 0
-        cold = sampling.temperature == 0
-        seed, choice = np.array([sampling.seed], np.uint64), np.array([sampling.choice], np.int64)
-        self._keys[slot] = request_keys(seed, choice)[0]
-        self._inverse_temperatures[slot] = (
-            0 if cold else min(1 / sampling.temperature, _HIGHEST_INVERSE_TEMPERATURE)
-        )
-        self._floors[slot] = max(math.log(sampling.min_p), FLOOR) if sampling.min_p > 0 else FLOOR
-        self._top_k[slot] = min(sampling.top_k, self._vocab_size) if sampling.top_k > 0 else self._vocab_size
-        self._top_p[slot] = sampling.top_p
-        self.logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
-        self._suppressed_until[slot] = sampling.suppressed_until if sampling.suppressed else 0
-        self._suppress(slot, sorted(set(sampling.suppressed)))
-
-    def rows(self, slots: NDArray[Any], positions: NDArray[np.int64]) -> Rows:
-        return Rows(
-            noise_keys(self._keys[slots], positions),
-            self._inverse_temperatures[slots],
-            self._floors[slots],
-            self._top_k[slots],
-            self._top_p[slots],
-        )
-
-    def suppressed(
-        self, slots: NDArray[Any], positions: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(rows, ids), pair by pair: what is masked at these positions."""
-        rows = np.flatnonzero(positions < self._suppressed_until[slots])
-        ids = self._suppressed[slots[rows]]
-        which, column = np.nonzero(ids >= 0)
-        return rows[which], ids[which, column]
-
-    def _suppress(self, slot: int, ids: list[int]) -> None:
-        assert len(ids) < self._vocab_size
-        assert all(0 <= token < self._vocab_size for token in ids)
-        missing = len(ids) - self._suppressed.shape[1]
-        if missing > 0:
-            self._suppressed = np.pad(self._suppressed, ((0, 0), (0, missing)), constant_values=-1)
-        self._suppressed[slot] = -1
-        self._suppressed[slot, : len(ids)] = ids
 
 
 def _arithmetic(device: torch.device) -> Arithmetic:
@@ -216,7 +168,7 @@ def _arithmetic(device: torch.device) -> Arithmetic:
 
 def _check(sound: Tensor) -> None:
     flags = sound.tolist()
-    if not all(flags):
+    if False in flags:
         broken = [row for row, good in enumerate(flags) if not good]
         raise BrokenLogits(
             f"logits of rows {broken} of {len(flags)} hold NaN or +inf, or nothing finite: the weights are "

@@ -13,28 +13,30 @@ from torch import Tensor
 
 from engine.kernels.cpu_native import Clock, Native
 from engine.sampler_loops import DrawArguments, SummaryArguments, draw_rows, summarise_rows
-from engine.sampler_rows import Rows, Summary
+from engine.sampler_rows import Summary
+from engine.sampler_table import Table
 
 ALONE_ELEMENTS = 1 << 14  # fewer logits take some 10 µs: not worth releasing the interpreter lock for
 
 _clock = Clock()
 
 
-def draw(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, table: Table, slots: NDArray[np.int64], positions: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
     """Tokens int64 [S], and bool [S]: whether the row could be drawn from. logits: fp32 or bf16 [S, V]."""
     logits = logits.contiguous()
-    tokens = np.empty(len(rows.keys), np.int64)
+    tokens = torch.empty(len(slots), dtype=torch.int64)
     arguments = DrawArguments(
-        **_described(logits, len(tokens)),
-        tokens=tokens.ctypes.data,
-        keys=rows.keys.ctypes.data,
-        inverse_temperatures=rows.inverse_temperatures.ctypes.data,
-        floors=rows.floors.ctypes.data,
-        top_k=rows.top_k.ctypes.data,
-        top_p=rows.top_p.ctypes.data,
+        **_described(logits, len(slots)),
+        tokens=tokens.data_ptr(),
+        max_sequences=len(table.keys),
+        slots=slots.ctypes.data,
+        positions=positions.ctypes.data,
+        **table.addresses,
     )
     _run(draw_rows, arguments)
-    return torch.from_numpy(tokens), torch.from_numpy(tokens >= 0)
+    return tokens, tokens >= 0
 
 
 def summarise(logits: Tensor, wanted: NDArray[np.int64], tokens: Tensor, top: int) -> Summary:

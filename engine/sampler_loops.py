@@ -48,7 +48,10 @@ _COMMON = {
 DrawArguments = structure(
     "DrawArguments",
     **_COMMON,
-    keys=_i64,
+    max_sequences=_i64,  # a number: how many slots there are
+    slots=_i64,
+    positions=_i64,
+    keys=_i64,  # arrays by slot, from here on
     inverse_temperatures=_i64,
     floors=_i64,
     top_k=_i64,
@@ -85,12 +88,18 @@ def _row(logits: int, row: int, vocabulary: int, element: int) -> Any:
 
 
 @inner
-def _noise(key: Any, token: int) -> Any:
-    """52 random bits of this token."""
-    x = key + np.uint64(token + 1) * _GOLDEN
+def _mixed(key: Any, count: int) -> Any:
+    """The noise of a key's `count`: of a position, then of a token id."""
+    x = key + np.uint64(count + 1) * _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return (x ^ (x >> np.uint64(31))) >> np.uint64(12)
+    return x ^ (x >> np.uint64(31))
+
+
+@inner
+def _noise(key: Any, token: int) -> Any:
+    """52 random bits of this token."""
+    return _mixed(key, token) >> np.uint64(12)
 
 
 @inner
@@ -379,17 +388,21 @@ def _insert_likeliest(row: Any, tops: Any, ids: Any, values: Any) -> None:
 def draw_rows(arguments: Any) -> None:
     a = carray(arguments, 1)[0]
     tokens = carray(_at(a.tokens), a.rows, np.int64)
-    keys = carray(_at(a.keys), a.rows, np.uint64)
-    inverse_temperatures = carray(_at(a.inverse_temperatures), a.rows, np.float64)
-    floors = carray(_at(a.floors), a.rows, np.float64)
-    top_k = carray(_at(a.top_k), a.rows, np.int64)
-    top_p = carray(_at(a.top_p), a.rows, np.float64)
+    slots = carray(_at(a.slots), a.rows, np.int64)
+    positions = carray(_at(a.positions), a.rows, np.int64)
+    keys = carray(_at(a.keys), a.max_sequences, np.uint64)
+    inverse_temperatures = carray(_at(a.inverse_temperatures), a.max_sequences, np.float64)
+    floors = carray(_at(a.floors), a.max_sequences, np.float64)
+    top_k = carray(_at(a.top_k), a.max_sequences, np.int64)
+    top_p = carray(_at(a.top_p), a.max_sequences, np.float64)
     while True:
         s = claim(a.counter)
         if s >= a.rows:
             break
         row = _row(a.logits, s, a.vocabulary, a.element)
-        tokens[s] = _draw_row(row, keys[s], inverse_temperatures[s], floors[s], top_k[s], top_p[s])
+        slot = slots[s]
+        key = _mixed(keys[slot], positions[s])
+        tokens[s] = _draw_row(row, key, inverse_temperatures[slot], floors[slot], top_k[slot], top_p[slot])
 
 
 @native(SummaryArguments)

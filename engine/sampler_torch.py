@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampler_rows import FLOOR, GOLDEN, MASS_BITS, MIX_1, MIX_2, Rows, Summary
+from engine.sampler_table import Table
 
 _CHUNK_ELEMENTS = 1 << 24  # logits drawn from at once: each takes about five temporaries of 8 bytes
 _ID_BITS = 32
 
 
-def draw(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, table: Table, slots: NDArray[np.int64], positions: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
     """Tokens int64 [S], and bool [S]: whether the row could be drawn from. logits: fp32 or bf16 [S, V]."""
+    rows = table.rows(slots, positions)
     peaks, tokens = logits.max(dim=-1)  # the lowest id among equals; NaN wins
     sampled = np.flatnonzero(rows.inverse_temperatures)
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
