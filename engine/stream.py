@@ -17,7 +17,7 @@ class Stream(AsyncIterator[Delta]):
         self.request = request
         self._cancel = cancel
         self._news: dict[int, Delta] = {}  # by choice, in the order in which they came
-        self._arrival = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # the reader's, while it waits
         self._open = request.n  # choices that have not ended
         self._failure: BaseException | None = None
         self._completion_tokens = 0
@@ -43,8 +43,12 @@ class Stream(AsyncIterator[Delta]):
                 raise EngineDead("the engine has died; the server is shutting down") from self._failure
             if not self._open:
                 raise StopAsyncIteration
-            self._arrival.clear()
-            await self._arrival.wait()
+            assert self._waiter is None, "a stream has one reader"
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         return self._news.pop(next(iter(self._news)))
 
     # --- the engine's side ----------------------------------------------------------------------------------------
@@ -54,14 +58,18 @@ class Stream(AsyncIterator[Delta]):
         self._open -= delta.finish_reason is not None
         unread = self._news.get(delta.choice)
         self._news[delta.choice] = delta if unread is None else _joined(unread, delta)
-        self._arrival.set()
+        self._wake()
 
     def settle(self, finished: Finished) -> None:
         self._cached_tokens = max(self._cached_tokens, finished.cached_tokens if finished.choice == 0 else 0)
 
     def fail(self, failure: BaseException) -> None:
         self._failure = failure
-        self._arrival.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def _joined(first: Delta, second: Delta) -> Delta:
