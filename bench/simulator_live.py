@@ -12,6 +12,7 @@ the simulated figures from the median of the live runs, and how far these lie ap
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -33,6 +34,7 @@ from app.simulate.playing import TraceWorkload
 from app.workload.drawing import Drawing, poisson
 from app.workload.prompts import Prompts
 from app.workload.trace import TraceRequest
+from bench.machine import Others
 from bench.report import console
 from bench.simulator import GOALS, compare
 from engine.core import CoreConfig
@@ -178,15 +180,23 @@ def run(profile: Profile, rows: Path) -> int:
     """One repeat: a row for each share, metric and statistic. Exit code 1 when it is void."""
     most = capacity(profile)
     traces = [workload(round(SECONDS * share * most), share * most, seed=1) for share in SHARES]
+    others = Others(os.getpid())
     lived, late = play(traces)
-    sys.stderr.write(f"capacity {most:.2f} requests/s; submitted {late * 1e3:.2f} ms late (median)\n")
+    cores = others.cores()
+    sys.stderr.write(
+        f"capacity {most:.2f} requests/s; submitted {late * 1e3:.2f} ms late (median); "
+        f"others used {cores:.2f} cores\n"
+    )
     if late > LATE_SECONDS:
         sys.stderr.write("void: the load came too late\n")
         return 1
     with rows.open("a") as file:
         for share, trace, live in zip(SHARES, traces, lived, strict=True):
             for each in compare(live, simulated(trace, profile).served):
-                file.write(json.dumps({"share": share, "capacity": most, **asdict(each)}) + "\n")
+                file.write(
+                    json.dumps({"share": share, "capacity": most, "others_cores": cores, **asdict(each)})
+                    + "\n"
+                )
     return 0
 
 

@@ -27,13 +27,13 @@ from engine.profile import Between, Profile, Transfer
 from engine.request import Request, Stopping
 from engine.runner import ModelRunner
 from engine.runner_cuda import CudaRunner
-from engine.step_time import shape
+from engine.step_time import Shape, Timer, shape
 from engine.stream import Stream
 from kvstore.copies import Place
 from kvstore.memory import MemoryTier, host_tier
 from kvstore.tier import Buffer, Tier
 
-REPEATS = 7
+ROUNDS = 5
 COPY_REPEATS = 20
 BETWEEN_ROWS = (1, 4, 16, 48)
 BETWEEN_TOKENS = 150
@@ -51,7 +51,7 @@ def measure(config: Config, note: Note) -> tuple[Profile, list[Error]]:
     step = fit_steps(samples)
     device = device_tier(runner)
     transfers = _transfers(device, note)
-    between = _between(parts, note)
+    between = _between(parts, step.timer(), note)
     core = parts.core.config
     profile = Profile(
         machine=_machine(),
@@ -87,15 +87,20 @@ def _steps(runner: ModelRunner | CudaRunner, parts: Parts, note: Note) -> list[S
         max_sequences=scheduler.max_sequences,
         max_batch_tokens=scheduler.max_batch_tokens,
     )
-    wanted = cells(limits)
-    samples = []
-    for index, cell in enumerate(wanted):
-        note(f"steps: {index + 1} of {len(wanted)}, {cell.kind}")
-        plan = cell.plan(limits.block_size)
-        runner.launch(plan).collect()
-        times = [runner.launch(plan).collect().seconds for _ in range(REPEATS)]
-        samples.append(Sample(cell.kind, shape(plan), median(times)))
-    return samples
+    wanted = [(cell.kind, cell.plan(limits.block_size)) for cell in cells(limits)]
+    times: list[list[float]] = [[] for _ in wanted]
+    for turn in range(ROUNDS + 1):  # in rounds, so that a slow minute of the machine is nobody's alone
+        note(f"steps: round {turn} of {ROUNDS}")
+        for (_, plan), found in zip(wanted, times, strict=True):
+            runner.launch(
+                plan
+            ).collect()  # a step mostly follows one like it, and finds the caches as that left them
+            seconds = runner.launch(plan).collect().seconds
+            if turn:  # the first round only warms up
+                found.append(seconds)
+    return [
+        Sample(kind, shape(plan), median(found)) for (kind, plan), found in zip(wanted, times, strict=True)
+    ]
 
 
 # --- copies -------------------------------------------------------------------------------------------------------
@@ -142,13 +147,14 @@ def _buffers(tier: Tier, places: Sequence[Place]) -> list[Buffer]:
 # --- between steps ------------------------------------------------------------------------------------------------
 
 
-def _between(parts: Parts, note: Note) -> Between:
-    """A live engine decodes; what its steps do not account for lies between them."""
+def _between(parts: Parts, step_seconds: Timer, note: Note) -> Between:
+    """A live engine decodes: what a step takes in it beyond the step alone, between steps or because of what goes on
+    beside them."""
     gaps: list[tuple[float, float]] = []
 
     def answer() -> None:
         try:
-            gaps.extend(asyncio.run(_gaps(parts, note)))
+            gaps.extend(asyncio.run(_gaps(parts, step_seconds, note)))
         finally:  # an error must not leave the main thread waiting for plans
             parts.worker.stop()
 
@@ -161,19 +167,28 @@ def _between(parts: Parts, note: Note) -> Between:
     return Between(*fit_line(gaps))
 
 
-async def _gaps(parts: Parts, note: Note) -> list[tuple[float, float]]:
-    """(rows, median seconds between a step's end and the next one's begin)."""
+async def _gaps(parts: Parts, step_seconds: Timer, note: Note) -> list[tuple[float, float]]:
+    """(rows, median seconds of a step beyond the step alone)."""
     engine = Engine(parts.core, parts.worker, exact=parts.exact, store=parts.store, clock=time.perf_counter)
     found = []
     for rows in BETWEEN_ROWS:
         if rows > parts.core.config.scheduler.max_sequences:
             break
         note(f"between steps: {rows} streams")
-        found.append((float(rows), await _gap(engine, rows)))
+        seen = await _decode(engine, rows)
+        steps = [
+            (at - before, rows * number)  # positions read: each stream began with one token
+            for number, ((before, last), (at, record)) in enumerate(pairwise(seen), 2)
+            if record.rows == last.rows == rows
+        ]
+        beyond = [took - step_seconds(Shape(rows, rows, rows, context)) for took, context in steps]
+        if beyond:
+            found.append((float(rows), max(0.0, median(beyond))))
     return found
 
 
-async def _gap(engine: Engine, rows: int) -> float:
+async def _decode(engine: Engine, rows: int) -> list[tuple[float, StepRecord]]:
+    """So many streams at once; the records of their steps, and when each came."""
     seen: list[tuple[float, StepRecord]] = []
 
     def watch(record: StepRecord) -> None:
@@ -188,12 +203,7 @@ async def _gap(engine: Engine, rows: int) -> float:
     ]
     await asyncio.gather(*(_read(stream) for stream in streams))
     engine.on_step.remove(watch)
-    gaps = [
-        at - before - record.seconds
-        for (before, last), (at, record) in pairwise(seen)
-        if record.rows == last.rows == rows
-    ]
-    return max(0.0, median(gaps)) if gaps else 0.0
+    return seen
 
 
 async def _read(stream: Stream) -> None:
