@@ -17,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -35,7 +35,7 @@ from app.workload.drawing import Drawing, poisson
 from app.workload.prompts import Prompts
 from app.workload.trace import TraceRequest
 from bench.machine import Others
-from bench.report import console
+from bench.report import DISTURBED_CORES, console
 from bench.simulator import GOALS, compare
 from engine.core import CoreConfig
 from engine.engine import Engine
@@ -92,6 +92,14 @@ def capacity(profile: Profile) -> float:
     return SATURATING / simulated(at_once, profile).seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What the live engine made of a trace, and the cores that others kept busy (or the host away) meanwhile."""
+
+    served: list[Served]
+    others_cores: float
+
+
 class Live:
     """The engine on an event loop; every request is submitted when it is due."""
 
@@ -100,7 +108,7 @@ class Live:
         self._finished: dict[str, Finished] = {}
         self._late: list[float] = []
 
-    async def play(self, traces: Sequence[Sequence[TraceRequest]]) -> list[list[Served]]:
+    async def play(self, traces: Sequence[Sequence[TraceRequest]]) -> list[Played]:
         """One after the other."""
         parts = self._parts
         engine = Engine(
@@ -108,7 +116,12 @@ class Live:
         )
         engine.on_finished.append(self._note)
         await self._play(engine, workload(4, 100.0, seed=99), "warm")
-        return [await self._play(engine, trace, str(index)) for index, trace in enumerate(traces)]
+        played = []
+        for index, trace in enumerate(traces):
+            others = Others(os.getpid())
+            served = await self._play(engine, trace, str(index))
+            played.append(Played(served, others.cores()))
+        return played
 
     async def _play(self, engine: Engine, trace: Sequence[TraceRequest], name: str) -> list[Served]:
         prompts = Prompts(trace, len(self._parts.model.vocabulary) - FIRST_TOKEN, FIRST_TOKEN)
@@ -158,10 +171,10 @@ async def _read(stream: Stream) -> None:
         pass
 
 
-def play(traces: Sequence[Sequence[TraceRequest]]) -> tuple[list[list[Served]], float]:
+def play(traces: Sequence[Sequence[TraceRequest]]) -> tuple[list[Played], float]:
     """What the live engine made of them, and the median of its submissions' lateness. On the main thread."""
     parts = load(Config.model_validate(CONFIG))
-    live, found = Live(parts), list[list[Served]]()
+    live, found = Live(parts), list[Played]()
 
     def answer() -> None:
         try:
@@ -176,36 +189,34 @@ def play(traces: Sequence[Sequence[TraceRequest]]) -> tuple[list[list[Served]], 
     return found, live.late
 
 
-def run(profile: Profile, rows: Path) -> int:
+def run(profile: Profile, rows: Path, seconds: float) -> int:
     """One repeat: a row for each share, metric and statistic. Exit code 1 when it is void."""
     most = capacity(profile)
-    traces = [workload(round(SECONDS * share * most), share * most, seed=1) for share in SHARES]
-    others = Others(os.getpid())
+    traces = [workload(round(seconds * share * most), share * most, seed=1) for share in SHARES]
     lived, late = play(traces)
-    cores = others.cores()
-    sys.stderr.write(
-        f"capacity {most:.2f} requests/s; submitted {late * 1e3:.2f} ms late (median); "
-        f"others used {cores:.2f} cores\n"
-    )
+    sys.stderr.write(f"capacity {most:.2f} requests/s; submitted {late * 1e3:.2f} ms late (median)\n")
     if late > LATE_SECONDS:
         sys.stderr.write("void: the load came too late\n")
         return 1
     with rows.open("a") as file:
         for share, trace, live in zip(SHARES, traces, lived, strict=True):
-            for each in compare(live, simulated(trace, profile).served):
-                file.write(
-                    json.dumps({"share": share, "capacity": most, "others_cores": cores, **asdict(each)})
-                    + "\n"
-                )
+            facts = {"share": share, "capacity": most, "others_cores": live.others_cores}
+            for each in compare(live.served, simulated(trace, profile).served):
+                file.write(json.dumps(facts | asdict(each)) + "\n")
     return 0
 
 
 def report(rows: Path) -> int:
-    """Exit code 1 when a goal is missed by more than the live runs differ."""
+    """Exit code 1 when a goal is missed by more than the live runs differ, or no run was undisturbed."""
     found: dict[tuple[float, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for text in rows.read_text().splitlines():
-        row = json.loads(text)
-        found[row["share"], row["metric"], row["statistic"]].append(row)
+    told = [json.loads(text) for text in rows.read_text().splitlines()]
+    for row in told:
+        if row["others_cores"] <= DISTURBED_CORES:
+            found[row["share"], row["metric"], row["statistic"]].append(row)
+    if left_out := len(told) - sum(map(len, found.values())):
+        console().print(
+            f"{left_out} of {len(told)} rows left out: others used > {DISTURBED_CORES} cores meanwhile"
+        )
     table = Table(
         "share", "metric", "statistic", "live", "spread", "simulated", "error", title="live and simulated (s)"
     )
@@ -220,7 +231,7 @@ def report(rows: Path) -> int:
         cells = (f"{middle:.4g}", f"{spread:.1%}", f"{simulation:.4g}", f"{error:+.1%}{mark}")
         table.add_row(f"{share:.0%}", metric, statistic, *cells)
     console().print(table)
-    return int(failed)
+    return int(failed or not found)
 
 
 def main() -> int:
@@ -231,11 +242,12 @@ def main() -> int:
     parser.add_argument(
         "--rows", type=Path, required=True, metavar="FILE", help="a repeat's rows are added to it"
     )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each share")
     parser.add_argument("--report", action="store_true", help="run nothing: what the rows say")
     options = parser.parse_args()
     if options.report or options.profile is None:
         return report(options.rows)
-    return run(read_profile(options.profile), options.rows)
+    return run(read_profile(options.profile), options.rows, options.seconds)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,13 @@ def test_the_live_workload_is_the_same_for_the_same_seed_and_fits_the_model() ->
 
 def test_a_goal_is_missed_only_beyond_the_spread_of_live_runs(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    line = '{"share": 0.5, "metric": "ttft", "statistic": "mean", "recorded": %s, "simulated": 1.2}\n'
+    line = (
+        '{"share": 0.5, "others_cores": 0.0, "metric": "ttft", "statistic": "mean", '
+        '"recorded": %s, "simulated": 1.2}\n'
+    )
     rows.write_text(line % 1.0 + line % 0.9 + line % 1.2)
     assert report(rows) == 0
     rows.write_text(line % 1.0 + line % 1.01)
     assert report(rows) == 1
+    rows.write_text((line % 1.2).replace("0.0,", "0.4,", 1))
+    assert report(rows) == 1, "nothing undisturbed says nothing"
