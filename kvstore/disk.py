@@ -55,11 +55,12 @@ from kvstore.lmdb_pages import OVERFLOW, Damage, overflow_header
 from kvstore.tier import Buffer, TierStats, TierUnusable
 from kvstore.values import LEAST_PAYLOAD, Outcome, read_values, stamp, warm_up
 
-TRANSACTION_BYTES: Final = 4 * 2**20
+TRANSACTION_BYTES: Final = 2 * 2**20
 TRANSACTION_BLOCKS: Final = 64
 """One write holds so much, at most. Measured, durably written MB/s (bench/disk_records.py): blocks of 32 KiB 60, 310,
-600 by 1, 8, 32 a transaction; of 256 KiB 400, 840, 670; of 1 MiB 330 by one and 500 to 870 by more, without order; of
-4 MiB 990 by 1, 890 by 4 and 390 by 16."""
+600 by 1, 8, 32 a transaction; of 48 KiB 364, 453, 426, 448 by 8, 21, 42, 64; of 192 KiB 660, 671, 663, 479 by 5, 8, 10,
+21; of 256 KiB 400, 840, 670 by 1, 8, 32; of 1 MiB 330 by one and 500 to 870 by more, without order; of 4 MiB 990 by 1,
+890 by 4 and 390 by 16."""
 
 SNAPSHOT_BYTES: Final = 4 * 2**20
 """One transaction reads so much, at most: about a millisecond. A write may have to wait for its end, see _transact."""
