@@ -1,12 +1,22 @@
-"""For operators: what the engine is doing, and ending or preempting a request. Of the cache: app/admin_cache.py.
+"""For operators: what the engine is doing; ending or preempting a request, and changing its priority.
 
-Nothing here waits for the engine.
+Nothing here waits for the engine. What was decided about a request: app/admin_timeline.py. Of the cache:
+app/admin_cache.py. Of policies: app/admin_policies.py.
 """
 
 from aiohttp import web
+from pydantic import BaseModel, ConfigDict
 
+from app.bodies import read_json
 from app.errors import ApiError
 from app.served import SERVED
+from app.service_classes import Priority
+
+
+class Priorities(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    priority: Priority  # lower first
 
 
 async def state(http: web.Request) -> web.Response:
@@ -35,6 +45,19 @@ async def preempt(http: web.Request) -> web.Response:
         message = f"request {request_id!r} is waiting: there is nothing to take from it"
         raise ApiError(409, message, code="request_not_running")
     return web.json_response({"id": request_id, "state": "preempted"})
+
+
+async def priority(http: web.Request) -> web.Response:
+    """A request's priority from now on, and with it its class, unless its API key has one."""
+    request_id, served = http.match_info["id"], http.app[SERVED]
+    wanted = (await read_json(http, Priorities)).priority
+    sequences = served.engine.core.sequences.get(request_id)
+    if not sequences:
+        raise _unknown(request_id)
+    service = served.classes.of(sequences[0].tenant, wanted)
+    if not served.engine.reprioritise(request_id, wanted, service):
+        raise ApiError(409, "the engine has died; nothing goes first any more", code="engine_dead")
+    return web.json_response({"id": request_id, "priority": wanted, "class": service.name})
 
 
 def _unknown(request_id: str) -> ApiError:

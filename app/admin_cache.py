@@ -6,12 +6,12 @@ snapshot relies on. Verifying the disk is app/admin_verify.py's; the command lin
 """
 
 import asyncio
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.bodies import read_body
+from app.bodies import read_json
 from app.errors import ApiError
 from app.served import SERVED, Served
 from engine.engine import Engine
@@ -34,9 +34,6 @@ class Clear(BaseModel):
 
 class Prune(Clear):
     bytes: Annotated[int, Field(ge=0, le=2**60)]  # to be kept, of each
-
-
-Body = TypeVar("Body", bound=Clear)
 
 
 # --- stat -----------------------------------------------------------------------------------------------------------
@@ -122,22 +119,15 @@ def _route(measured: Measured) -> dict[str, Any]:
 
 async def prune(http: web.Request) -> web.Response:
     """Evicts by the policy until a tier has at most so many bytes. The device forgets all its idle blocks at once."""
-    body = await _body(http, Prune)
+    body = await read_json(http, Prune)
     size = block_bytes(http.app[SERVED])
     return await _shrink(http.app[SERVED], body.tier, body.bytes // size if size else 0)
 
 
 async def clear(http: web.Request) -> web.Response:
     """Forgets all that is idle."""
-    body = await _body(http, Clear)
+    body = await read_json(http, Clear)
     return await _shrink(http.app[SERVED], body.tier, 0)
-
-
-async def _body(http: web.Request, kind: type[Body]) -> Body:
-    """Only JSON that says so: a web page elsewhere can make a browser send anything but that."""
-    if http.content_type != "application/json":
-        raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
-    return kind.model_validate_json(await read_body(http))
 
 
 async def _shrink(served: Served, tier: str, blocks: int) -> web.Response:

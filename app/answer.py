@@ -14,6 +14,7 @@ from structlog.stdlib import get_logger
 
 from app.errors import ApiError, as_api_error, cancelled, draining
 from app.ids import CLIENT_ID
+from app.metrics import METRICS
 from app.request_log import OpenRequest
 from app.served import Served
 from app.sse import EventStream, ReaderGone, frame
@@ -124,7 +125,11 @@ def _submit(http: web.Request, served: Served, request: Request) -> Stream:
     served.requests.opened(request.id, OpenRequest(http.path, served.model.name, request.n, client_id))
     try:
         return served.engine.submit(request)
-    except (QueueFull, Refused, EngineDead):
+    except QueueFull:
+        http.app[METRICS].policies.observe_refused(request.service.name, request.n)
+        served.requests.refused(request.id)
+        raise
+    except (Refused, EngineDead):
         served.requests.refused(request.id)
         raise
 

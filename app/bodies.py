@@ -1,11 +1,15 @@
 """Reading a request's body, within the time that `server.read_timeout_seconds` gives it."""
 
 import asyncio
+from typing import TypeVar
 
 from aiohttp import web
+from pydantic import BaseModel
 
 from app.errors import ApiError
 from app.served import SERVED
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(http: web.Request) -> bytes:
@@ -18,3 +22,10 @@ async def read_body(http: web.Request) -> bytes:
         raise ApiError(
             408, f"the body did not arrive within {seconds:g} seconds", code="slow_body"
         ) from error
+
+
+async def read_json(http: web.Request, kind: type[Body]) -> Body:
+    """Only JSON that says so: a web page elsewhere can make a browser send anything but that."""
+    if http.content_type != "application/json":
+        raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
+    return kind.model_validate_json(await read_body(http))

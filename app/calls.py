@@ -11,10 +11,10 @@ from app.chat import ChatWire
 from app.completions import CompletionWire
 from app.errors import draining
 from app.ids import new_id
-from app.salt import salt_of
+from app.salt import salt_of, tenant_of
 from app.schema import ChatCall, CommonCall, CompletionCall
 from app.served import SERVED, Served
-from app.translation import chat_prompt, check_model, completion_prompts, engine_requests
+from app.translation import Caller, chat_prompt, check_model, completion_prompts, engine_requests
 from app.wire import Heading
 
 Call = TypeVar("Call", bound=CommonCall)
@@ -27,8 +27,8 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
     heading = _heading("chatcmpl", call, served, logprobs)
     max_tokens = call.max_completion_tokens or call.max_tokens
-    salt = _salt(http, call, served)
-    requests = engine_requests(call, [prompt], logprobs, max_tokens, heading.id, salt, served)
+    caller = _caller(http, call, served)
+    requests = engine_requests(call, [prompt], logprobs, max_tokens, heading.id, caller, served)
     wire = ChatWire(heading, served.model)
     if call.stream:
         return await stream_answer(http, served, requests, wire, heading.include_usage)
@@ -40,8 +40,8 @@ async def completions(http: web.Request) -> web.StreamResponse:
     call = await _read(http, served, CompletionCall)
     prompts = await completion_prompts(call, served.model, served.context)
     heading = _heading("cmpl", call, served, call.logprobs)
-    salt = _salt(http, call, served)
-    requests = engine_requests(call, prompts, call.logprobs, call.max_tokens, heading.id, salt, served)
+    caller = _caller(http, call, served)
+    requests = engine_requests(call, prompts, call.logprobs, call.max_tokens, heading.id, caller, served)
     wire = CompletionWire(heading, served.model)
     if call.stream:
         return await stream_answer(http, served, requests, wire, heading.include_usage)
@@ -57,8 +57,14 @@ async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
     return call
 
 
-def _salt(http: web.Request, call: CommonCall, served: Served) -> str:
-    return salt_of(http.headers, call.cache_salt, share_across_keys=served.kvstore.share_across_keys)
+def _caller(http: web.Request, call: CommonCall, served: Served) -> Caller:
+    tenant = tenant_of(http.headers)
+    shared = served.kvstore.share_across_keys
+    return Caller(
+        tenant=tenant,
+        salt=salt_of(http.headers, call.cache_salt, share_across_keys=shared),
+        service=served.classes.of(tenant, call.priority or 0),
+    )
 
 
 def _heading(prefix: str, call: CommonCall, served: Served, logprobs: int | None) -> Heading:

@@ -16,6 +16,7 @@ from app import memory
 from app.calibration import calibrate
 from app.config import Config, EngineSection
 from app.core_config import scheduler_config
+from app.plugins import PluginError, load_plugins
 from app.served import Model
 from app.serving import Parts
 from app.tiers import make_tiers
@@ -26,6 +27,7 @@ from engine.kernels.select import make_kernels
 from engine.model.errors import ModelError
 from engine.model.fingerprint import signature
 from engine.model.loading import Loaded, load_model
+from engine.policy_set import Catalog
 from engine.runner import ModelRunner
 from engine.runner_cuda import CudaRunner
 from engine.sampler import Sampler
@@ -54,6 +56,7 @@ CANNOT_START = (
     CannotRecord,
     NoSuchModel,
     NoSuchDevice,
+    PluginError,
     memory.NotEnoughMemory,
     ModelError,
     TokenizerError,
@@ -66,6 +69,7 @@ CANNOT_START = (
 def load(config: Config) -> Parts:
     """Loads the model and gets it warm. Raises one of CANNOT_START."""
     check_recording(config.engine.record)
+    catalog = Catalog(load_plugins(config.policies))
     directory = model_directory(config.model.path)
     device = choose_device(config.model.device)
     tokenizer = Tokenizer.load(directory)
@@ -81,7 +85,7 @@ def load(config: Config) -> Parts:
     tiers = make_tiers(config, directory, files, loaded, runner)
     scheduler = replace(scheduler, residency=tiers.residency)
     scheduler = replace(scheduler, calibration=calibrate(runner, scheduler, tiers.device, tiers.host))
-    core = Core(core_config(config, loaded, scheduler, tiers.fingerprint), vocabulary)
+    core = Core(core_config(config, loaded, scheduler, tiers.fingerprint), vocabulary, catalog)
     model = Model(
         name=config.model.name or directory.name,
         tokenizer=tokenizer,

@@ -4,6 +4,7 @@ Where values come from and which source wins: `app/config_sources.py`. The comme
 `config.toml` at the top of the repository; a test keeps the two equal.
 """
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from app.policy_sections import PARAMETERS
 from app.sections import Section
+from app.service_classes import ClassTable
+from engine.policy_set import SIMULATED
 from policies.eviction import EVICTIONS
 from policies.order import ORDERS
 from policies.placement import PLACEMENTS
@@ -19,12 +22,17 @@ from policies.prediction import PREDICTIONS
 from policies.preemption import VICTIMS
 from policies.resume import RESUMES
 
+PLUGIN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+"""`package.module:name`."""
 
-def one_of(names: Iterable[str]) -> AfterValidator:
-    """Accepts these names alone; the error's context lists them, for the hint."""
+
+def one_of(names: Iterable[str], *, plugins: bool = False) -> AfterValidator:
+    """Accepts these names alone, or plug-ins too; the error's context lists them, for the hint."""
     known = sorted(names)
 
     def check(name: str) -> str:
+        if plugins and ":" in name:
+            return _plugin(name)
         if name not in known:
             raise PydanticCustomError(
                 "unknown_name", "known names: {names}", {"names": ", ".join(known), "known": known}
@@ -32,6 +40,12 @@ def one_of(names: Iterable[str]) -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def _plugin(path: str) -> str:
+    if not PLUGIN.fullmatch(path):
+        raise PydanticCustomError("plugin_path", "a plug-in is written package.module:name")
+    return path
 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -91,13 +105,26 @@ class CheckpointSection(Section):
     every_seconds: PositiveSeconds = 5.0
 
 
+Plugins = list[Annotated[str, AfterValidator(_plugin)]]
+
+
+class AlsoSection(Section):
+    """Plug-ins that are loaded, so that they can be switched to."""
+
+    order: Plugins = Field(default_factory=list)
+    prediction: Plugins = Field(default_factory=list)
+    victim: Plugins = Field(default_factory=list)
+    resume: Plugins = Field(default_factory=list)
+
+
 class PolicyNames(Section):
-    order: Annotated[str, one_of(ORDERS)] = "hybrid"
-    prediction: Annotated[str, one_of(sorted(set(PREDICTIONS) - {"oracle"}))] = "histogram"
-    victim: Annotated[str, one_of(VICTIMS)] = "cheapest_resume"
-    resume: Annotated[str, one_of(RESUMES)] = "cheapest"
+    order: Annotated[str, one_of(ORDERS, plugins=True)] = "hybrid"
+    prediction: Annotated[str, one_of(set(PREDICTIONS) - SIMULATED, plugins=True)] = "histogram"
+    victim: Annotated[str, one_of(VICTIMS, plugins=True)] = "cheapest_resume"
+    resume: Annotated[str, one_of(RESUMES, plugins=True)] = "cheapest"
     eviction: Annotated[str, one_of(EVICTIONS)] = "lru"
     placement: Annotated[str, one_of(PLACEMENTS)] = "write_through"
+    also: AlsoSection = AlsoSection()
 
 
 if TYPE_CHECKING:
@@ -125,6 +152,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     policies: PoliciesSection = PoliciesSection()
     log: LogSection = LogSection()
+    classes: list[ClassTable] = Field(default_factory=list)  # [[class]], in the file alone: config_tables.py
 
 
 class ConfigError(Exception):

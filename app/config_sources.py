@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from app.config import Config, ConfigError
+from app.config_tables import ARRAYS, array_of, read
 from app.sections import Section
 
 DEFAULT_FILE = "config.toml"
@@ -28,7 +29,7 @@ DEFAULT = "default"
 class Setting:
     """One value offered by one source."""
 
-    section: str
+    section: str  # "": `key` is an array of tables
     key: str
     value: object
     source: str  # "--set", "env SLUICE__…", the file's path
@@ -56,9 +57,12 @@ def load(
         *_from_flags(flags, problems),
     ]
     merged: dict[str, Any] = {}
-    sources = dict.fromkeys(all_keys(), DEFAULT)
+    sources = dict.fromkeys([*all_keys(), *ARRAYS], DEFAULT)
     for setting in settings:  # later ones win
-        if _is_known(setting, problems):
+        if not setting.section:
+            merged[ARRAYS[setting.key].field] = setting.value
+            sources[setting.key] = setting.source
+        elif _is_known(setting, problems):
             _table(merged, setting.section)[setting.key] = setting.value
             sources[f"{setting.section}.{setting.key}"] = setting.source
     config = _validated(merged, sources, problems)
@@ -123,8 +127,15 @@ def _from_file(file: Path | None, problems: list[str]) -> list[Setting]:
         return []
     settings: list[Setting] = []
     for name, value in tables.items():
-        if isinstance(value, dict):
+        if name in ARRAYS:
+            settings.append(Setting("", name, read(name, value, str(file), problems), str(file)))
+        elif isinstance(value, dict):
             settings += _from_table(name, value, str(file), problems)
+        elif isinstance(value, list) and not _homes(name):
+            near = nearest(name, ARRAYS)
+            problems.append(
+                f"{file}: unknown array of tables [[{name}]]{did_you_mean(near and f'[[{near}]]')}"
+            )
         else:
             problems.append(
                 f"{file}: {name!r} stands outside a [section]{did_you_mean(' or '.join(_homes(name)))}"
@@ -198,6 +209,9 @@ def _is_text(annotation: object) -> bool:
 
 
 def _is_known(setting: Setting, problems: list[str]) -> bool:
+    if name := array_of(setting.section):
+        problems.append(f"{setting.source}: [[{name}]] tables can be set in the file only")
+        return False
     if setting.section not in sections():
         problems.append(f"{setting.source}: {_unknown_section(setting.section)}")
         return False
@@ -250,11 +264,20 @@ def _validated(
 
 def _sentence(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     path = ".".join(str(part) for part in error["loc"])
+    if path in sections():
+        return _of_section(path, error, sources)
     name = next(key for key in all_keys() if path == key or path.startswith(f"{key}."))
     message = error["msg"][:1].lower() + error["msg"][1:]
     return (
         f"{sources[name]}: {name} = {json.dumps(error['input'], default=str)}: {message}{_hint(name, error)}"
     )
+
+
+def _of_section(section: str, error: ErrorDetails, sources: Mapping[str, str]) -> str:
+    """What is wrong with values that may stand alone; said by whoever set one of them."""
+    said = {sources[f"{section}.{key}"]: None for key in _keys(section)}
+    by = ", ".join(source for source in said if source != DEFAULT)
+    return f"{by or DEFAULT}: [{section}]: {error.get('ctx', {}).get('error', error['msg'])}"
 
 
 def _hint(name: str, error: ErrorDetails) -> str:

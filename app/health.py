@@ -62,6 +62,7 @@ async def metrics(http: web.Request) -> web.Response:
     engine = http.app[SERVED].engine
     scheduler = engine.core.scheduler
     http.app[METRICS].observe_tiers(engine.tier_bytes())
+    http.app[METRICS].policies.show(engine.policies())
     body, content_type = http.app[METRICS].exposition(
         running=len(scheduler.running),
         waiting=scheduler.waiting,

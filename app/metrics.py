@@ -1,10 +1,11 @@
 """Prometheus metrics under vLLM's names, so that its dashboards and routers work, and a few of our own.
 
 Fed by the engine's observers (`observe_step`, `observe_finished`) on the event-loop thread. Each server has a
-registry of its own. The loop's lag is measured by `app/lag.py`.
+registry of its own. The loop's lag is measured by `app/lag.py`; of policies and service classes:
+`app/policy_metrics.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 from aiohttp import web
@@ -12,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from app.config import KVStoreSection
+from app.policy_metrics import PolicyMetrics
+from app.service_classes import ClassTable
 from engine.engine import StepRecord
 from engine.records import CopyRecord
 from engine.request import Finished, FinishReason
@@ -40,15 +43,25 @@ _SUCCESS = {FinishReason.CANCELLED: "abort"}  # vLLM's word
 
 
 class Metrics:
-    def __init__(self, model_name: str, *, block_size: int, kv_blocks: int, victim_policy: str) -> None:
+    """`victims`: names of victim policies that may be in force. `classes`: service classes, by name."""
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        block_size: int,
+        kv_blocks: int,
+        victims: Iterable[str] = (),
+        classes: Mapping[str, ClassTable] | None = None,
+    ) -> None:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": ENGINE}
-        self._victim_policy = victim_policy
         self._families: dict[str, Counter] = {}
         self._make_gauges(block_size, kv_blocks)
         self._make_counters()
         self._make_histograms()
         self._make_tier_metrics()
+        self.policies = PolicyMetrics(self._registry, self._labels, victims, classes or {})
 
     # --- what there is ------------------------------------------------------------------------------------
 
@@ -85,22 +98,9 @@ class Metrics:
             )
             for reason in FinishReason
         }
-        self._victims = self._counter(
-            "sluice:preemptions", "Preemptions, by victim policy.", victim_policy=self._victim_policy
-        )
         self._make_tier_counters()
 
     def _make_tier_counters(self) -> None:
-        self._resumptions = {
-            (way, tier): self._counter(
-                "sluice:resumptions",
-                "Preempted sequences that came back, by way and the lowest tier they took from.",
-                way=way,
-                tier=tier,
-            )
-            for way in ("reload", "split", "recompute")
-            for tier in ("none", *TIERS)
-        }
         self._dropped = self._counter(
             "sluice:unsaved_blocks", "Blocks not saved below the device: no room, or too much on its way."
         )
@@ -200,13 +200,11 @@ class Metrics:
         self._recomputed.inc(step.recomputed_tokens)
         self._generated.inc(step.sampled_tokens)
         self._prompt_tokens.inc(step.prompt_tokens)
-        for way, count in step.resumptions.items():
-            self._resumptions[way].inc(count)
         for tier, tokens in step.hit_tokens.items():
             self._hit_tokens[tier].inc(tokens)
         self._dropped.inc(step.dropped_blocks)
         self._preemptions.inc(step.preemptions)
-        self._victims.inc(step.preemptions)
+        self.policies.observe_step(step)
         self._queries.inc(step.prefix_queries)
         self._hits.inc(step.prefix_hits)
         self._step_tokens.observe(step.computed_tokens)
@@ -248,6 +246,7 @@ class Metrics:
 
     def observe_finished(self, choice: Finished) -> None:
         self._successes[choice.reason].inc()
+        self.policies.observe_finished(choice)
         if choice.choice == 0:  # a request's choices share its prompt
             self._prompt_length.observe(choice.prompt_tokens)
         self._output_length.observe(choice.output_tokens)

@@ -10,6 +10,9 @@ from structlog.stdlib import BoundLogger, get_logger
 
 from engine.request import Finished
 
+TENANT_DIGITS = 8
+"""Of the hash of its API key: enough to tell tenants apart."""
+
 
 @dataclass(slots=True)
 class OpenRequest:
@@ -62,11 +65,15 @@ def accounts(request_id: str, request: OpenRequest) -> dict[str, object]:
             (c.cached_tokens for c in choices if c.choice == 0), 0
         ),  # had before the request came
         "output_tokens": output_tokens,
-        "queue_seconds": round(max(choice.queued_seconds for choice in choices), 6),
+        "queued_seconds": round(max(choice.queued_seconds for choice in choices), 6),
         "ttft_seconds": round(min(first_tokens) - arrived, 6) if first_tokens else None,
         "e2e_seconds": round(e2e, 6),
         "tokens_per_second": round(output_tokens / e2e, 1) if e2e > 0 else None,
         "finish_reason": ",".join(sorted({choice.reason.value for choice in choices})),
         "preemptions": sum(choice.preemptions for choice in choices),
         "recomputed_tokens": sum(choice.recomputed_tokens for choice in choices),
+        "reloaded_tokens": sum(choice.reloaded_tokens for choice in choices),
+        "promotions": sum(choice.promotions for choice in choices),
+        "class": choices[0].service,
+        "tenant": choices[0].tenant[:TENANT_DIGITS],
     }

@@ -1,7 +1,8 @@
-"""Which tenant a request is: the salt of its block keys. Equal salts find each other's prefixes, others never do.
+"""Which tenant a request is, and the salt of its block keys: equal salts find each other's prefixes, others never do.
 
-A tenant is the API key that came with the request; there is no list of known keys yet, so whoever invents one is a
-tenant of his own. The key itself goes no further than here: keys of blocks, logs and recordings see its hash.
+A tenant is the API key that came with the request. Any key is taken, so whoever invents one is a tenant of his own.
+The key itself goes no further than here: keys of blocks, `api_keys` of the configuration, logs and recordings have its
+hash, SHA-256 of "bearer KEY" in hexadecimal. `printf %s 'bearer KEY' | sha256sum` makes the same.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,13 @@ def salt_of(headers: Mapping[str, str], cache_salt: str | None, *, share_across_
 
     The same after a restart. share_across_keys: the API key counts for nothing, `cache_salt` does.
     """
-    tenant = "" if share_across_keys else _tenant(headers.get("Authorization", ""))
+    tenant = "" if share_across_keys else tenant_of(headers)
     return f"{tenant}/{cache_salt or ''}"
 
 
-def _tenant(authorization: str) -> str:
+def tenant_of(headers: Mapping[str, str]) -> str:
     """Hexadecimal, or "" for nobody. Credentials of another scheme than Bearer are another tenant."""
-    scheme, _, credentials = authorization.strip().partition(" ")
+    scheme, _, credentials = headers.get("Authorization", "").strip().partition(" ")
     if not credentials:
         return ""
     name = f"{scheme.lower()} {credentials.strip()}"

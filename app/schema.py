@@ -69,7 +69,7 @@ class CommonCall(Lenient):
 
     priority: Annotated[int, Field(ge=-INT32, le=INT32)] | None = None  # lower first
     cache_salt: Identifier | None = None
-    expected_output_tokens: Tokens | None = None  # checked; no policy reads it yet
+    expected_output_tokens: Tokens | None = None  # a hint for policies
     session_id: Identifier | None = None  # checked; no policy reads it yet
 
     @model_validator(mode="before")

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from app.config import KVStoreSection, ServerSection
 from app.request_log import RequestLog
+from app.service_classes import Classes
 from engine.engine import Engine
 from engine.model.generation import GenerationDefaults
 from kvstore.store import Store
@@ -42,6 +43,7 @@ class Served:
     kvstore: KVStoreSection = field(default_factory=KVStoreSection)
     store: Store | None = None
     requests: RequestLog = field(default_factory=RequestLog)
+    classes: Classes = field(default_factory=Classes)
 
     @property
     def context(self) -> int:

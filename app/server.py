@@ -6,7 +6,7 @@ from threading import Lock
 
 from aiohttp import web
 
-from app import admin, admin_cache, admin_verify, calls, health
+from app import admin, admin_cache, admin_policies, admin_timeline, admin_verify, calls, health
 from app.config import ServerSection
 from app.errors import errors_as_json
 from app.ids import add_header, request_ids
@@ -28,8 +28,12 @@ ROUTES = [
     web.get("/metrics", health.metrics),
     web.get("/admin/state", admin.state),
     web.get("/admin/requests", admin.requests),
+    web.get("/admin/requests/{id}", admin_timeline.timeline),
     web.post("/admin/requests/{id}/cancel", admin.cancel),
     web.post("/admin/requests/{id}/preempt", admin.preempt),
+    web.post("/admin/requests/{id}/priority", admin.priority),
+    web.get("/admin/policies", admin_policies.show),
+    web.put("/admin/policies", admin_policies.change),
     web.get("/admin/cache/stat", admin_cache.stat),
     web.post("/admin/cache/verify", admin_verify.verify),
     web.post("/admin/cache/prune", admin_cache.prune),
@@ -51,6 +55,8 @@ def application(served: Served, metrics: Metrics) -> web.Application:
     served.engine.on_step.append(metrics.observe_step)
     served.engine.on_copy.append(metrics.observe_copy)
     served.engine.on_tier.append(metrics.observe_tier)
+    served.engine.on_resumed.append(metrics.policies.observe_resumed)
+    served.engine.on_policy_failed.append(metrics.policies.observe_failure)
     metrics.expect_tiers(served.kvstore)
     served.engine.on_finished += [metrics.observe_finished, served.requests.finished]
     return app

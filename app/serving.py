@@ -11,8 +11,10 @@ from structlog.stdlib import get_logger
 
 from app.config import Config
 from app.metrics import Metrics
+from app.policy_log import PolicyLog
 from app.served import Model, Served
 from app.server import application
+from app.service_classes import Classes
 from app.tier_log import TierLog
 from engine.core import Core
 from engine.engine import Engine
@@ -47,22 +49,26 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
     async with _recording(parts) as recorder:
         engine = Engine(parts.core, parts.worker, exact=parts.exact, recorder=recorder, store=parts.store)
         engine.on_copy.append(TierLog().observe)
+        engine.on_policy_failed.append(PolicyLog().observe)
         try:
-            served = Served(engine, parts.model, parts.config.server, parts.config.kvstore, parts.store)
-            yield engine, application(served, _metrics(parts))
+            config = parts.config
+            classes = Classes(config.classes)
+            served = Served(engine, parts.model, config.server, config.kvstore, parts.store, classes=classes)
+            yield engine, application(served, _metrics(parts, classes))
         finally:
             engine.stop()
             if parts.store and not await asyncio.to_thread(parts.store.stop, STORE_STOP_SECONDS):
                 log.warning("store_stopped_early", seconds=STORE_STOP_SECONDS)
 
 
-def _metrics(parts: Parts) -> Metrics:
-    scheduler, policies = parts.core.config.scheduler, parts.config.policies
+def _metrics(parts: Parts, classes: Classes) -> Metrics:
+    scheduler = parts.core.config.scheduler
     return Metrics(
         parts.model.name,
         block_size=scheduler.block_size,
         kv_blocks=scheduler.blocks,
-        victim_policy=policies.victim,
+        victims=parts.core.scheduler.catalog.names("victim"),
+        classes=classes.tables,
     )
 
 

@@ -7,19 +7,29 @@ tokenised on a worker thread, so that the event loop goes on serving everyone el
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from app.errors import ApiError, bad_request
 from app.schema import MAX_CHOICES, MAX_LOGPROBS, ChatCall, CommonCall, CompletionCall
 from app.served import Model, Served
 from engine.plan import Sampling
-from engine.request import Request, Stopping
+from engine.request import Request, ServiceClass, Stopping
 
 INLINE_CHARACTERS = 2048
 """A shorter text is tokenised on the event loop, without a detour over a thread. Chosen, not measured."""
 
 Prompt = tuple[int, ...]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `tenant`, `salt`: see app/salt.py."""
+
+    tenant: str
+    salt: str
+    service: ServiceClass
 
 
 async def chat_prompt(call: ChatCall, model: Model) -> Prompt:
@@ -91,10 +101,10 @@ def engine_requests(
     logprobs: int | None,
     max_tokens: int | None,
     answer_id: str,
-    salt: str,
+    caller: Caller,
     served: Served,
 ) -> list[Request]:
-    """One engine request a prompt, with ids that begin with the answer's. `salt`: see app/salt.py."""
+    """One engine request a prompt, with ids that begin with the answer's."""
     n = call.n or 1
     most = min(MAX_CHOICES, served.engine.core.config.max_queue)
     if n * len(prompts) > most:
@@ -111,7 +121,10 @@ def engine_requests(
             ),
             n=n,
             priority=call.priority or 0,
-            salt=salt,
+            salt=caller.salt,
+            tenant=caller.tenant,
+            service=caller.service,
+            expected_output_tokens=call.expected_output_tokens,
         )
         for index, prompt in enumerate(prompts)
     ]

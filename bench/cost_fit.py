@@ -75,11 +75,11 @@ class WatchedRunner:
     """A runner whose steps are observed."""
 
     def __init__(self, runner: Any, observe: Callable[[Sample], None]) -> None:
-        self._runner, self._observe = runner, observe
+        self.runner, self._observe = runner, observe
         self.exact = runner.exact
 
     def launch(self, plan: Plan) -> Launched:
-        return WatchedLaunch(self._runner.launch(plan), plan, self._observe)
+        return WatchedLaunch(self.runner.launch(plan), plan, self._observe)
 
 
 class Workload:
@@ -129,7 +129,7 @@ class Workload:
 def measured(options: argparse.Namespace) -> tuple[list[Sample], list[Sample], Counter[str]]:
     """Samples of the calibration, then of serving in the order of their ends, and what happened besides."""
     parts = load(configuration(options))
-    runner: Any = parts.worker._runner  # the composition root keeps it to itself
+    runner: Any = parts.worker.runner  # the composition root keeps it to itself
     device = device_tier(runner)
     host = host_tier(256, device.block_bytes, pinned=False)
     begun = time.perf_counter()

@@ -21,6 +21,7 @@ from engine.events import (
     Pruned,
     Reject,
     Report,
+    Reprioritised,
     Run,
     StepDone,
 )
@@ -85,6 +86,9 @@ class Core:
                 news = self._cancelled(request_id, now)
             case Preempted(request_id):
                 self._preempted(request_id, now)
+            case Reprioritised(request_id, priority, service):
+                for sequence in self.sequences.get(request_id, ()):
+                    self.scheduler.reprioritise(sequence, priority, service)
             case Pruned(tier, blocks):
                 self._pruned(tier, blocks, now)
             case Damaged(tier, keys):

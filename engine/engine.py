@@ -28,6 +28,7 @@ from engine.events import (
     Pruned,
     Reject,
     Report,
+    Reprioritised,
     Resumed,
     Run,
     StepDone,
@@ -35,7 +36,7 @@ from engine.events import (
 from engine.plan import StepResult
 from engine.policy_set import FAMILIES
 from engine.records import CopyRecord
-from engine.request import EngineDead, Finished, QueueFull, Refused, Request
+from engine.request import EngineDead, Finished, QueueFull, Refused, Request, ServiceClass
 from engine.sequence import Sequence, State
 from engine.stream import Stream
 from engine.timeline import Timelines
@@ -197,6 +198,13 @@ class Engine:
         self._feed(Preempted(request_id))
         return True
 
+    def reprioritise(self, request_id: str, priority: int, service: ServiceClass) -> bool:
+        """Makes a request as urgent as this. False when there is none of that id."""
+        if request_id not in self.core.sequences or self.failure is not None:
+            return False
+        self._feed(Reprioritised(request_id, priority, service))
+        return True
+
     def use_policies(self, names: Mapping[str, str]) -> None:
         """Other policies decide from now on, by family: names of those loaded at start."""
         if self.failure is None:
@@ -244,11 +252,16 @@ class Engine:
             "preemptions": scheduler.counts.preemptions,
             "tiers": self._tiers(),
             "copies": scheduler.residency.copying,
-            "policies": {
-                **{family: getattr(scheduler.policy_config, family) for family in FAMILIES},
-                "eviction": scheduler.config.residency.eviction,
-                "placement": scheduler.config.residency.placement,
-            },
+            "policies": self.policies(),
+        }
+
+    def policies(self) -> dict[str, str]:
+        """The names in force, by family."""
+        scheduler = self.core.scheduler
+        return {
+            **{family: getattr(scheduler.policy_config, family) for family in FAMILIES},
+            "eviction": scheduler.config.residency.eviction,
+            "placement": scheduler.config.residency.placement,
         }
 
     def _tiers(self) -> dict[str, object]:
@@ -351,6 +364,7 @@ class Engine:
     def _settle(self, finished: Finished) -> None:
         stream = self._streams[finished.request]
         stream.settle(finished)
+        self.timelines.settled(finished, last=stream.ended)
         if stream.ended:  # not: unknown to the core, which is ahead of the instructions it gave
             del self._streams[finished.request]
         for observe in self.on_finished:
@@ -468,14 +482,19 @@ def _summary(sequences: list[Sequence]) -> dict[str, object]:
     states = {sequence.state.value for sequence in sequences}
     return {
         "id": first.request.id,
-        "state": "running" if "running" in states else "waiting",
+        "state": next(state for state in ("running", "loading", "waiting") if state in states),
         "replica": 0,
         "choices": len(sequences),
         "priority": first.request.priority,
+        "class": first.class_name,
+        "tenant": first.tenant,
         "arrived": first.arrived,
         "prompt_tokens": first.prompt_tokens,
         "cached_tokens": first.cached_tokens,
         "output_tokens": sum(sequence.output_tokens for sequence in sequences),
         "preemptions": sum(sequence.preemptions for sequence in sequences),
+        "promotions": sum(sequence.promotions for sequence in sequences),
+        "recomputed_tokens": sum(sequence.recomputed_tokens for sequence in sequences),
+        "reloaded_tokens": sum(sequence.reloaded_tokens for sequence in sequences),
         "kv_blocks": sum(sequence.held_blocks for sequence in sequences),
     }

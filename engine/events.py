@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.plan import Plan, StepResult
-from engine.request import Delta, Finished, Request
+from engine.request import Delta, Finished, Request, ServiceClass
 from kvstore.copies import Copy, CopyDone, Drop, TierDown, TierUp
 from policies.decisions import Decision
 
@@ -41,6 +41,15 @@ class Preempted:
 
 
 @dataclass(frozen=True, slots=True)
+class Reprioritised:
+    """An operator wants a request to be as urgent as this from now on. Unknown and finished ids are ignored."""
+
+    request_id: str
+    priority: int
+    service: ServiceClass
+
+
+@dataclass(frozen=True, slots=True)
 class Pruned:
     """An operator wants a tier to keep at most `blocks`, the rest evicted by the policy; 0 forgets all that is idle.
 
@@ -71,6 +80,7 @@ Event = (
     | Cancelled
     | StepDone
     | Preempted
+    | Reprioritised
     | Pruned
     | Damaged
     | PoliciesChanged

@@ -144,6 +144,8 @@ class Intake:
         for index, _ in load.wanted:
             if index < load.match.full:
                 self._places.cache(sequence, index)
+        if sequence.preemptions:
+            sequence.reloaded_tokens += sum(entry.tokens for _, entry in load.wanted)
         self._loaded.append(load)
         self._arrived(sequence, load.match.tokens, now)
         return None
@@ -154,6 +156,7 @@ class Intake:
         for (index, entry), expected in zip(load.wanted, load.first_arrived, strict=False):
             assert index == expected
             tokens += entry.tokens
+        sequence.reloaded_tokens += tokens if sequence.preemptions else 0
         sequence.loaded_end = sequence.head_end + tokens
         sequence.loaded_full = min(load.match.full, load.wanted[0][0] + len(load.first_arrived))
         self.join(sequence, now)

@@ -1,11 +1,12 @@
 """The policies in force: names and parameters → instances, plug-ins guarded.
 
 A plug-in (a policy that is not ours) may raise or return nonsense: it is then reported, and the family's plainest
-policy decides in its place, for that decision alone. Ours are not guarded: their bugs must show.
+policy decides in its place, for that decision alone. Ours are not guarded: their bugs must show. Where plug-ins come
+from: app/plugins.py.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -14,7 +15,7 @@ from policies.order import ORDERS, Order
 from policies.prediction import PREDICTIONS, Predictor
 from policies.preemption import VICTIMS, Victim
 from policies.promotion import Promotion
-from policies.resume import RESUMES, Resume
+from policies.resume import RECOMPUTE, RELOAD, RESUMES, SPLIT, Resume
 
 Parameters = Mapping[str, Mapping[str, Any]]
 Failed = Callable[[str, str, str], None]
@@ -47,6 +48,9 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "prediction": PREDICTIONS,
 }
 
+SIMULATED = {"oracle"}
+"""These know what no server can."""
+
 PLAINEST = {"order": "fcfs", "victim": "last_admitted", "resume": "reload", "prediction": "max_tokens"}
 """Who decides where a plug-in fails."""
 
@@ -61,14 +65,21 @@ class Policies:
     admission: Admission
 
 
+class UnknownPolicy(Exception):
+    """A name that is neither ours nor a plug-in's in the catalog."""
+
+
 class Catalog:
-    """All policies that may be chosen: ours, and plug-ins by dotted path, which are loaded at start only."""
+    """All policies that may be chosen: ours, and plug-ins by dotted path, made and loaded at start only.
+
+    `plugins`: by family and name. A plug-in keeps what it has learned while another is in force.
+    """
 
     def __init__(self, plugins: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._plugins = plugins or {}
 
     def names(self, family: str) -> list[str]:
-        return sorted({*BUILT_IN[family], *self._plugins.get(family, ())})
+        return sorted({*BUILT_IN[family], *self._plugins.get(family, ())} - SIMULATED)
 
     def make(self, config: PolicyConfig, failed: Failed) -> Policies:
         """Raises TypeError for parameters that a policy has not; the configuration has checked ours."""
@@ -78,11 +89,23 @@ class Catalog:
             admission=Admission(**config.parameters.get("admission", {})),
         )
 
+    def change(
+        self, policies: Policies, before: PolicyConfig, after: PolicyConfig, failed: Failed
+    ) -> Policies:
+        """Other names for some families. The others stay as they are, with all they have learned."""
+        changed = [family for family in FAMILIES if getattr(before, family) != getattr(after, family)]
+        return replace(policies, **{family: self._make(family, after, failed) for family in changed})
+
     def _make(self, family: str, config: PolicyConfig, failed: Failed) -> Any:
+        """Raises UnknownPolicy."""
         name = getattr(config, family)
         if name in BUILT_IN[family]:
             return instance(BUILT_IN[family][name], config.parameters.get(name, {}))
-        policy = instance(self._plugins[family][name], config.parameters.get(name, {}))
+        if name not in self._plugins.get(family, {}):
+            raise UnknownPolicy(
+                f"there is no {family} policy {name!r}; a plug-in must be loaded at the start"
+            )
+        policy = self._plugins[family][name]
         plainest = instance(BUILT_IN[family][PLAINEST[family]], {})
         return GUARDS[family](policy, plainest, lambda what: failed(family, name, what))
 
@@ -101,18 +124,19 @@ class Guarded:
         self._failed = failed
 
     def __call__(self, *asked: Any) -> Any:
-        return self._ask(self._policy, self._plainest, *asked)
+        return self._ask(lambda policy: policy(*asked), self.sound, *asked)
 
-    def _ask(self, policy: Any, plainest: Any, *asked: Any) -> Any:
+    def _ask(self, question: Callable[[Any], Any], sound: Callable[..., bool], *asked: Any) -> Any:
+        """The plug-in's answer to a question that is asked of a policy, or else the plainest one's."""
         try:
-            answer = policy(*asked)
-            if self.sound(answer, *asked):
+            answer = question(self._policy)
+            if sound(answer, *asked):
                 return answer
             what = f"returned {answer!r}"[:200]
         except Exception as error:  # noqa: BLE001 (whatever a plug-in raises, the engine must go on)
             what = f"raised {type(error).__name__}: {error}"[:200]
         self._failed(what)
-        return plainest(*asked)
+        return question(self._plainest)
 
     def sound(self, answer: Any, *asked: Any) -> bool:
         """A sort key: numbers that can be compared."""
@@ -121,38 +145,46 @@ class Guarded:
 
 class GuardedOrder(Guarded):
     def displaces(self, waiter: Any, runner: Any) -> bool:
-        displaces = getattr(self._policy, "displaces", self._plainest.displaces)
-        try:
-            return bool(displaces(waiter, runner))
-        except Exception as error:  # noqa: BLE001 (as above)
-            self._failed(f"raised {type(error).__name__}: {error}"[:200])
+        """False where the plug-in does not say."""
+        if not hasattr(self._policy, "displaces"):
             return False
+        return bool(self._ask(lambda policy: policy.displaces(waiter, runner), _is_bool))
 
 
 class GuardedResume(Guarded):
+    """A plug-in without `enabled` may choose among all ways."""
+
     @property
     def enabled(self) -> tuple[str, ...]:
-        return tuple(getattr(self._policy, "enabled", RESUMES["cheapest"]().enabled))
+        if not hasattr(self._policy, "enabled"):
+            return RESUMES["cheapest"]().enabled
+        return tuple(self._ask(lambda policy: policy.enabled, _are_ways))
 
     def sound(self, answer: Any, *asked: Any) -> bool:
         return any(answer is way for way in asked[0])
 
 
 class GuardedPredictor(Guarded):
-    def sound(self, answer: Any, *asked: Any) -> bool:
-        return isinstance(answer, int | float) and isfinite(answer) and answer >= 0
-
     def remaining(self, view: Any) -> float:
-        return float(self._ask(self._policy.remaining, self._plainest.remaining, view))
+        return float(self._ask(lambda policy: policy.remaining(view), _is_length))
 
     def quantile(self, view: Any, q: float) -> float:
-        return float(self._ask(self._policy.quantile, self._plainest.quantile, view, q))
+        return float(self._ask(lambda policy: policy.quantile(view, q), _is_length))
 
     def observe(self, view: Any) -> None:
-        try:
-            self._policy.observe(view)
-        except Exception as error:  # noqa: BLE001 (as above)
-            self._failed(f"raised {type(error).__name__}: {error}"[:200])
+        self._ask(lambda policy: policy.observe(view), lambda answer: True)
+
+
+def _is_bool(answer: Any) -> bool:
+    return isinstance(answer, bool)
+
+
+def _is_length(answer: Any) -> bool:
+    return isinstance(answer, int | float) and isfinite(answer) and answer >= 0
+
+
+def _are_ways(answer: Any) -> bool:
+    return isinstance(answer, tuple | list) and bool(answer) and set(answer) <= {RELOAD, SPLIT, RECOMPUTE}
 
 
 GUARDS = {"order": GuardedOrder, "victim": Guarded, "resume": GuardedResume, "prediction": GuardedPredictor}

@@ -25,6 +25,7 @@ from engine.events import (
     PoliciesChanged,
     Preempted,
     Pruned,
+    Reprioritised,
     StepDone,
 )
 from engine.policy_set import Catalog
@@ -32,7 +33,17 @@ from kvstore.copies import CopyDone, Place, TierDown, TierUp
 
 EVENTS: dict[str, TypeAdapter[Any]] = {
     kind.__name__: TypeAdapter(kind)
-    for kind in (Arrived, Cancelled, StepDone, Preempted, Pruned, PoliciesChanged, CopyDone, TierDown)
+    for kind in (
+        Arrived,
+        Cancelled,
+        StepDone,
+        Preempted,
+        Reprioritised,
+        Pruned,
+        PoliciesChanged,
+        CopyDone,
+        TierDown,
+    )
 }
 CONFIG = TypeAdapter(CoreConfig)
 VERSION = 3

@@ -91,6 +91,10 @@ class Finished:
     first_token: float | None
     finished: float
     queued_seconds: float  # waiting in all, before and between admissions
+    reloaded_tokens: int = 0  # positions brought up from below the device after a preemption
+    promotions: int = 0
+    service: str = ""  # the class's name
+    tenant: str = ""
     token_times: list[float] = field(default_factory=list)  # when each token came, for inter-token latency
 
 

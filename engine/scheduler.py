@@ -16,6 +16,7 @@ from engine.intake import Intake
 from engine.places import Places
 from engine.plan import Placement, Row
 from engine.policy_set import Catalog, PolicyConfig
+from engine.request import ServiceClass
 from engine.resumption import Match, lowest_tier
 from engine.sequence import Sequence, State
 from engine.tenants import Tenants
@@ -118,6 +119,7 @@ class Scheduler:
         self.config = config
         self.policy_config = config.policies
         self.counts = Counts()
+        self._news: list[Decided | PolicyFailed] = []
         self._places = Places(config.blocks, config.max_sequences, config.block_size)
         self.residency = Residency(self.pool, config.residency)
         self.valuation = Valuation(
@@ -129,14 +131,13 @@ class Scheduler:
         )
         self._intake = Intake(self._places, self.residency, self.valuation, self._decide)
         self._checkpoints = Checkpoints(self.residency, config.block_size, config.checkpoint)
-        self._catalog = catalog or Catalog()
-        self._policies = self._catalog.make(config.policies, self._policy_failed)
+        self.catalog = catalog or Catalog()
+        self._policies = self.catalog.make(config.policies, self._policy_failed)
         self._intake.use(self._policies.resume, config.policies.resume)
         self._line = WaitingLine(self._policies.order, self._policies.promotion)
         self._tenants = Tenants()
         self._admissions = 0
         self._served = 0  # tokens computed for anybody
-        self._news: list[Decided | PolicyFailed] = []
 
     @property
     def pool(self) -> DevicePool:
@@ -154,7 +155,7 @@ class Scheduler:
     def use(self, names: Mapping[str, str]) -> None:
         """Other policies decide from now on, by family."""
         config = self.policy_config.having(names)
-        self._policies = self._catalog.make(config, self._policy_failed)
+        self._policies = self.catalog.change(self._policies, self.policy_config, config, self._policy_failed)
         self.policy_config = config
         self._intake.use(self._policies.resume, config.resume)
         self._line.use(self._policies.order, self._policies.promotion)
@@ -177,6 +178,7 @@ class Scheduler:
 
     def _promoted(self, sequence: Sequence, now: float) -> None:
         self.counts.promotions[sequence.promoted] += 1
+        sequence.promotions += 1
         waited = now - sequence.waiting_since
         reason = f"{waited:.3f} s and {self._served - sequence.served_before} tokens of service waited"
         self._decide(sequence, Decision(Kind.PROMOTED, "promotion", sequence.promoted, reason, waited))
@@ -532,6 +534,14 @@ class Scheduler:
         self._intake.match(sequence)
         if self._line.enter(sequence, now, self._served):
             self._promoted(sequence, now)
+
+    def reprioritise(self, sequence: Sequence, priority: int, service: ServiceClass) -> None:
+        """A sequence is as urgent as this from now on; one that waits has its new place in the line at once."""
+        before = sequence.priority
+        sequence.reprioritise(priority, service)
+        self._line.look_again(sequence)
+        reason = f"an operator changed the priority from {before} to {priority}"
+        self._decide(sequence, Decision(Kind.REPRIORITISED, "", service.name, reason))
 
     def waiters(self) -> Iterator[Sequence]:
         return iter(self._line)

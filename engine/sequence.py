@@ -4,11 +4,11 @@ Three positions matter, always in this order: *computed* (KV is on the device), 
 by a step under way), *known + pending* (all tokens there are, the one being sampled included).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from engine.plan import PENDING, Sampling
-from engine.request import Finished, FinishReason, Request
+from engine.request import Finished, FinishReason, Request, ServiceClass
 from engine.snapshot import Snapshot, tail_of
 from engine.text import OutputText
 from kvstore.block import Key, extend_keys
@@ -80,6 +80,8 @@ class Sequence:
     computed_before: int = 0  # highest position + 1 ever computed for it: below this, work is done again
     cached_tokens: int = 0  # of the prompt, at the first admission
     recomputed_tokens: int = 0
+    reloaded_tokens: int = 0  # brought up from below the device after a preemption
+    promotions: int = 0
     admitted: float | None = None
     waiting_since: float = 0.0
     queued_seconds: float = 0.0
@@ -179,6 +181,8 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
             recomputed_tokens=self.recomputed_tokens,
+            reloaded_tokens=self.reloaded_tokens,
+            promotions=self.promotions,
             queued_seconds=self.queued_seconds,
             token_times=tuple(self.token_times),
         )
@@ -194,7 +198,14 @@ class Sequence:
         self.arrived, self.admitted = snapshot.arrived, snapshot.admitted
         self.cached_tokens, self.preemptions = snapshot.cached_tokens, snapshot.preemptions
         self.recomputed_tokens, self.queued_seconds = snapshot.recomputed_tokens, snapshot.queued_seconds
+        self.reloaded_tokens, self.promotions = snapshot.reloaded_tokens, snapshot.promotions
         self.token_times = list(snapshot.token_times)
+
+    def reprioritise(self, priority: int, service: ServiceClass) -> None:
+        """It is as urgent as this from now on; its snapshot, if it has one, says so too."""
+        self.request = replace(self.request, priority=priority, service=service)
+        if self.snapshot is not None:
+            self.snapshot = replace(self.snapshot, request=self.request)
 
     def lose_place(self) -> None:
         """Its blocks and its slot are somebody else's from now on, and rows of steps under way are void."""
@@ -218,5 +229,9 @@ class Sequence:
             first_token=self.token_times[0] if self.token_times else None,
             finished=now,
             queued_seconds=self.queued_seconds,
+            reloaded_tokens=self.reloaded_tokens,
+            promotions=self.promotions,
+            service=self.class_name,
+            tenant=self.tenant,
             token_times=self.token_times,
         )

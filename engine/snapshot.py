@@ -35,6 +35,8 @@ class Snapshot:
     cached_tokens: int
     preemptions: int
     recomputed_tokens: int
+    reloaded_tokens: int
+    promotions: int
     queued_seconds: float
     token_times: tuple[float, ...]
 

@@ -12,6 +12,7 @@ class Kind(StrEnum):
     SPARED = "spared"  # it lacks blocks, but waits for somebody's end rather than preempt
     RESUMED = "resumed"  # its KV is on the device again
     LOAD_FAILED = "load_failed"
+    REPRIORITISED = "reprioritised"  # an operator wants it to be more urgent, or less
     SAVED_AHEAD = "saved_ahead"  # it is likely to be preempted soon
 
 

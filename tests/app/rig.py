@@ -17,14 +17,16 @@ from aiohttp import web
 from app.config import KVStoreSection, ServerSection
 from app.listening import bind
 from app.metrics import Metrics
+from app.policy_log import PolicyLog
 from app.served import Model, Served
 from app.server import application, listen
+from app.service_classes import Classes, ClassTable
 from engine.chat_template import ChatTemplateError
 from engine.core import Core, CoreConfig
 from engine.engine import Engine
 from engine.model.generation import GenerationDefaults
 from engine.plan import Plan
-from engine.policy_set import PolicyConfig
+from engine.policy_set import Catalog, PolicyConfig
 from engine.scheduler import SchedulerConfig
 from engine.worker import Report
 from tests.engine.driving import UNFORESEEN
@@ -129,13 +131,21 @@ async def rig(
     server: ServerSection | None = None,
     kvstore: KVStoreSection | None = None,
     defaults: GenerationDefaults | None = None,
+    policies: PolicyConfig | None = None,
+    plugins: Mapping[str, Mapping[str, Any]] | None = None,
+    classes: Sequence[ClassTable] = (),
 ) -> AsyncIterator[Rig]:
     """At the end: nothing runs, no block is held, the books balance."""
     server = server or ServerSection(port=0, max_body_bytes=100_000)
     scheduler = SchedulerConfig(
-        16, blocks, max_batch_tokens=256, max_sequences=max_sequences, policies=UNFORESEEN_POLICIES
+        16,
+        blocks,
+        max_batch_tokens=256,
+        max_sequences=max_sequences,
+        policies=policies or UNFORESEEN_POLICIES,
     )
-    core = Core(CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,)), VOCABULARY)
+    catalog = Catalog(plugins)
+    core = Core(CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,)), VOCABULARY, catalog)
     worker = GatedWorker(ScriptedRunner(script or saying(STORY), block_size=16, max_sequences=max_sequences))
     engine = Engine(core, worker, exact=True)
     model = Model(
@@ -146,8 +156,15 @@ async def rig(
         defaults or GenerationDefaults((EOS,)),
         created=1,
     )
-    served = Served(engine, model, server, kvstore or KVStoreSection())
-    metrics = Metrics("otter", block_size=16, kv_blocks=blocks, victim_policy="last_admitted")
+    engine.on_policy_failed.append(PolicyLog().observe)
+    served = Served(engine, model, server, kvstore or KVStoreSection(), classes=Classes(classes))
+    metrics = Metrics(
+        "otter",
+        block_size=16,
+        kv_blocks=blocks,
+        victims=catalog.names("victim"),
+        classes=served.classes.tables,
+    )
     with bind(server.host, 0) as listener:
         site: web.AppRunner = await listen(application(served, metrics), server, listener)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -60,7 +60,7 @@ async def test_a_finished_request_is_one_line_with_its_accounts() -> None:
         "level": "info",
     }
     assert {name: line[name] for name in expected} == expected
-    assert line["queue_seconds"] >= 0
+    assert line["queued_seconds"] >= 0
     assert 0 <= line["ttft_seconds"] <= line["e2e_seconds"]
     assert "secret" not in stream.getvalue()
     assert "otter —" not in stream.getvalue()
