@@ -63,6 +63,7 @@ class Draft:
     budget: int
     shares: dict[Sequence, int] = field(default_factory=dict)
     placed: list[Sequence] = field(default_factory=list)  # those that are new on the device
+    closed: bool = False  # to newcomers, promoted ones too: somebody was preempted for want of blocks
     room: Room | None = None  # what is foreseen of the pool; None: not asked yet, or no longer true
 
     def give(self, sequence: Sequence, count: int) -> None:
@@ -215,7 +216,7 @@ class Scheduler:
             else:
                 self._give(draft, sequence, count)
         if preempted:
-            draft.budget = 0
+            draft.budget, draft.closed = 0, True
 
     def _rank(self, sequence: Sequence) -> tuple[bool, bool, tuple[float, ...], int]:
         key = self._policies.order(sequence)
@@ -293,7 +294,9 @@ class Scheduler:
     def _admit(self, draft: Draft, outstanding_step: int, now: float) -> None:
         """Takes waiters in while the budget, the slots and the pool have room for all their tokens."""
         set_aside: list[Sequence] = []
-        while draft.budget > 0 and len(set_aside) < PASSED_OVER and (sequence := self._line.first()):
+        while len(set_aside) < PASSED_OVER and (sequence := self._line.first()):
+            if draft.budget <= 0 and not self._later(sequence, draft):
+                break
             match = self._intake.match(sequence)
             if match.waits_for is not None:
                 set_aside.append(self._line.pop())
@@ -304,6 +307,8 @@ class Scheduler:
                 break
             if not (sequence.promoted or self._foreseen(sequence, draft)):
                 break
+            if draft.budget <= 0:
+                draft.take_back(max(self._later(sequence, draft), key=lambda s: s.number))
             self._line.pop()
             self._room(draft).add(sequence, self._places.known_blocks(sequence))
             way = self._intake.take(sequence, match, outstanding_step, now)
@@ -311,6 +316,12 @@ class Scheduler:
                 self._started(sequence, match, way, draft, now)
         for sequence in set_aside:
             self._line.put_back(sequence)
+
+    def _later(self, waiter: Sequence, draft: Draft) -> list[Sequence]:
+        """Who has tokens of this step that a promoted waiter may have instead: else prompts under way kept it out."""
+        if draft.closed or not waiter.promoted:
+            return []
+        return [s for s in draft.shares if s.number > waiter.number and s not in draft.placed]
 
     def _makes_room(self, sequence: Sequence, match: Match, draft: Draft, now: float) -> bool:
         """Whether somebody gave way to the first in line, at once: what is on its way out is waited for."""

@@ -6,7 +6,7 @@ sorts like `work − rate × waited`. Equal keys are settled by the line, by ord
 
 Promotion (promotion.py) is the line's too, and the same for all: a promoted waiter goes before all others. With
 promotion by service on, every order here has this *service bound*: while a sequence waits, those that came later
-are computed no more than `service_tokens` + 2 × `max_batch_tokens` tokens (promotion.py says why two, and when more).
+are computed no more than `service_tokens` + 2 × `max_batch_tokens` tokens (promotion.py says why two).
 The docstrings say what holds without it.
 """
 
