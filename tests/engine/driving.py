@@ -20,13 +20,14 @@ from engine.events import (
     Pruned,
     Reject,
     Report,
+    Reprioritised,
     Resumed,
     Run,
     StepDone,
 )
 from engine.plan import Launched, Sampling
 from engine.policy_set import Catalog, PolicyConfig
-from engine.request import Delta, Finished, FinishReason, Request, Stopping
+from engine.request import Delta, Finished, FinishReason, Request, ServiceClass, Stopping
 from engine.scheduler import SchedulerConfig
 from kvstore.copies import DISK, Copy, Drop, Loss, Place, TierDown, TierUp
 from kvstore.residency import ResidencyConfig
@@ -135,6 +136,9 @@ class Driver:
 
     def preempt(self, request_id: str) -> None:
         self._feed(Preempted(request_id))
+
+    def reprioritise(self, request_id: str, priority: int, service: ServiceClass) -> None:
+        self._feed(Reprioritised(request_id, priority, service))
 
     def prune(self, tier: str, blocks: int = 0) -> None:
         self._feed(Pruned(tier, blocks))
