@@ -36,6 +36,8 @@ CRAMPED: dict[str, object] = {
     "kvstore.host.bytes": 24 * BLOCK_BYTES,
     "kvstore.disk.bytes": 6 * 2**20,
     "checkpoint.every_tokens": 16,
+    "policies.admission.risk": 1.0,  # whoever fits is admitted: pressure
+    "policies.resume": "reload",
     "log.level": "info",
 }
 

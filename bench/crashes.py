@@ -42,6 +42,8 @@ PRESSURED: dict[str, object] = {
     "kvstore.host.bytes": 32 * BLOCK_BYTES,
     "kvstore.disk.bytes": 12 * 2**20,  # fewer blocks than the conversations have: it evicts too
     "checkpoint.every_tokens": 16,
+    "policies.admission.risk": 1.0,  # whoever fits is admitted: pressure
+    "policies.resume": "reload",
     "log.level": "info",
 }
 FAILURES = (ClientError, TimeoutError, client.Incomplete, ConnectionError)
