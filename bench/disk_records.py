@@ -235,7 +235,7 @@ def _transactions_of(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        disk.TRANSACTION_BLOCKS, disk.TRANSACTION_BYTES = before  # type: ignore[misc]
+        disk.TRANSACTION_BLOCKS, disk.TRANSACTION_BYTES = before  # type: ignore[misc]  # as above
 
 
 # --- index and churn --------------------------------------------------------------------------------------------------

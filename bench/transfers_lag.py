@@ -113,7 +113,7 @@ class Spiller:
         self._store.submit(copy)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)  # type: ignore[untyped-decorator]  # numba exports no types
 def _scan(numbers: NDArray[np.float32]) -> float:
     total = 0.0
     for number in numbers:

@@ -13,7 +13,6 @@ class Kind(StrEnum):
     RESUMED = "resumed"  # its KV is on the device again
     LOAD_FAILED = "load_failed"
     REPRIORITISED = "reprioritised"  # an operator wants it to be more urgent, or less
-    SAVED_AHEAD = "saved_ahead"  # it is likely to be preempted soon
 
 
 @dataclass(frozen=True, slots=True)

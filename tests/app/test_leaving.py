@@ -51,6 +51,7 @@ async def test_a_client_that_leaves_in_mid_stream_frees_its_blocks() -> None:
             server.worker.gate.clear()
             response.close()
             await server.until(running=0)
+            assert server.engine.core.scheduler.pool.held == 0
         server.worker.gate.set()
 
 
@@ -61,6 +62,7 @@ async def test_a_client_that_leaves_takes_all_its_prompts_along() -> None:
         await server.until(running=3)
         call.cancel()
         await server.until(running=0)
+        assert server.engine.core.scheduler.pool.held == 0
         server.worker.gate.set()
 
 
