@@ -1,12 +1,15 @@
-"""Charts of simulated runs, as PNG. matplotlib is optional (the extra `charts`) and imported here alone."""
+"""Charts of simulated runs, as PNG; app/load/charts.py draws live ones with the same.
 
-from collections.abc import Sequence
+matplotlib is optional (the extra `charts`) and imported in these two alone.
+"""
+
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.simulate.figures import METRICS, WANTED_ATTAINMENT
-from app.simulate.report import Result, capacities
+from app.simulate.figures import METRICS, WANTED_ATTAINMENT, Spread, capacity
+from app.simulate.report import Result, attainments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,33 +32,36 @@ def draw(results: Sequence[Result], directory: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise NoCharts("charts need matplotlib: pip install 'sluice[charts]'") from error
-    drawn = [_save(_percentiles(Figure, results), directory / "latency.png")]
+    spreads = [(result.scenario.name, result.figures.spreads) for result in results]
+    drawn = [save(percentiles(Figure, spreads, SHOWN), directory / "latency.png")]
     if len({result.scenario.rate for result in results}) > 1:
-        drawn.append(_save(_attainment(Figure, results), directory / "capacity.png"))
+        drawn.append(save(attainment(Figure, attainments(results)), directory / "capacity.png"))
     for index, result in enumerate(results[:MOST_TIMELINES]):
-        drawn.append(_save(_timeline(Figure, result), directory / f"timeline-{index + 1:02}.png"))
+        drawn.append(save(_timeline(Figure, result), directory / f"timeline-{index + 1:02}.png"))
     return drawn
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save(figure: "Figure", path: Path) -> Path:
     figure.savefig(path, dpi=120)
     return path
 
 
-def _percentiles(kind: "type[Figure]", results: Sequence[Result]) -> "Figure":
-    """A panel a metric, a row of dots a scenario: P50, P90 and P99 on one logarithmic line."""
-    height = 1.4 + 0.34 * len(results)
-    figure = kind(figsize=(12, height), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(SHOWN), sharey=True)
-    names = [result.scenario.name for result in results]
-    for panel, metric in zip(panels, SHOWN, strict=True):
-        spreads = [result.figures.spreads.get(metric) for result in results]
+def percentiles(
+    kind: "type[Figure]", rows: Sequence[tuple[str, Mapping[str, Spread]]], metrics: Sequence[str]
+) -> "Figure":
+    """A panel a metric, a row of dots a run: P50, P90 and P99 on one line."""
+    figure = kind(figsize=(12, 1.4 + 0.34 * len(rows)), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(metrics), sharey=True)
+    names = [name for name, _ in rows]
+    for panel, metric in zip(panels, metrics, strict=True):
+        spreads = [found.get(metric) for _, found in rows]
         for row, spread in enumerate(spreads):
             if spread is not None:
                 panel.plot([spread.p50, spread.p99], [row, row], color="0.8", linewidth=3, zorder=1)
         for name, color in zip(PERCENTILES, ("tab:green", "tab:orange", "tab:red"), strict=True):
             points = [(getattr(each, name), row) for row, each in enumerate(spreads) if each is not None]
-            panel.scatter(*zip(*points, strict=True), color=color, label=name.upper(), zorder=2)
+            if points:  # a run in which nothing was answered has none
+                panel.scatter(*zip(*points, strict=True), color=color, label=name.upper(), zorder=2)
         panel.set_xlabel(METRICS[metric])
         panel.grid(axis="x", which="both", alpha=0.3)
         _scale(panel, [value for each in spreads if each for value in (each.p50, each.p99)])
@@ -75,17 +81,13 @@ def _scale(panel: "Axes", values: Sequence[float]) -> None:
         panel.set_xlim(left=0)
 
 
-def _attainment(kind: "type[Figure]", results: Sequence[Result]) -> "Figure":
-    """Attainment over the rate, a line for each choice of policies; a dotted line down where capacity ends."""
+def attainment(kind: "type[Figure]", lines: Mapping[str, Sequence[tuple[float, float]]]) -> "Figure":
+    """Attainment over the rate, a line for each key; a dotted line down where its capacity ends."""
     figure = kind(figsize=(8, 5), layout="constrained")
     axes: Axes = figure.subplots()
-    for marker, (policies, rate) in zip(cycle("os^Dvx"), capacities(results).items(), strict=False):
-        line = sorted(
-            (result.scenario.rate or 0.0, result.figures.attainment)
-            for result in results
-            if result.scenario.policies == policies
-        )
-        label = f"{policies} (capacity {_named(rate, line[-1][0])})"
+    for marker, (name, pairs) in zip(cycle("os^Dvx"), lines.items(), strict=False):
+        line, rate = sorted(pairs), capacity(pairs)
+        label = f"{name} (capacity {_named(rate, line[-1][0])})"
         (drawn,) = axes.plot(*zip(*line, strict=True), marker=marker, alpha=0.7, label=label)
         if rate is not None:
             axes.vlines(rate, 0, WANTED_ATTAINMENT, color=drawn.get_color(), linestyle=":")

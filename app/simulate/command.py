@@ -16,8 +16,9 @@ from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
 from app.simulate.playing import TraceWorkload
 from app.simulate.report import Result, show, write_rows
-from app.simulate.scenario import BadSweep, Playing, Scenario, core_config, for_block_size, scenarios
+from app.simulate.scenario import BadSweep, Scenario, core_config, for_block_size, scenarios
 from app.workload.formats import DRAWN, detect, load
+from app.workload.playing import Playing
 from app.workload.trace import TraceError, TraceRequest
 from app.workload.transform import CannotTransform
 from engine.profile import Profile, ProfileError, read_profile

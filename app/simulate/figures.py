@@ -1,6 +1,9 @@
-"""From a simulated run to figures, by the definitions of docs/simulation.md. Pure arithmetic."""
+"""From a simulated run to figures, by the definitions of docs/simulation.md. Pure arithmetic.
 
-from collections.abc import Iterable, Sequence
+Percentiles, objectives and capacity serve live runs too: app/load/figures.py.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -13,6 +16,7 @@ METRICS = {
     "tpot": "time per output token, s",
     "e2e": "end to end, s",
     "normalised": "end to end ÷ output tokens, s",
+    "itl": "between chunks, s",  # of live runs alone
 }
 
 
@@ -23,9 +27,8 @@ class Objectives:
     ttft: float | None = None
     tpot: float | None = None
 
-    def met(self, served: Served) -> bool:
-        """A refused or unfinished request meets nothing."""
-        times = latencies(served)
+    def met(self, times: Mapping[str, float] | None) -> bool:
+        """Of a request's latencies; None, of a refused or unfinished one, meets nothing."""
         if times is None:
             return False
         return (self.ttft is None or times["ttft"] <= self.ttft) and (
@@ -95,7 +98,7 @@ def figures(outcome: Outcome, objectives: Objectives) -> Figures:
         if (one := spread(each[name] for each in times if name in each)) is not None
     }
     attempted = len(outcome.served) + outcome.unfinished
-    met = sum(objectives.met(served) for served in outcome.served)
+    met = sum(map(objectives.met, times))
     counts = outcome.counts
     return Figures(
         attempted=attempted,

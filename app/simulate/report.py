@@ -1,7 +1,7 @@
 """What came of the scenarios: tables for people, JSON Lines for programs. Charts are charts.py's."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from app.simulate.figures import METRICS, Figures, Objectives, capacity
+from app.simulate.figures import METRICS, Figures, Objectives, Spread, capacity
 from app.simulate.scenario import Scenario
 from engine.simulation import Outcome
 
@@ -31,7 +31,7 @@ class Result:
 
 
 def show(results: Sequence[Result], objectives: Objectives, console: Console) -> None:
-    console.print(_latencies(results))
+    console.print(latencies((result.scenario.name, result.figures.spreads) for result in results))
     console.print(_accounts(results))
     if objectives != Objectives():
         for policies, rate in capacities(results).items():
@@ -39,13 +39,12 @@ def show(results: Sequence[Result], objectives: Objectives, console: Console) ->
             console.print(f"capacity (highest rate with ≥ 90 % attainment), {policies}: {found}")
 
 
-def _latencies(results: Sequence[Result]) -> Table:
-    table = Table("scenario", "metric", "mean", "P50", "P90", "P99", title="latencies")
-    for result in results:
-        for name, spread in result.figures.spreads.items():
-            table.add_row(
-                result.scenario.name, METRICS[name], *(f"{value:.4g}" for value in asdict(spread).values())
-            )
+def latencies(rows: Iterable[tuple[str, Mapping[str, Spread]]], first: str = "scenario") -> Table:
+    """A section a run, of `first` the column's head."""
+    table = Table(first, "metric", "mean", "P50", "P90", "P99", title="latencies")
+    for name, spreads in rows:
+        for metric, found in spreads.items():
+            table.add_row(name, METRICS[metric], *(f"{value:.4g}" for value in asdict(found).values()))
         table.add_section()
     return table
 
@@ -74,19 +73,26 @@ def _accounts(results: Sequence[Result]) -> Table:
 
 def capacities(results: Iterable[Result]) -> dict[str, float | None]:
     """By policies, where rates were given."""
+    return {policies: capacity(pairs) for policies, pairs in attainments(results).items()}
+
+
+def attainments(results: Iterable[Result]) -> dict[str, list[tuple[float, float]]]:
+    """(rate, attainment) by policies, where rates were given."""
     found: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         if result.scenario.rate is not None:
             pairs = found.setdefault(result.scenario.policies, [])
             pairs.append((result.scenario.rate, result.figures.attainment))
-    return {policies: capacity(pairs) for policies, pairs in found.items()}
+    return found
 
 
 def write_rows(results: Sequence[Result], directory: Path, facts: dict[str, Any]) -> None:
     """`runs.jsonl` (its first line: what was run), `requests.jsonl`, `ticks.jsonl`; each row names its scenario."""
-    _write(directory / "runs.jsonl", [facts, *(_run(result) for result in results)])
+    write_lines(directory / "runs.jsonl", [facts, *(_run(result) for result in results)])
     for name in ("requests", "ticks"):
-        _write(directory / f"{name}.jsonl", (row for result in results for row in _details(result, name)))
+        write_lines(
+            directory / f"{name}.jsonl", (row for result in results for row in _details(result, name))
+        )
 
 
 def _run(result: Result) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def _details(result: Result, name: str) -> Iterable[dict[str, Any]]:
     return ({"scenario": result.scenario.name, **asdict(each)} for each in those)
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")

@@ -10,7 +10,8 @@ import pytest
 from app.cli import main
 from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
 from app.simulate.playing import TraceWorkload
-from app.simulate.scenario import BadSweep, Playing, for_block_size, scenarios
+from app.simulate.scenario import BadSweep, for_block_size, scenarios
+from app.workload.playing import Playing
 from app.workload.trace import TraceRequest
 from engine.profile import write_profile
 from engine.simulation import Outcome, Served
