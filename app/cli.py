@@ -9,6 +9,7 @@ from pathlib import Path
 
 from app.config import ConfigError
 from app.config_sources import Loaded, load
+from app.load import arguments as load_arguments
 from app.profiling import arguments as bench_arguments
 from app.simulate import arguments as simulate_arguments
 
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="for programs")
     _add_cache(commands, common)
     simulate_arguments.add(commands, common)
-    bench_arguments.add(commands, common)
+    load_arguments.add(bench_arguments.add(commands, common), common)
     return top
 
 
@@ -128,6 +129,10 @@ def _simulate(loaded: Loaded, options: argparse.Namespace) -> int:
 
 
 def _bench(loaded: Loaded, options: argparse.Namespace) -> int:
+    if options.action == "serve":
+        from app.load.command import run as load_server
+
+        return load_server(loaded.config, options)
     from app.profiling.command import run
 
     return run(loaded.config, options)

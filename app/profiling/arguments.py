@@ -6,8 +6,8 @@ from pathlib import Path
 
 def add(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
-) -> None:
-    """`profile`: app/profiling/command.py."""
+) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
+    """`profile`: app/profiling/command.py. Returns the actions, for others to add theirs."""
     bench = commands.add_parser(
         "bench", help="measure this machine", description="Measurements of this machine and this server."
     )
@@ -22,3 +22,4 @@ def add(
     profile.add_argument(
         "--tables", type=Path, metavar="DIR", help="measure nothing: take another engine's operator tables"
     )
+    return actions

@@ -21,21 +21,21 @@ def add(
     parser.add_argument(
         "--profile", default="h200-8b", metavar="FILE", help="of the machine, or a shipped one's name"
     )
-    parser.add_argument("--rate", type=_positive, metavar="R", help="requests (or sessions) per second")
+    parser.add_argument("--rate", type=positive, metavar="R", help="requests (or sessions) per second")
     parser.add_argument(
         "--poisson", action="store_true", help="new arrivals at the rate, rather than fewer of the recorded"
     )
-    parser.add_argument("--seconds", type=_positive, metavar="S", help="only sessions that begin before")
-    parser.add_argument("--requests", type=_count, metavar="N", help="only the first so many")
+    parser.add_argument("--seconds", type=positive, metavar="S", help="only sessions that begin before")
+    parser.add_argument("--requests", type=count, metavar="N", help="only the first so many")
     parser.add_argument(
-        "--scale-blocks", type=_count, metavar="T", help="a recorded block becomes one of T tokens"
+        "--scale-blocks", type=count, metavar="T", help="a recorded block becomes one of T tokens"
     )
     parser.add_argument("--clip", action="store_true", help="shorten what the context has no room for")
     parser.add_argument(
         "--lengths-known", action="store_true", help="clients ask for as many tokens as will come"
     )
-    parser.add_argument("--ttft", type=_positive, metavar="S", help="objective: time to first token")
-    parser.add_argument("--tpot", type=_positive, metavar="S", help="objective: time per output token")
+    parser.add_argument("--ttft", type=positive, metavar="S", help="objective: time to first token")
+    parser.add_argument("--tpot", type=positive, metavar="S", help="objective: time per output token")
     parser.add_argument(
         "--sweep",
         action="append",
@@ -47,7 +47,7 @@ def add(
     parser.add_argument("--out", type=Path, metavar="DIR", help="for rows (JSON Lines) and charts (PNG)")
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
     """Raises ArgumentTypeError."""
     try:
         number = float(text)
@@ -58,7 +58,7 @@ def _positive(text: str) -> float:
     return number
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """Raises ArgumentTypeError."""
     if not text.isascii() or not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
