@@ -50,11 +50,6 @@ def _check(served: Served, names: dict[str, str]) -> None:
         if family not in in_force:
             hint = did_you_mean(nearest(family, available))
             raise bad_request(f"there is no family of policies {family!r}{hint}", family)
-        if family not in available:
-            message = (
-                f"{family} cannot be changed while the server runs: set policies.{family} and start it anew"
-            )
-            raise bad_request(message, family, code="not_switchable")
         if name not in available[family]:
             raise bad_request(_unknown(family, name, available[family]), family, code="unknown_policy")
 

@@ -115,6 +115,8 @@ class AlsoSection(Section):
     prediction: Plugins = Field(default_factory=list)
     victim: Plugins = Field(default_factory=list)
     resume: Plugins = Field(default_factory=list)
+    eviction: Plugins = Field(default_factory=list)
+    placement: Plugins = Field(default_factory=list)
 
 
 class PolicyNames(Section):
@@ -122,8 +124,8 @@ class PolicyNames(Section):
     prediction: Annotated[str, one_of(set(PREDICTIONS) - SIMULATED, plugins=True)] = "histogram"
     victim: Annotated[str, one_of(VICTIMS, plugins=True)] = "cheapest_resume"
     resume: Annotated[str, one_of(RESUMES, plugins=True)] = "cheapest"
-    eviction: Annotated[str, one_of(EVICTIONS)] = "lru"
-    placement: Annotated[str, one_of(PLACEMENTS)] = "write_through"
+    eviction: Annotated[str, one_of(EVICTIONS, plugins=True)] = "lru"
+    placement: Annotated[str, one_of(PLACEMENTS, plugins=True)] = "write_through"
     also: AlsoSection = AlsoSection()
 
 

@@ -33,6 +33,8 @@ def policy_config(config: Config) -> PolicyConfig:
         victim=policies.victim,
         resume=policies.resume,
         prediction=policies.prediction,
+        eviction=policies.eviction,
+        placement=policies.placement,
         parameters={name: getattr(policies, name).model_dump() for name in PARAMETERS},
     )
 
@@ -41,8 +43,6 @@ def residency_config(config: Config, block_bytes: int, host_blocks: int) -> Resi
     return ResidencyConfig(
         host_blocks=host_blocks,
         disk_blocks=config.kvstore.disk.bytes // block_bytes,  # until it is open and knows better
-        eviction=config.policies.eviction,
-        placement=config.policies.placement,
         copy_blocks=max(1, COPY_BYTES // block_bytes),
         spilling_blocks=max(8, IN_FLIGHT_BYTES // block_bytes),
     )

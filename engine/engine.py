@@ -258,11 +258,7 @@ class Engine:
     def policies(self) -> dict[str, str]:
         """The names in force, by family."""
         scheduler = self.core.scheduler
-        return {
-            **{family: getattr(scheduler.policy_config, family) for family in FAMILIES},
-            "eviction": scheduler.config.residency.eviction,
-            "placement": scheduler.config.residency.placement,
-        }
+        return {family: getattr(scheduler.policy_config, family) for family in FAMILIES}
 
     def _tiers(self) -> dict[str, object]:
         residency = self.core.scheduler.residency

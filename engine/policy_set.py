@@ -11,7 +11,9 @@ from math import isfinite
 from typing import Any
 
 from policies.admission import Admission
+from policies.eviction import EVICTIONS, Eviction, MakeEviction, Scored, lru
 from policies.order import ORDERS, Order
+from policies.placement import PLACEMENTS, Placement
 from policies.prediction import PREDICTIONS, Predictor
 from policies.preemption import VICTIMS, Victim
 from policies.promotion import Promotion
@@ -30,6 +32,8 @@ class PolicyConfig:
     victim: str = "last_admitted"
     resume: str = "reload"
     prediction: str = "max_tokens"
+    eviction: str = "lru"
+    placement: str = "write_through"
     parameters: Parameters = field(default_factory=dict)
 
     def having(self, names: Mapping[str, str]) -> "PolicyConfig":
@@ -38,20 +42,29 @@ class PolicyConfig:
         return PolicyConfig(**chosen, parameters=self.parameters)
 
 
-FAMILIES = ("order", "victim", "resume", "prediction")
-"""What the scheduler asks. (Eviction and placement are the residency's.)"""
+FAMILIES = ("order", "victim", "resume", "prediction", "eviction", "placement")
+"""The scheduler asks the first four, the residency the others."""
 
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "order": ORDERS,
     "victim": VICTIMS,
     "resume": RESUMES,
     "prediction": PREDICTIONS,
+    "eviction": EVICTIONS,
+    "placement": PLACEMENTS,
 }
 
 SIMULATED = {"oracle"}
 """These know what no server can."""
 
-PLAINEST = {"order": "fcfs", "victim": "last_admitted", "resume": "reload", "prediction": "max_tokens"}
+PLAINEST = {
+    "order": "fcfs",
+    "victim": "last_admitted",
+    "resume": "reload",
+    "prediction": "max_tokens",
+    "eviction": "lru",
+    "placement": "write_through",
+}
 """Who decides where a plug-in fails."""
 
 
@@ -61,6 +74,8 @@ class Policies:
     victim: Victim
     resume: Resume
     prediction: Predictor
+    eviction: MakeEviction
+    placement: Placement
     promotion: Promotion
     admission: Admission
 
@@ -175,6 +190,25 @@ class GuardedPredictor(Guarded):
         self._ask(lambda policy: policy.observe(view), lambda answer: True)
 
 
+class GuardedEviction(Guarded):
+    """A plug-in is a score (policies/eviction.py); called, this makes the policy of one tier, as ours are made."""
+
+    def __init__(self, policy: Any, plainest: Any, failed: Callable[[str], None]) -> None:
+        super().__init__(policy, lru, failed)
+
+    def __call__(self, *asked: Any) -> Eviction:
+        return Scored(self._score)
+
+    def _score(self, block: Any) -> tuple[float, ...]:
+        answer: tuple[float, ...] = self._ask(lambda policy: policy(block), self.sound, block)
+        return answer
+
+
+class GuardedPlacement(Guarded):
+    def sound(self, answer: Any, *asked: Any) -> bool:
+        return _is_bool(answer)
+
+
 def _is_bool(answer: Any) -> bool:
     return isinstance(answer, bool)
 
@@ -187,4 +221,11 @@ def _are_ways(answer: Any) -> bool:
     return isinstance(answer, tuple | list) and bool(answer) and set(answer) <= {RELOAD, SPLIT, RECOMPUTE}
 
 
-GUARDS = {"order": GuardedOrder, "victim": Guarded, "resume": GuardedResume, "prediction": GuardedPredictor}
+GUARDS = {
+    "order": GuardedOrder,
+    "victim": Guarded,
+    "resume": GuardedResume,
+    "prediction": GuardedPredictor,
+    "eviction": GuardedEviction,
+    "placement": GuardedPlacement,
+}

@@ -122,7 +122,11 @@ class Scheduler:
         self.counts = Counts()
         self._news: list[Decided | PolicyFailed] = []
         self._places = Places(config.blocks, config.max_sequences, config.block_size)
-        self.residency = Residency(self.pool, config.residency)
+        self.catalog = catalog or Catalog()
+        self._policies = self.catalog.make(config.policies, self._policy_failed)
+        self.residency = Residency(
+            self.pool, config.residency, self._policies.eviction, self._policies.placement
+        )
         self.valuation = Valuation(
             CostModel.calibrated(config.calibration),
             self.residency,
@@ -132,8 +136,6 @@ class Scheduler:
         )
         self._intake = Intake(self._places, self.residency, self.valuation, self._decide)
         self._checkpoints = Checkpoints(self.residency, config.block_size, config.checkpoint)
-        self.catalog = catalog or Catalog()
-        self._policies = self.catalog.make(config.policies, self._policy_failed)
         self._intake.use(self._policies.resume, config.policies.resume)
         self._line = WaitingLine(self._policies.order, self._policies.promotion)
         self._tenants = Tenants()
@@ -160,6 +162,7 @@ class Scheduler:
         self.policy_config = config
         self._intake.use(self._policies.resume, config.resume)
         self._line.use(self._policies.order, self._policies.promotion)
+        self.residency.use(self._policies.eviction, self._policies.placement)
 
     # --- one step -------------------------------------------------------------------------------------------------
 

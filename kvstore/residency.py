@@ -20,9 +20,9 @@ from typing import TypeVar
 from kvstore.block import Key
 from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, Drop, Loss, Place, TierUp
 from kvstore.device import DevicePool
-from kvstore.shelf import Entry, Shelf
-from policies.eviction import EVICTIONS
-from policies.placement import PLACEMENTS
+from kvstore.shelf import Entry, Shelf, computing
+from policies.eviction import EVICTIONS, MakeEviction
+from policies.placement import Placement, write_through
 
 T = TypeVar("T")
 
@@ -31,6 +31,9 @@ LOOKS = 64
 
 DISK_RETRY_SECONDS = 5.0
 """After a write to disk has failed, the host gives up blocks without waiting for the disk for so long."""
+
+RELOAD_SHARE = 0.125
+"""What a load from disk takes, beside computing as much. A guess: the books know no cost model."""
 
 WRITES = 2
 """Transactions on their way to the disk's one writer: one it works on, one that waits."""
@@ -42,8 +45,6 @@ class ResidencyConfig:
 
     host_blocks: int = 0
     disk_blocks: int = 0
-    eviction: str = "lru"
-    placement: str = "write_through"
     copy_blocks: int = 32  # most of one copy
     transaction_blocks: int = 8  # most of one write to disk
     spilling_blocks: int = 256  # most on their way down from the device at once
@@ -61,12 +62,19 @@ class InFlight:
 
 
 class Residency:
-    def __init__(self, pool: DevicePool, config: ResidencyConfig) -> None:
+    def __init__(
+        self,
+        pool: DevicePool,
+        config: ResidencyConfig,
+        eviction: MakeEviction = EVICTIONS["lru"],
+        placement: Placement = write_through,
+    ) -> None:
         self.pool = pool
         self.config = config
-        eviction = EVICTIONS[config.eviction]
-        self.host = Shelf(HOST, config.host_blocks, eviction, addressed=True)
-        self.disk = Shelf(DISK, config.disk_blocks, eviction, addressed=False)
+        self._eviction = eviction
+        self.host = Shelf(HOST, config.host_blocks, eviction(config.host_blocks), addressed=True)
+        self.disk = Shelf(DISK, config.disk_blocks, eviction(config.disk_blocks), addressed=False)
+        self.host.saving = self._host_saves
         self._shelves = {HOST: self.host, DISK: self.disk}
         self._loading: tuple[Shelf, float] | None = (
             None  # of a TierUp whose last part is not here yet; since when
@@ -75,7 +83,7 @@ class Residency:
         self.disk.up = False  # until its index is known: TierUp
         self.dropped_blocks = 0  # not written down, as copies could not keep up or a tier had no room
         self._transaction_blocks = config.transaction_blocks
-        self._placement = PLACEMENTS[config.placement]
+        self._placement = placement
         self._copies: dict[int, InFlight] = {}
         self._held: Counter[int] = Counter()  # device blocks that copies hold, how often
         self._spills: list[tuple[int, Entry]] = []  # held already, not yet told
@@ -194,7 +202,7 @@ class Residency:
         safe = 0
         for block, place in chain:
             if entry := shelf.get(place.key):
-                entry.used = now
+                shelf.touch(entry, now)
             elif not self._spill(block, place, shelf, now):
                 self.dropped_blocks += 1
                 break
@@ -275,7 +283,7 @@ class Residency:
         pairs: list[tuple[Entry, Entry]] = []
         found = [place for place in self.find(keys) if isinstance(place, Entry)]
         for place in found:
-            place.used = now  # what this chain needs does not leave for the rest of it
+            self.shelf(place.tier).touch(place, now)  # what it needs does not leave for the rest of it
         for place in found[: self.config.spilling_blocks]:
             if place.tier == HOST:
                 continue
@@ -298,8 +306,7 @@ class Residency:
         for key in keys:
             for shelf in (self.host, self.disk):
                 if entry := shelf.get(key):
-                    entry.used = now
-                    entry.hits += 1
+                    shelf.hit(entry, now)
             if (entry := self.host.readable(key)) and self._placement(entry, False):
                 self._queue_for_disk(entry)
 
@@ -387,7 +394,7 @@ class Residency:
         """Who leaves, but for `keep`. What the placement wants on disk first is sent there, and passed over."""
         victim = None
         for _ in range(LOOKS):
-            entry = shelf.pop_candidate()
+            entry = shelf.pop_candidate(now)
             if entry is None:
                 break
             if not self._may_leave(entry) or entry.key == keep:
@@ -408,6 +415,11 @@ class Residency:
     def _disk_takes(self, now: float) -> bool:
         return self.disk.up and now >= self._disk_retry_at
 
+    def _host_saves(self, entry: Entry) -> float:
+        """In the unit of `computing`: of a block that the disk has, the host saves no more than the load."""
+        on_disk = self.disk.readable(entry.key) is not None
+        return computing(entry) * (RELOAD_SHARE if on_disk else 1.0)
+
     def _may_leave(self, entry: Entry) -> bool:
         children = self.host.children(entry.key)
         if entry.tier == HOST:
@@ -420,7 +432,7 @@ class Residency:
         """Something that may have kept a block in its tiers has changed."""
         for shelf in (self.host, self.disk):
             entry = shelf.get(key)
-            if entry is not None and not entry.queued and self._may_leave(entry):
+            if entry is not None and self._may_leave(entry):
                 shelf.offer(entry)
 
     # --- host to disk ---------------------------------------------------------------------------------------------
@@ -483,12 +495,21 @@ class Residency:
         if target is None:
             self._read(source)
             return False
-        target.hits = source.hits
+        target.hits, target.past = source.hits, source.past  # both tiers have the same policy
         self._for_disk.pop(source.key, None)
         pairs.append((source, target))
         return True
 
     # --- tiers and operators --------------------------------------------------------------------------------------
+
+    def use(self, eviction: MakeEviction, placement: Placement) -> None:
+        """Others decide from now on. The same eviction policy as before keeps what it has learned."""
+        self._placement = placement
+        if eviction is self._eviction:
+            return
+        self._eviction = eviction
+        for shelf in (*self.shelves, *([self._loading[0]] if self._loading else [])):
+            shelf.use(eviction(shelf.capacity))
 
     def tier_down(self, tier: str) -> list[int]:
         """A tier is out of use: nothing is found in it. Returns the copies that still touch it."""
@@ -523,7 +544,7 @@ class Residency:
         """A shelf that nobody knows yet, for what a disk holds."""
         assert up.tier == DISK
         capacity = self.disk.capacity if up.capacity_blocks is None else up.capacity_blocks
-        return Shelf(DISK, capacity, EVICTIONS[self.config.eviction], addressed=False)
+        return Shelf(DISK, capacity, self._eviction(capacity), addressed=False)
 
     def prune(self, tier: str, blocks: int, now: float) -> int:
         """Evicts by the policy until a tier has `blocks` or nothing more may leave; returns how many left."""

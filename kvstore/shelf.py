@@ -2,16 +2,17 @@
 
 Bytes are elsewhere (tier.py); what crosses tiers is residency.py's. Pure.
 
-An entry is *busy* while a copy writes or reads it: its slot is then nobody else's. Entries that may leave stand in a
-heap by the eviction policy's score, once each; a score only grows, so one that has changed is put back when it comes
-up. An entry that may not leave is not in the heap; `offer` puts it back when its last hindrance is gone.
+An entry is *busy* while a copy writes or reads it: its slot is then nobody else's. Entries that may leave are
+candidates.py's, by the eviction policy. One that may not is found out when its turn comes, and is no candidate then;
+`offer` makes it one when its last hindrance is gone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from heapq import heapify, heappop, heappush
 
 from kvstore.block import Key
+from kvstore.candidates import Candidates
 from kvstore.copies import Place
 from policies.eviction import Eviction
 
@@ -38,7 +39,10 @@ class Entry:
     doomed: bool = False  # it leaves when its copies have ended; nobody finds it
     readers: int = 0
     pins: int = 0  # snapshots that rely on it
-    queued: bool = False  # in the heap
+    partial: bool = False
+    saves_seconds: float = 1.0
+    past: int = 0
+    ticket: int = 0  # among those that may leave; 0: it is not
 
     @property
     def state(self) -> State:
@@ -56,6 +60,18 @@ class Entry:
         """No copy touches it and no snapshot relies on it."""
         return not (self.writing or self.readers or self.pins)
 
+    @property
+    def queued(self) -> bool:
+        return self.ticket > 0
+
+
+def computing(entry: Entry) -> float:
+    """What computing it takes, in no unit, as what counts is how blocks compare: its tokens.
+
+    Attention to what is before it is left out: reckoned in, the tier finds fewer tokens again (docs/benchmarks_kv.md).
+    """
+    return float(max(1, entry.tokens))
+
 
 class Shelf:
     """`capacity` blocks; `addressed` when the tier is memory, with slots 0 … capacity - 1."""
@@ -66,15 +82,16 @@ class Shelf:
         self.addressed = addressed
         self.up = True
         self.pinned = 0  # entries with pins
+        self._block_tokens = 0  # the most that any block here had: one with fewer is a tail
+        self.saving: Callable[[Entry], float] = computing
         self._eviction = eviction
+        self._candidates: Candidates[Entry] = Candidates(eviction)
         self._entries: dict[Key, Entry] = {}
         self._children: dict[Key, int] = {}  # entries here, by their parent's key
         self._free = list(range(capacity - 1, -1, -1)) if addressed else []
         self._doomed = (
             0  # doomed entries whose copies have not ended: not found, but their room is still taken
         )
-        self._heap: list[tuple[tuple[float, ...], int, Entry]] = []
-        self._serial = 0
 
     # --- what is here ---------------------------------------------------------------------------------------------
 
@@ -104,12 +121,15 @@ class Shelf:
 
     # --- coming and going -----------------------------------------------------------------------------------------
 
-    def add(self, place: Place, now: float) -> Entry:
-        """Takes a block in, as WRITING. There must be room, and it must not be here."""
+    def add(self, place: Place, now: float, *, known: bool = False) -> Entry:
+        """Takes a block in, as WRITING. There must be room, and it must not be here. `known`: not for a use."""
         assert self.room > 0, f"{self.name} is full"
         assert place.key not in self._entries, f"{self.name} has this block"
         slot = self._free.pop() if self.addressed else -1
         entry = Entry(self.name, place.key, place.parent, place.depth, place.tokens, slot, now)
+        self._block_tokens = max(self._block_tokens, place.tokens)
+        entry.partial = place.tokens < self._block_tokens
+        entry.past = self._eviction.adopted(entry) if known else self._eviction.added(entry, now)
         self._entries[entry.key] = entry
         if entry.parent:
             self._children[entry.parent] = self._children.get(entry.parent, 0) + 1
@@ -126,6 +146,8 @@ class Shelf:
                 del self._children[entry.parent]
         self.pinned -= entry.pins > 0
         entry.doomed, entry.pins = True, 0
+        self._candidates.withdraw(entry)
+        self._eviction.left(entry)
         self._doomed += 1
         self._free_doomed(entry)
 
@@ -166,40 +188,53 @@ class Shelf:
         All parts come at the same `now`, so that children leave before their parents, wherever they were parted.
         """
         assert not self.addressed
-        entries = [self.add(place, now) for place in records]
+        entries = [self.add(place, now, known=True) for place in records]
         for entry in entries:
             entry.writing = False
         for entry in entries:
             if not self.children(entry.key):
                 self.offer(entry)
 
+    # --- use ------------------------------------------------------------------------------------------------------
+
+    def hit(self, entry: Entry, now: float) -> None:
+        """A sequence found it."""
+        entry.past = self._eviction.hit(entry, now)
+        entry.hits += 1
+        self.touch(entry, now)
+
+    def touch(self, entry: Entry, now: float) -> None:
+        """It counts as used just now, but not as found again: whoever keeps it does so for a use that counts."""
+        entry.used = now
+        if entry.queued:
+            self._candidates.put(entry)
+
+    def use(self, eviction: Eviction) -> None:
+        """Another policy from now on. O(n log n): all who may leave are sorted anew."""
+        queued = [entry for entry in self._entries.values() if entry.queued]
+        self._eviction, self._candidates = eviction, Candidates(eviction)
+        for entry in self._entries.values():
+            entry.past, entry.ticket = eviction.adopted(entry), 0
+        for entry in queued:
+            self._candidates.put(entry)
+
     # --- who may leave --------------------------------------------------------------------------------------------
 
     def offer(self, entry: Entry | None) -> None:
-        """Puts an entry back among those that may leave. The caller says so: it knows the other tiers."""
-        if entry is None or entry.queued or entry.doomed or not entry.settled:
+        """Makes an entry one of those that may leave. The caller says so: it knows the other tiers.
+
+        Again for one that is: what it saves may have changed.
+        """
+        if entry is None or entry.doomed or not entry.settled:
             return
-        if len(self._heap) > 2 * len(self._entries) + 64:  # most of it is gone
-            self._heap = [item for item in self._heap if not item[-1].doomed]
-            heapify(self._heap)
-        heappush(self._heap, self._item(entry))
+        saves = self.saving(entry)
+        if not entry.queued or saves != entry.saves_seconds:
+            entry.saves_seconds = saves
+            self._candidates.put(entry)
 
-    def _item(self, entry: Entry) -> tuple[tuple[float, ...], int, Entry]:
-        entry.queued = True
-        self._serial += 1
-        return (self._eviction(entry), self._serial, entry)
-
-    def pop_candidate(self) -> Entry | None:
-        """The first that may leave by the policy, taken out of the heap: remove it, or offer it again later."""
-        while self._heap:
-            score, serial, entry = heappop(self._heap)
-            if entry.doomed:
-                continue
-            current = self._eviction(entry)
-            if current != score:
-                heappush(self._heap, (current, serial, entry))
-                continue
-            entry.queued = False
+    def pop_candidate(self, now: float) -> Entry | None:
+        """The first that may leave by the policy, not a candidate any more: remove it, or offer it again later."""
+        while (entry := self._candidates.pop(now)) is not None:
             if entry.settled:
                 return entry
         return None
@@ -225,6 +260,5 @@ class Shelf:
             if entry.parent:
                 counted[entry.parent] = counted.get(entry.parent, 0) + 1
         assert counted == self._children, f"{self.name}: children are counted wrongly"
-        queued = [entry for _, _, entry in self._heap if not entry.doomed]
-        assert len(queued) == len(set(queued)), "an entry is queued twice"
-        assert all(entry.queued for entry in queued)
+        self._candidates.check()
+        assert len(self._candidates) == sum(entry.queued for entry in self._entries.values())

@@ -101,6 +101,9 @@ class BlockView(Protocol):
     """A cached block of one tier. Times are seconds of the engine's clock."""
 
     @property
+    def key(self) -> bytes: ...
+
+    @property
     def used(self) -> float:
         """When it was last matched, or written."""
 
@@ -111,3 +114,15 @@ class BlockView(Protocol):
     @property
     def depth(self) -> int:
         """Blocks before it in its chain."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is a snapshot's tail: fewer tokens than a block has."""
+
+    @property
+    def saves_seconds(self) -> float:
+        """What finding it here saves over the next copy below, or over computing it; above 0."""
+
+    @property
+    def past(self) -> int:
+        """What the tier's eviction policy has noted about it."""

@@ -67,7 +67,8 @@ async def test_a_change_is_in_force_at_once_logged_and_seen_in_metrics_and_state
         ({"victim": "os:system"}, "unknown_policy", "policies.also.victim"),
         ({"victim": "mine:longest", "order": "mine:longest"}, "unknown_policy", "policies.also.order"),
         ({"prediction": "oracle"}, "unknown_policy", "oracle"),
-        ({"eviction": "lfu"}, "not_switchable", "set policies.eviction"),
+        ({"eviction": "mru"}, "unknown_policy", "did you mean lru?"),
+        ({"placement": "mine:longest"}, "unknown_policy", "policies.also.placement"),
         ({"order": 1}, "invalid_value", "string"),
     ],
 )

@@ -17,10 +17,12 @@ from engine.request import Request
 from engine.sequence import State
 from kvstore.copies import DEVICE, DISK, HOST, Loss
 from kvstore.residency import ResidencyConfig
+from policies.eviction import EVICTIONS
 from policies.order import ORDERS
+from policies.placement import PLACEMENTS
 from policies.preemption import VICTIMS
 from policies.resume import RESUMES
-from tests.engine.driving import Driver, core_config, request
+from tests.engine.driving import UNFORESEEN, Driver, core_config, request
 from tests.engine.test_core import expected_tokens
 
 PROMPT = range(1, 42)  # ten full blocks of four, and one token
@@ -28,11 +30,10 @@ PROMPT = range(1, 42)  # ten full blocks of four, and one token
 
 def driver_with(host: int = 64, disk: int = 64, blocks: int = 64, **more: object) -> Driver:
     """A driver whose tiers have these many blocks; a disk is up at once."""
-    config = {
-        key: more.pop(key)
-        for key in ("placement", "eviction", "pinned_share", "spilling_blocks")
-        if key in more
-    }
+    config = {key: more.pop(key) for key in ("pinned_share", "spilling_blocks") if key in more}
+    chosen = {key: more.pop(key) for key in ("placement", "eviction", "resume") if key in more}
+    if chosen and "policies" not in more:
+        more["policies"] = PolicyConfig(parameters=UNFORESEEN, **chosen)  # type: ignore[arg-type]
     residency = ResidencyConfig(host_blocks=host, disk_blocks=disk, transaction_blocks=4, **config)  # type: ignore[arg-type]
     driver = Driver(core_config(blocks, residency=residency, **more))  # type: ignore[arg-type]
     if disk:
@@ -306,7 +307,7 @@ def test_a_pool_full_of_half_resumed_sequences_cannot_deadlock() -> None:
 
 
 @pytest.mark.parametrize("placement", ["write_through", "selective", "on_evict"])
-@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "cost"])
 def test_every_placement_and_eviction_keeps_the_books(placement: str, eviction: str) -> None:
     driver = driver_with(host=24, disk=40, blocks=24, placement=placement, eviction=eviction)
     asked = [request(f"r{i}", [i % 5] * (10 + i % 4 * 8), max_tokens=12, seed=i % 2) for i in range(40)]
@@ -397,9 +398,11 @@ class Store(RuleBasedStateMachine):
         victim=st.sampled_from(sorted(VICTIMS)),
         resume=st.sampled_from(sorted(RESUMES)),
         prediction=st.sampled_from(["max_tokens", "histogram", "hint"]),
+        eviction=st.sampled_from(sorted(EVICTIONS)),
+        placement=st.sampled_from(sorted(PLACEMENTS)),
     )
-    def switch(self, order: str, victim: str, resume: str, prediction: str) -> None:
-        self.driver.use_policies(order=order, victim=victim, resume=resume, prediction=prediction)
+    def switch(self, **names: str) -> None:
+        self.driver.use_policies(**names)
 
     @rule(steps=st.integers(1, 10))
     def steps(self, steps: int) -> None:
@@ -495,10 +498,12 @@ def _one_event(machine: Store, choose: Random) -> None:
         driver.cancel(id)
     elif dice < 0.20:
         machine.switch(
-            choose.choice(sorted(ORDERS)),
-            choose.choice(sorted(VICTIMS)),
-            choose.choice(sorted(RESUMES)),
-            choose.choice(["max_tokens", "histogram", "hint"]),
+            order=choose.choice(sorted(ORDERS)),
+            victim=choose.choice(sorted(VICTIMS)),
+            resume=choose.choice(sorted(RESUMES)),
+            prediction=choose.choice(["max_tokens", "histogram", "hint"]),
+            eviction=choose.choice(sorted(EVICTIONS)),
+            placement=choose.choice(sorted(PLACEMENTS)),
         )
     elif dice < 0.25 and driver.core.sequences:
         driver.preempt(choose.choice(sorted(driver.core.sequences)))

@@ -12,7 +12,8 @@ from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, Drop, Loss, Place
 from kvstore.device import DevicePool
 from kvstore.residency import Residency, ResidencyConfig
 from kvstore.shelf import Entry, Shelf
-from policies.eviction import lru
+from policies.eviction import EVICTIONS, Scored, lru
+from policies.placement import PLACEMENTS
 
 SIZE = 4
 BLOCKS = 24
@@ -46,14 +47,14 @@ class Table(RuleBasedStateMachine):
     placement = "write_through"
 
     @initialize(
-        eviction=st.sampled_from(["lru", "lfu"]),
+        eviction=st.sampled_from(["lru", "lfu", "cost"]),
         placement=st.sampled_from(["write_through", "selective", "on_evict"]),
         host=st.sampled_from([0, 5, 11]),
         disk=st.sampled_from([0, 7, 40]),
     )
     def start(self, eviction: str, placement: str, host: int, disk: int) -> None:
-        config = ResidencyConfig(host, disk, eviction, placement, 3, 2, 8, 6, 0.5)
-        self.residency = Residency(DevicePool(BLOCKS), config)
+        config = ResidencyConfig(host, disk, 3, 2, 8, 6, 0.5)
+        self.residency = Residency(DevicePool(BLOCKS), config, EVICTIONS[eviction], PLACEMENTS[placement])
         self.holders: list[Holder] = []
         self.loads: list[list[int]] = []  # tables that fetches fill
         self.pinned: list[list[Entry]] = []
@@ -63,6 +64,10 @@ class Table(RuleBasedStateMachine):
         self.now = 0.0
         if disk:
             self.residency.tier_up(TierUp(DISK, ()), self.now)
+
+    @rule(eviction=st.sampled_from(sorted(EVICTIONS)), placement=st.sampled_from(sorted(PLACEMENTS)))
+    def switch(self, eviction: str, placement: str) -> None:
+        self.residency.use(EVICTIONS[eviction], PLACEMENTS[placement])
 
     def carry_out(self) -> None:
         self.now += 1.0
@@ -224,7 +229,7 @@ def place(key: bytes, parent: bytes = b"", depth: int = 0) -> Place:
 
 
 def test_a_slot_with_a_copy_in_flight_is_nobody_elses() -> None:
-    shelf = Shelf(HOST, 1, lru, addressed=True)
+    shelf = Shelf(HOST, 1, Scored(lru), addressed=True)
     entry = shelf.add(place(b"a"), 0.0)
     shelf.remove(entry)
     assert shelf.room == 0, "the copy that fills it has not ended"
@@ -234,7 +239,7 @@ def test_a_slot_with_a_copy_in_flight_is_nobody_elses() -> None:
 
 
 def test_what_is_being_written_is_not_read_and_what_is_read_does_not_leave() -> None:
-    shelf = Shelf(HOST, 2, lru, addressed=True)
+    shelf = Shelf(HOST, 2, Scored(lru), addressed=True)
     entry = shelf.add(place(b"a"), 0.0)
     assert entry.state.value == "writing"
     assert shelf.readable(b"a") is None
@@ -242,15 +247,15 @@ def test_what_is_being_written_is_not_read_and_what_is_read_does_not_leave() -> 
     shelf.offer(entry)
     entry.readers += 1
     assert entry.state.value == "reading"
-    assert shelf.pop_candidate() is None
+    assert shelf.pop_candidate(0.0) is None
     shelf.read(entry)
     shelf.offer(entry)
-    assert shelf.pop_candidate() is entry
+    assert shelf.pop_candidate(0.0) is entry
 
 
-@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "cost"])
 def test_children_leave_before_their_parents(eviction: str) -> None:
-    residency = Residency(DevicePool(8), ResidencyConfig(host_blocks=6, eviction=eviction))
+    residency = Residency(DevicePool(8), ResidencyConfig(host_blocks=6), EVICTIONS[eviction])
     holder = Holder(residency, chain(0, 6))
     residency.save(holder.places(), 0.0)
     for told in residency.take(0.0):
