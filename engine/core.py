@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from engine.draft import Scheduled
 from engine.events import (
     Account,
     Arrived,
@@ -28,7 +29,7 @@ from engine.events import (
 from engine.plan import Logprob, Plan, StepResult
 from engine.policy_set import Catalog
 from engine.request import Delta, FinishReason, Request
-from engine.scheduler import Scheduled, Scheduler, SchedulerConfig
+from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence, State
 from engine.text import OutputText
 from kvstore.block import Key, extend_keys, root_key
@@ -205,34 +206,36 @@ class Core:
                 kept += 1
             self.scheduler.computed(sequence, row.start + len(row.tokens), now)
             if token is not None:
-                news += self._drawn(sequence, token, logprob, now)
+                self._drawn(sequence, token, logprob, now, news)
         assert next(drawn, None) is None, "more tokens drawn than rows sampled"
         return [_account(step.scheduled, result, kept), *news]
 
     def _drawn(
-        self, sequence: Sequence, token: int, logprob: Logprob | None, now: float
-    ) -> list[Instruction]:
-        """One more token of a sequence: its text, and whether it is the last."""
-        stopping = sequence.request.stopping
+        self, sequence: Sequence, token: int, logprob: Logprob | None, now: float, news: list[Instruction]
+    ) -> None:
+        """One more token of a sequence: its text, and whether it is the last. Adds what is told of it to `news`."""
+        request = sequence.request
+        stopping, output_tokens = request.stopping, len(sequence.tokens) - sequence.prompt_tokens
         sequence.token_times.append(now)
-        self.scheduler.drawn(sequence)
-        heeds_stops = sequence.output_tokens > stopping.min_tokens
+        self.scheduler.drawn(sequence, output_tokens)
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
-        ends = token in self.config.eos_token_ids and not stopping.ignore_eos
-        if ends or token in stopping.stop_token_ids:
+        if token in stopping.stop_token_ids or (
+            token in self.config.eos_token_ids and not stopping.ignore_eos
+        ):
             reason, text = FinishReason.STOP, sequence.text.finish()
             stop_reason = token if token in stopping.stop_token_ids else None
         else:
-            piece = sequence.text.push(token, heeds_stops)
-            text = piece.text
-            if piece.stop is not None:
-                reason, stop_reason = FinishReason.STOP, piece.stop
-            elif sequence.output_tokens == stopping.max_tokens:
+            text, stop_reason = sequence.text.push(token, output_tokens > stopping.min_tokens)
+            if stop_reason is not None:
+                reason = FinishReason.STOP
+            elif output_tokens == stopping.max_tokens:
                 reason, text = FinishReason.LENGTH, text + sequence.text.finish()
         logprobs = () if logprob is None else (logprob,)
-        delta = Delta(sequence.choice, text, (token,), logprobs, reason, stop_reason)
-        return [Emit(sequence.request.id, delta), *(self._retire(sequence, reason, now) if reason else ())]
+        delta = Delta(sequence.sampling.choice, text, (token,), logprobs, reason, stop_reason)
+        news.append(Emit(request.id, delta))
+        if reason is not None:
+            news += self._retire(sequence, reason, now)
 
     def _end(self, sequence: Sequence, reason: FinishReason, now: float) -> list[Instruction]:
         """Ends a sequence from outside, between tokens."""

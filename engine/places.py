@@ -35,7 +35,8 @@ class Places:
 
     def missing_blocks(self, sequence: Sequence, count: int) -> int:
         """Blocks that a running sequence lacks for its next `count` positions."""
-        return max(0, -(-(sequence.scheduled + count) // self.block_size) - len(sequence.table))
+        missing = -(-(sequence.scheduled + count) // self.block_size) - len(sequence.table)
+        return missing if missing > 0 else 0
 
     def fits(self, sequence: Sequence, match: Match, soon: int = 0) -> bool:
         """Whether a waiter has room for all it knows; one block is left for those who run.

@@ -1,33 +1,33 @@
 """Who computes what in the next step: grow → preempt → admit → build. Pure; no clock but the `now` it is given.
 
 Asks the policies in force; owns the running list and the runner's slots. How a waiter's KV is found and comes in is
-resumption.py's; where blocks are, and what is copied, is the residency's; the line of waiters is waiting.py's; prices
-are valuation.py's; what happens to tokens is core.py's.
+intake.py's; where blocks are, and what is copied, is the residency's; the line of waiters is waiting.py's; who
+gives way is victims.py's; the rows are draft.py's; what happens to tokens is core.py's.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from heapq import nsmallest
+from dataclasses import dataclass, field
 
 from engine.checkpoint import CheckpointConfig, Checkpoints
+from engine.counts import Counts
+from engine.draft import Draft, Scheduled, build
 from engine.events import Decided, PolicyFailed, Resumed
 from engine.intake import Intake
 from engine.places import Places
-from engine.plan import Placement, Row
 from engine.policy_set import Catalog, PolicyConfig
 from engine.request import ServiceClass
 from engine.resumption import Match, lowest_tier
 from engine.sequence import Sequence, State
 from engine.tenants import Tenants
-from engine.valuation import Offer, Valuation, Work, work_of
+from engine.valuation import Valuation
+from engine.victims import Victims
 from engine.waiting import WaitingLine
 from kvstore.copies import CopyDone
 from kvstore.device import DevicePool
 from kvstore.residency import Residency, ResidencyConfig
 from policies.admission import Room
 from policies.cost import CopySample, CostModel, StepSample
-from policies.decisions import Alternative, Decision, Kind
+from policies.decisions import Decision, Kind
 from policies.pricing import Way
 
 PASSED_OVER = 32
@@ -35,9 +35,6 @@ PASSED_OVER = 32
 
 PREFETCHED = 4
 """Waiters at the head of the line that are looked up anew, and whose blocks are brought up from the disk meanwhile."""
-
-NAMED = 4
-"""Alternatives that a decision names, at most."""
 
 PREDICTED_ANEW = 16
 """Tokens after which a running sequence's remaining length is predicted again; between, each token is one less."""
@@ -54,65 +51,6 @@ class SchedulerConfig:
     calibration: tuple[StepSample | CopySample, ...] = ()  # what the cost model knows before the first step
     residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-
-@dataclass(slots=True)
-class Draft:
-    """The step being made: who gets how many tokens, and what is left of the budget."""
-
-    budget: int
-    shares: dict[Sequence, int] = field(default_factory=dict)
-    placed: list[Sequence] = field(default_factory=list)  # those that are new on the device
-    closed: bool = False  # to newcomers, promoted ones too: somebody was preempted for want of blocks
-    room: Room | None = None  # what is foreseen of the pool; None: not asked yet, or no longer true
-
-    def give(self, sequence: Sequence, count: int) -> None:
-        self.shares[sequence] = count
-        self.budget -= count
-
-    def take_back(self, sequence: Sequence) -> None:
-        self.budget += self.shares.pop(sequence, 0)
-        if sequence in self.placed:
-            self.placed.remove(sequence)
-
-
-@dataclass(slots=True)
-class Scheduled:
-    """The next step's rows, with the sequences they belong to, in the same order."""
-
-    placements: list[Placement]
-    rows: list[Row]
-    sequences: list[Sequence]
-    recomputed_tokens: int
-    work: Work
-
-
-@dataclass(slots=True)
-class Counts:
-    """What has happened since the start."""
-
-    prompt_tokens: int = 0  # of requests admitted, each counted once
-    preemptions: int = 0
-    prefix_queries: int = 0  # tokens looked up in the tiers, and of these …
-    prefix_hits: int = 0  # … found, both at first admissions alone
-    reload_failures: int = 0
-    preemptions_by: Counter[str] = field(
-        default_factory=Counter
-    )  # by the victim policy, or "displaced", "operator"
-    promotions: Counter[str] = field(default_factory=Counter)  # by reason
-    hit_tokens: Counter[str] = field(default_factory=Counter)  # by tier, at every admission
-    resumptions: Counter[tuple[str, str]] = field(
-        default_factory=Counter
-    )  # by way, and the lowest tier it took from
-
-    def copy(self) -> "Counts":
-        return replace(
-            self,
-            preemptions_by=self.preemptions_by.copy(),
-            promotions=self.promotions.copy(),
-            hit_tokens=self.hit_tokens.copy(),
-            resumptions=self.resumptions.copy(),
-        )
 
 
 class Scheduler:
@@ -137,6 +75,7 @@ class Scheduler:
         self._intake = Intake(self._places, self.residency, self.valuation, self._decide)
         self._checkpoints = Checkpoints(self.residency, config.block_size, config.checkpoint)
         self._intake.use(self._policies.resume, config.policies.resume)
+        self._victims = Victims(self._policies, config.policies, self.valuation)
         self._line = WaitingLine(self._policies.order, self._policies.promotion)
         self._tenants = Tenants()
         self._admissions = 0
@@ -160,6 +99,7 @@ class Scheduler:
         config = self.policy_config.having(names)
         self._policies = self.catalog.change(self._policies, self.policy_config, config, self._policy_failed)
         self.policy_config = config
+        self._victims = Victims(self._policies, config, self.valuation)
         self._intake.use(self._policies.resume, config.resume)
         self._line.use(self._policies.order, self._policies.promotion)
         self.residency.use(self._policies.eviction, self._policies.placement)
@@ -180,6 +120,15 @@ class Scheduler:
         self._prefetch(now)
         return self._build(draft) if draft.shares else None
 
+    def _build(self, draft: Draft) -> Scheduled:
+        scheduled = build(draft)
+        for sequence, row in zip(scheduled.sequences, scheduled.rows, strict=True):
+            request, count = sequence.request, len(row.tokens)
+            output = count == 1 and row.samples
+            self._tenants.serve(request.tenant, count, request.service.weight, output=output)
+        self._served += sum(draft.shares.values())
+        return scheduled
+
     def _promoted(self, sequence: Sequence, now: float) -> None:
         self.counts.promotions[sequence.promoted] += 1
         sequence.promotions += 1
@@ -191,13 +140,19 @@ class Scheduler:
 
     def _grow(self, draft: Draft, now: float) -> None:
         """Gives the running their tokens: all of them where that fits, else in order, preempting for blocks."""
-        wanted = [(sequence, count) for sequence in self.running if (count := sequence.remaining) > 0]
-        missing = sum(self._places.missing_blocks(sequence, count) for sequence, count in wanted)
-        if missing <= self.pool.available and sum(count for _, count in wanted) <= draft.budget:
-            for sequence, count in wanted:
-                self._give(draft, sequence, count)
-        else:
-            self._grow_in_order(draft, [sequence for sequence, _ in wanted], now)
+        wanted = [
+            (sequence, count, self._places.missing_blocks(sequence, count))
+            for sequence in self.running
+            if (count := sequence.remaining) > 0
+        ]
+        missing, tokens = sum(lack for _, _, lack in wanted), sum(count for _, count, _ in wanted)
+        if missing > self.pool.available or tokens > draft.budget:
+            self._grow_in_order(draft, [sequence for sequence, _, _ in wanted], now)
+            return
+        for sequence, count, lack in wanted:
+            if lack:
+                self._places.grow(sequence, count)
+            draft.give(sequence, count)
 
     def _grow_in_order(self, draft: Draft, wanting: list[Sequence], now: float) -> None:
         """Those in decode first. After a preemption there is nothing for newcomers."""
@@ -247,22 +202,10 @@ class Scheduler:
         return True
 
     def _preempt_for(self, sequence: Sequence, missing: int, now: float) -> Sequence:
-        """Preempts whom the victim policy names: promoted ones only when there is nobody else."""
-        candidates = [s for s in self.running if not s.promoted] or self.running
-        victim, alternatives = self._choose_victim(candidates)
-        reason = f"{missing} blocks were missing for {sequence.request.id}"
-        self._explain_preemption(victim, self.policy_config.victim, reason, alternatives)
+        victim, decision = self._victims.for_blocks(sequence, missing, self.running)
+        self._decide(victim, decision)
         self.preempt(victim, now, by=self.policy_config.victim)
         return victim
-
-    def _choose_victim(self, candidates: list[Sequence]) -> tuple[Sequence, tuple[Alternative, ...]]:
-        """The first by the victim policy, and the next few, priced."""
-        situation = self.valuation.situation(self.running)
-        offers = {sequence: Offer(sequence, self.valuation, situation) for sequence in candidates}
-        ranked = nsmallest(
-            NAMED, candidates, key=lambda s: (self._policies.victim(s, offers[s]), s.admitted_as)
-        )
-        return ranked[0], tuple(Alternative(s.request.id, offers[s].price) for s in ranked)
 
     def preempt(self, sequence: Sequence, now: float, by: str) -> None:
         """A running sequence gives up its place: nothing of it stays but its snapshot, and it waits again.
@@ -330,40 +273,15 @@ class Scheduler:
         """Whether somebody gave way to the first in line, at once: what is on its way out is waited for."""
         if self._places.slots_left and self._places.fits(sequence, match, self.residency.leaving):
             return False
-        victim = self._displace(sequence, now)
-        if victim is None:
+        found = self._victims.for_waiter(sequence, self.running)
+        if found is None:
             return False
+        victim, decision = found
+        self._decide(victim, decision)
+        self.preempt(victim, now, by="displaced")
         draft.take_back(victim)
         draft.room = None
         return True
-
-    def _displace(self, waiter: Sequence, now: float) -> Sequence | None:
-        """Who gives way to the first in line: by the order policy, when it pays; to a promoted one, who came later."""
-        if waiter.promoted:
-            candidates = [s for s in self.running if s.number > waiter.number]
-        else:
-            displaces = self._policies.order.displaces
-            candidates = [s for s in self.running if not s.promoted and displaces(waiter, s)]
-        if not candidates:
-            return None
-        victim, alternatives = self._choose_victim(candidates)
-        if not (waiter.promoted or self._displacement_pays(waiter, victim)):
-            return None
-        reason = f"{waiter.request.id} goes before it" + (", promoted" if waiter.promoted else "")
-        self._explain_preemption(victim, self.policy_config.order, reason, alternatives)
-        self.preempt(victim, now, by="displaced")
-        return victim
-
-    def _displacement_pays(self, waiter: Sequence, victim: Sequence) -> bool:
-        """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.
-
-        A victim that gave way already costs more each time, so two never displace each other for long.
-        """
-        situation = self.valuation.situation(self.running)
-        offer = Offer(victim, self.valuation, situation)
-        rounds = min(sequence.expected_remaining_tokens for sequence in self.running)
-        gain = waiter.weight * rounds * self.valuation.step_seconds(situation)
-        return offer.frees > 0 and offer.price * offer.frees < gain
 
     def _foreseen(self, sequence: Sequence, draft: Draft) -> bool:
         """Whether those who run and this one are expected to find room until they end."""
@@ -422,50 +340,13 @@ class Scheduler:
                 sequence.prefetched = True
                 self.residency.prefetch(sequence.block_keys(self.config.block_size), now)
 
-    # --- build ----------------------------------------------------------------------------------------------------
-
-    def _build(self, draft: Draft) -> Scheduled:
-        placements = [Placement(sequence.slot, sequence.sampling) for sequence in draft.placed]
-        recomputed = sum(self._advance_recomputed(*share) for share in draft.shares.items())
-        rows = [self._row(*share) for share in draft.shares.items()]
-        for sequence, row in zip(draft.shares, rows, strict=True):
-            count, request = len(row.tokens), sequence.request
-            output = count == 1 and row.samples
-            self._tenants.serve(request.tenant, count, request.service.weight, output=output)
-            self._served += count
-        return Scheduled(placements, rows, list(draft.shares), recomputed, work_of(rows))
-
-    @staticmethod
-    def _advance_recomputed(sequence: Sequence, count: int) -> int:
-        if sequence.scheduled >= sequence.computed_before:
-            return 0
-        again = min(sequence.computed_before, sequence.scheduled + count) - sequence.scheduled
-        sequence.recomputed_tokens += again
-        return again
-
-    @staticmethod
-    def _row(sequence: Sequence, count: int) -> Row:
-        """Hands out `count` positions: from here on they count as scheduled, and the token drawn as pending."""
-        samples = count == sequence.remaining and not sequence.head_end
-        row = Row(
-            slot=sequence.slot,
-            start=sequence.scheduled,
-            tokens=sequence.next_tokens(count),
-            blocks_at=sequence.told,
-            blocks=tuple(sequence.table[sequence.told :]),
-            samples=samples,
-        )
-        sequence.told = len(sequence.table)
-        sequence.scheduled += count
-        sequence.pending += samples
-        return row
-
     # --- positions computed, sequences gone -----------------------------------------------------------------------
 
     def computed(self, sequence: Sequence, positions: int, now: float) -> None:
         """KV of the first `positions` tokens is on the device: caches the blocks that are full and known."""
         sequence.computed = positions
-        sequence.computed_before = max(sequence.computed_before, positions)
+        if positions > sequence.computed_before:
+            sequence.computed_before = positions
         full = positions // self.config.block_size
         if full != sequence.published:
             sequence.block_keys(self.config.block_size)
@@ -476,10 +357,11 @@ class Scheduler:
         if sequence.way_back or sequence.head_end:
             self._intake.computed(sequence, now)
 
-    def drawn(self, sequence: Sequence) -> None:
-        """It has one more token: one less is expected."""
-        if sequence.output_tokens % PREDICTED_ANEW:
-            sequence.expected_remaining_tokens = max(1.0, sequence.expected_remaining_tokens - 1.0)
+    def drawn(self, sequence: Sequence, output_tokens: int) -> None:
+        """It has one more token, the `output_tokens`th: one less is expected."""
+        if output_tokens % PREDICTED_ANEW:
+            left = sequence.expected_remaining_tokens - 1.0
+            sequence.expected_remaining_tokens = left if left > 1.0 else 1.0
         else:
             sequence.expected_remaining_tokens = self._policies.prediction.remaining(sequence)
 
@@ -570,12 +452,6 @@ class Scheduler:
 
     def _decide(self, sequence: Sequence, decision: Decision) -> None:
         self._news.append(Decided(sequence.request.id, sequence.choice, decision))
-
-    def _explain_preemption(
-        self, victim: Sequence, policy: str, reason: str, alternatives: tuple[Alternative, ...]
-    ) -> None:
-        decision = Decision(Kind.PREEMPTED, policy, victim.request.id, reason, None, alternatives)
-        self._decide(victim, decision)
 
     def _policy_failed(self, family: str, name: str, what: str) -> None:
         self._news.append(PolicyFailed(family, name, what))

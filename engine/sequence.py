@@ -157,6 +157,8 @@ class Sequence:
         """The ids at positions scheduled … scheduled + count - 1."""
         if self.scheduled >= len(self.tokens):
             return (PENDING,)
+        if count == 1:
+            return (self.tokens[self.scheduled],)
         return tuple(self.tokens[self.scheduled : self.scheduled + count])
 
     def block_keys(self, block_size: int) -> list[Key]:

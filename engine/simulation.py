@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from engine.core import Core, CoreConfig
+from engine.counts import Counts
 from engine.events import (
     Account,
     Arrived,
@@ -33,7 +34,6 @@ from engine.events import (
 from engine.plan import Plan, StepResult
 from engine.profile import Profile
 from engine.request import Finished, Request
-from engine.scheduler import Counts
 from engine.simulated_lanes import SimulatedLanes
 from engine.step_time import Shape, shape
 from kvstore.copies import DISK, Copy, CopyDone, Drop, TierUp

@@ -12,6 +12,7 @@ The docstrings say what holds without it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import ClassVar, Protocol
 
 from policies.views import SequenceView
@@ -122,9 +123,17 @@ class Mlq:
 
     def level(self, view: SequenceView, /) -> int:
         """0 is the best. By what was asked and what it has generated, never by time."""
-        entry = self._entry_level(view.prompt_tokens)
-        spent = view.output_tokens // (self.quantum_tokens << entry)  # in quanta of the entry level
-        demotions = (spent + 1).bit_length() - 1
+        spent = view.output_tokens // self.quantum_tokens
+        return self._levels(view.prompt_tokens, spent)
+
+    @cached_property
+    def _levels(self) -> Callable[[int, int], int]:
+        """By prompt tokens and quanta of level 0 spent; kept, as it is asked of all who run in every step."""
+        return lru_cache(maxsize=65536)(self._level)
+
+    def _level(self, prompt_tokens: int, spent: int) -> int:
+        entry = self._entry_level(prompt_tokens)
+        demotions = ((spent >> entry) + 1).bit_length() - 1  # by quanta of the entry level
         return min(entry + min(demotions, self.max_demotions), self.levels - 1)
 
     def _entry_level(self, prompt_tokens: int) -> int:

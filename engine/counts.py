@@ -1,0 +1,32 @@
+"""What the scheduler counts, for metrics. Who reads it: app/metrics.py, simulation.py."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened since the start."""
+
+    prompt_tokens: int = 0  # of requests admitted, each counted once
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up in the tiers, and of these …
+    prefix_hits: int = 0  # … found, both at first admissions alone
+    reload_failures: int = 0
+    preemptions_by: Counter[str] = field(
+        default_factory=Counter
+    )  # by the victim policy, or "displaced", "operator"
+    promotions: Counter[str] = field(default_factory=Counter)  # by reason
+    hit_tokens: Counter[str] = field(default_factory=Counter)  # by tier, at every admission
+    resumptions: Counter[tuple[str, str]] = field(
+        default_factory=Counter
+    )  # by way, and the lowest tier it took from
+
+    def copy(self) -> "Counts":
+        return replace(
+            self,
+            preemptions_by=self.preemptions_by.copy(),
+            promotions=self.promotions.copy(),
+            hit_tokens=self.hit_tokens.copy(),
+            resumptions=self.resumptions.copy(),
+        )

@@ -1,0 +1,77 @@
+"""Who gives its place up: for blocks that are missing, by the victim policy; for a waiter, by the order policy.
+
+Nothing is changed here: what becomes of a victim is scheduler.py's. Prices are valuation.py's.
+"""
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from heapq import nsmallest
+
+from engine.policy_set import Policies, PolicyConfig
+from engine.sequence import Sequence
+from engine.valuation import Offer, Valuation
+from policies.decisions import Alternative, Decision, Kind
+
+NAMED = 4
+"""Alternatives that a decision names, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Victims:
+    """Asks the policies in force, whose names are in `config`."""
+
+    policies: Policies
+    config: PolicyConfig
+    valuation: Valuation
+
+    def for_blocks(
+        self, sequence: Sequence, missing: int, running: List[Sequence]
+    ) -> tuple[Sequence, Decision]:
+        """Whom the victim policy names: promoted ones only when there is nobody else."""
+        candidates = [s for s in running if not s.promoted] or running
+        victim, alternatives = self._choose(candidates, running)
+        reason = f"{missing} blocks were missing for {sequence.request.id}"
+        return victim, _preempted(victim, self.config.victim, reason, alternatives)
+
+    def for_waiter(self, waiter: Sequence, running: List[Sequence]) -> tuple[Sequence, Decision] | None:
+        """Who gives way to the first in line: by the order policy, when it pays; to a promoted one, who came later."""
+        candidates = self._displaceable(waiter, running)
+        if not candidates:
+            return None
+        victim, alternatives = self._choose(candidates, running)
+        if not (waiter.promoted or self._pays(waiter, victim, running)):
+            return None
+        reason = f"{waiter.request.id} goes before it" + (", promoted" if waiter.promoted else "")
+        return victim, _preempted(victim, self.config.order, reason, alternatives)
+
+    def _displaceable(self, waiter: Sequence, running: List[Sequence]) -> list[Sequence]:
+        if waiter.promoted:
+            return [s for s in running if s.number > waiter.number]
+        displaces = self.policies.order.displaces
+        return [s for s in running if not s.promoted and displaces(waiter, s)]
+
+    def _choose(
+        self, candidates: List[Sequence], running: List[Sequence]
+    ) -> tuple[Sequence, tuple[Alternative, ...]]:
+        """The first by the victim policy, and the next few, priced."""
+        situation = self.valuation.situation(running)
+        offers = {sequence: Offer(sequence, self.valuation, situation) for sequence in candidates}
+        ranked = nsmallest(
+            NAMED, candidates, key=lambda s: (self.policies.victim(s, offers[s]), s.admitted_as)
+        )
+        return ranked[0], tuple(Alternative(s.request.id, offers[s].price) for s in ranked)
+
+    def _pays(self, waiter: Sequence, victim: Sequence, running: List[Sequence]) -> bool:
+        """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.
+
+        A victim that gave way already costs more each time, so two never displace each other for long.
+        """
+        situation = self.valuation.situation(running)
+        offer = Offer(victim, self.valuation, situation)
+        rounds = min(sequence.expected_remaining_tokens for sequence in running)
+        gain = waiter.weight * rounds * self.valuation.step_seconds(situation)
+        return offer.frees > 0 and offer.price * offer.frees < gain
+
+
+def _preempted(victim: Sequence, policy: str, reason: str, alternatives: tuple[Alternative, ...]) -> Decision:
+    return Decision(Kind.PREEMPTED, policy, victim.request.id, reason, None, alternatives)
