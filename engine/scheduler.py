@@ -112,6 +112,7 @@ class Scheduler:
         `outstanding_step`: the last one told and not done, whose rows may still write to blocks given up since.
         """
         draft = Draft(self.config.max_batch_tokens)
+        self._victims.new_step()
         for sequence in self._line.promote(now, self._served):
             self._promoted(sequence, now)
         self._grow(draft, now)

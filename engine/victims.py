@@ -4,7 +4,7 @@ Nothing is changed here: what becomes of a victim is scheduler.py's. Prices are 
 """
 
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import nsmallest
 
 from engine.policy_set import Policies, PolicyConfig
@@ -16,13 +16,21 @@ NAMED = 4
 """Alternatives that a decision names, at most."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Victims:
-    """Asks the policies in force, whose names are in `config`."""
+    """Asks the policies in force, whose names are in `config`.
+
+    Within a step everybody is priced once: those that go change the others' prices little, and a step may take many.
+    """
 
     policies: Policies
     config: PolicyConfig
     valuation: Valuation
+    _offers: dict[Sequence, Offer] = field(default_factory=dict)  # of this step
+
+    def new_step(self) -> None:
+        """Prices are asked anew from here on."""
+        self._offers.clear()
 
     def for_blocks(
         self, sequence: Sequence, missing: int, running: List[Sequence]
@@ -54,12 +62,16 @@ class Victims:
         self, candidates: List[Sequence], running: List[Sequence]
     ) -> tuple[Sequence, tuple[Alternative, ...]]:
         """The first by the victim policy, and the next few, priced."""
-        situation = self.valuation.situation(running)
-        offers = {sequence: Offer(sequence, self.valuation, situation) for sequence in candidates}
+        offers = self._offers
+        if missing := [sequence for sequence in candidates if sequence not in offers]:
+            situation = self.valuation.situation(running)
+            offers.update((sequence, Offer(sequence, self.valuation, situation)) for sequence in missing)
         ranked = nsmallest(
             NAMED, candidates, key=lambda s: (self.policies.victim(s, offers[s]), s.admitted_as)
         )
-        return ranked[0], tuple(Alternative(s.request.id, offers[s].price) for s in ranked)
+        alternatives = tuple(Alternative(s.request.id, offers[s].price) for s in ranked)
+        del offers[ranked[0]]  # should it go and come back within the step, it is another
+        return ranked[0], alternatives
 
     def _pays(self, waiter: Sequence, victim: Sequence, running: List[Sequence]) -> bool:
         """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.
