@@ -103,6 +103,7 @@ class KVStoreSection(Section):
 class CheckpointSection(Section):
     every_tokens: Count = 128  # computed and not saved yet
     every_seconds: PositiveSeconds = 5.0
+    ahead_steps: int = Field(default=0, ge=0)  # 0: nobody's is saved ahead of a preemption
 
 
 Plugins = list[Annotated[str, AfterValidator(_plugin)]]

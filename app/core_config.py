@@ -22,7 +22,9 @@ def scheduler_config(config: Config, blocks: int, block_bytes: int) -> Scheduler
         max_sequences=engine.max_sequences,
         block_bytes=block_bytes,
         policies=policy_config(config),
-        checkpoint=CheckpointConfig(checkpoint.every_tokens, checkpoint.every_seconds),
+        checkpoint=CheckpointConfig(
+            checkpoint.every_tokens, checkpoint.every_seconds, checkpoint.ahead_steps
+        ),
     )
 
 

@@ -1,5 +1,8 @@
 """When a sequence's KV is saved below the device, and which blocks of it: write-behind; a preemption then owes little.
 
+Ahead of it, too: those who are likely to be preempted next have their full blocks saved while they still run, so that
+their device blocks are free at once. Not their tails: a tail is another one at the next token.
+
 Where it goes, and whether there is room, is the residency's; these are only offers.
 """
 
@@ -16,6 +19,9 @@ from kvstore.residency import Residency
 class CheckpointConfig:
     every_tokens: int = 128  # in full blocks not saved yet
     every_seconds: float = 5.0
+    ahead_steps: int = (
+        0  # growth that is foreseen so far: who would give way to it is saved ahead; 0: nobody is
+    )
 
 
 class Checkpoints:
@@ -30,6 +36,20 @@ class Checkpoints:
         owed = sequence.published - sequence.saved
         if owed >= self._every_blocks or now - sequence.saved_at >= self._config.every_seconds:
             self.save(sequence, now)
+
+    def ahead(self, sequence: Sequence, now: float) -> int:
+        """Saves the full blocks of one who is likely to be preempted, if it owes some. Returns how many.
+
+        Only where the share of a tier that snapshots may hold has room for all of it, and with half of the copies that
+        may be on their way left to those who cannot wait.
+        """
+        owed = sequence.published - sequence.saved
+        room = self._residency.spilling_room - self._residency.config.spilling_blocks // 2
+        if not 0 < owed <= room or self._residency.survival(sequence.published) < 1.0:
+            return 0
+        before = sequence.saved
+        self.save(sequence, now)
+        return sequence.saved - before
 
     def save(self, sequence: Sequence, now: float) -> None:
         """Offers the full blocks that have not been offered yet."""

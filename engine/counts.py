@@ -13,6 +13,7 @@ class Counts:
     prefix_queries: int = 0  # tokens looked up in the tiers, and of these …
     prefix_hits: int = 0  # … found, both at first admissions alone
     reload_failures: int = 0
+    saved_ahead_blocks: int = 0  # of running sequences, as they were likely to be preempted
     preemptions_by: Counter[str] = field(
         default_factory=Counter
     )  # by the victim policy, or "displaced", "operator"

@@ -79,6 +79,7 @@ class Scheduler:
         self._line = WaitingLine(self._policies.order, self._policies.promotion)
         self._tenants = Tenants()
         self._admissions = 0
+        self._steps_ahead = 0  # until it is looked who may be preempted
         self._served = 0  # tokens computed for anybody
 
     @property
@@ -119,7 +120,23 @@ class Scheduler:
         self._start_loaded(draft, now)
         self._admit(draft, outstanding_step, now)
         self._prefetch(now)
+        self._save_ahead(now)
         return self._build(draft) if draft.shares else None
+
+    def _save_ahead(self, now: float) -> None:
+        """Every few steps: whom the growth of the next few would cost its place has its blocks saved before."""
+        steps = self.config.checkpoint.ahead_steps
+        self._steps_ahead -= 1
+        if not steps or self._steps_ahead > 0 or not (self._intake.saves and self.residency.keeps):
+            return
+        self._steps_ahead = max(1, steps // 2)
+        growth = len(self.running) * steps // self.config.block_size
+        missing = growth - self.pool.available
+        for sequence in self._victims.likely(missing, self.running) if missing > 0 else ():
+            if saved := self._checkpoints.ahead(sequence, now):
+                self.counts.saved_ahead_blocks += saved
+                reason = f"{missing} blocks will be missing in {steps} steps: {saved} of its blocks are saved"
+                self._decide(sequence, Decision(Kind.SAVED_AHEAD, self.policy_config.victim, "save", reason))
 
     def _build(self, draft: Draft) -> Scheduled:
         scheduled = build(draft)

@@ -6,6 +6,7 @@ Nothing is changed here: what becomes of a victim is scheduler.py's. Prices are 
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from heapq import nsmallest
+from itertools import accumulate
 
 from engine.policy_set import Policies, PolicyConfig
 from engine.sequence import Sequence
@@ -41,6 +42,15 @@ class Victims:
         reason = f"{missing} blocks were missing for {sequence.request.id}"
         return victim, _preempted(victim, self.config.victim, reason, alternatives)
 
+    def likely(self, missing: int, running: List[Sequence]) -> list[Sequence]:
+        """Who would go, the first first, if so many blocks were missing."""
+        if not running:
+            return []
+        self._price(running, running)
+        left = sorted((s for s in running if not s.promoted), key=self._rank)
+        freed = [0, *accumulate(self._offers[sequence].frees for sequence in left)]
+        return [sequence for sequence, before in zip(left, freed, strict=False) if before < missing]
+
     def for_waiter(self, waiter: Sequence, running: List[Sequence]) -> tuple[Sequence, Decision] | None:
         """Who gives way to the first in line: by the order policy, when it pays; to a promoted one, who came later."""
         candidates = self._displaceable(waiter, running)
@@ -62,16 +72,20 @@ class Victims:
         self, candidates: List[Sequence], running: List[Sequence]
     ) -> tuple[Sequence, tuple[Alternative, ...]]:
         """The first by the victim policy, and the next few, priced."""
-        offers = self._offers
-        if missing := [sequence for sequence in candidates if sequence not in offers]:
-            situation = self.valuation.situation(running)
-            offers.update((sequence, Offer(sequence, self.valuation, situation)) for sequence in missing)
-        ranked = nsmallest(
-            NAMED, candidates, key=lambda s: (self.policies.victim(s, offers[s]), s.admitted_as)
-        )
-        alternatives = tuple(Alternative(s.request.id, offers[s].price) for s in ranked)
-        del offers[ranked[0]]  # should it go and come back within the step, it is another
+        self._price(candidates, running)
+        ranked = nsmallest(NAMED, candidates, key=self._rank)
+        alternatives = tuple(Alternative(s.request.id, self._offers[s].price) for s in ranked)
+        del self._offers[ranked[0]]  # should it go and come back within the step, it is another
         return ranked[0], alternatives
+
+    def _price(self, candidates: List[Sequence], running: List[Sequence]) -> None:
+        """Sees to it that all of them have an offer."""
+        if missing := [sequence for sequence in candidates if sequence not in self._offers]:
+            situation = self.valuation.situation(running)
+            self._offers.update((each, Offer(each, self.valuation, situation)) for each in missing)
+
+    def _rank(self, sequence: Sequence) -> tuple[tuple[float, ...], int]:
+        return self.policies.victim(sequence, self._offers[sequence]), sequence.admitted_as
 
     def _pays(self, waiter: Sequence, victim: Sequence, running: List[Sequence]) -> bool:
         """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.

@@ -152,6 +152,11 @@ class Residency:
         return max(0.0, min(1.0, (self.config.pinned_share * shelf.capacity - shelf.pinned) / blocks))
 
     @property
+    def spilling_room(self) -> int:
+        """Device blocks that may still begin their way down now."""
+        return self.config.spilling_blocks - self._spilling
+
+    @property
     def keeps(self) -> bool:
         """Whether there is a tier below the device."""
         return self.host.up or self.disk.up

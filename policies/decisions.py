@@ -9,6 +9,7 @@ class Kind(StrEnum):
     HELD_BACK = "held_back"  # there is room now, but what runs is expected to need it
     PROMOTED = "promoted"
     PREEMPTED = "preempted"
+    SAVED_AHEAD = "saved_ahead"  # it runs, but is likely to be preempted soon
     SPARED = "spared"  # it lacks blocks, but waits for somebody's end rather than preempt
     RESUMED = "resumed"  # its KV is on the device again
     LOAD_FAILED = "load_failed"

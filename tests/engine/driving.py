@@ -54,6 +54,7 @@ def core_config(
     residency: ResidencyConfig | None = None,
     every_tokens: int = 8,
     every_seconds: float = 1000.0,
+    ahead_steps: int = 0,
 ) -> CoreConfig:
     """`residency`: None is a device without tiers below it. `policies` go before `resume`."""
     return CoreConfig(
@@ -65,7 +66,7 @@ def core_config(
             policies=policies or PolicyConfig(resume=resume, parameters=UNFORESEEN),
             block_bytes=1000,
             residency=residency or ResidencyConfig(),
-            checkpoint=CheckpointConfig(every_tokens, every_seconds),
+            checkpoint=CheckpointConfig(every_tokens, every_seconds, ahead_steps),
         ),
         model_context=model_context,
         max_queue=max_queue,
