@@ -1,5 +1,7 @@
 """Saved ahead of a preemption: who is likely to give way owes little when it does, and no token changes for it."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.policy_set import PolicyConfig
@@ -13,10 +15,14 @@ from tests.engine.test_core import expected_tokens
 REQUESTS = [request(f"r{n}", range(20 * n, 20 * n + 17), max_tokens=24) for n in range(4)]
 
 
-def driver(ahead_steps: int, *, blocks: int = 30, victim: str = "last_admitted", **tiers: float) -> Driver:
+TIERS = ResidencyConfig(host_blocks=64, copy_blocks=4)
+
+
+def driver(
+    ahead_steps: int, *, blocks: int = 30, victim: str = "last_admitted", residency: ResidencyConfig = TIERS
+) -> Driver:
     """Nothing is saved by length or time: only ahead of a preemption, or at it."""
     policies = PolicyConfig(victim=victim, resume="reload", parameters=UNFORESEEN)
-    residency = ResidencyConfig(**({"host_blocks": 64, "copy_blocks": 4} | tiers))  # type: ignore[arg-type]
     return Driver(
         core_config(
             blocks=blocks,
@@ -77,10 +83,10 @@ def test_nobody_is_saved_ahead_while_there_is_room() -> None:
     assert made.core.scheduler.counts.saved_ahead_blocks == 0
 
 
-@pytest.mark.parametrize("tiers", [{"pinned_share": 0.01}, {"spilling_blocks": 4}])
-def test_it_takes_no_more_than_its_share(tiers: dict[str, float]) -> None:
+@pytest.mark.parametrize("residency", [replace(TIERS, pinned_share=0.01), replace(TIERS, spilling_blocks=4)])
+def test_it_takes_no_more_than_its_share(residency: ResidencyConfig) -> None:
     """Neither of a tier, nor of the copies on their way: what cannot wait finds room."""
-    made = driver(8, **tiers)
+    made = driver(8, residency=residency)
     made.arrive(*REQUESTS)
     finish(made)
     assert made.core.scheduler.counts.preemptions > 0
@@ -89,23 +95,22 @@ def test_it_takes_no_more_than_its_share(tiers: dict[str, float]) -> None:
 
 def test_what_is_needed_next_comes_up_from_the_disk_before_its_turn() -> None:
     """While those who run leave it no slot: disk → host, before it is admitted."""
-    residency = {"disk_blocks": 64, "transaction_blocks": 4}
-    made = driver(0, blocks=64, **residency)
+    made = driver(0, blocks=64, residency=replace(TIERS, disk_blocks=64, transaction_blocks=4))
     made.tier_up()
     made.arrive(REQUESTS[0])
     made.finish()
     made.prune(DEVICE)
     made.prune(HOST)
-    keys = made.core.scheduler.residency
-    assert len(keys.disk) > 0
-    assert len(keys.host) == 0
+    tiers = made.core.scheduler.residency
+    assert len(tiers.disk) > 0
+    assert len(tiers.host) == 0
     others = [request(f"o{n}", range(50 + n, 60 + n), max_tokens=20) for n in range(8)]
     made.arrive(*others, request("again", REQUESTS[0].prompt, max_tokens=4))
     made.step()
     made.copies()
     (waiter,) = made.core.sequences["again"]
     assert waiter.state is State.WAITING
-    assert len(keys.host) >= 4
+    assert len(tiers.host) >= 4
     made.finish()
     assert made.core.scheduler.counts.hit_tokens[HOST] > 0
     assert made.core.scheduler.counts.hit_tokens[DISK] == 0
