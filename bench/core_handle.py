@@ -44,7 +44,11 @@ class Driven:
 
     def __init__(self, order: str, running: int, waiting: int, *, short: bool) -> None:
         policies = PolicyConfig(
-            order, "cheapest_resume", "cheapest", "histogram", UNFORESEEN if short else {}
+            order=order,
+            victim="cheapest_resume",
+            resume="cheapest",
+            prediction="histogram",
+            parameters=UNFORESEEN if short else {},
         )
         blocks = running * (MOST_TOKENS + 80) // BLOCK_SIZE
         scheduler = SchedulerConfig(
