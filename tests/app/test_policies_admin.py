@@ -58,6 +58,16 @@ async def test_a_change_is_in_force_at_once_logged_and_seen_in_metrics_and_state
     assert told == [("order", "fcfs", "sjf"), ("victim", "last_admitted", "fewest_output")]
 
 
+async def test_eviction_and_placement_are_changed_like_the_others() -> None:
+    plugins = {"placement": {"mine:never": lambda block, leaving: False}}
+    async with rig(plugins=plugins) as server:
+        status, answer = await put(server, eviction="cost", placement="mine:never")
+        state = await get(server, "/admin/state")
+    assert status == 200
+    assert {"lru", "lfu", "cost"} == set(answer["available"]["eviction"])
+    assert (state["policies"]["eviction"], state["policies"]["placement"]) == ("cost", "mine:never")
+
+
 @pytest.mark.parametrize(
     ("names", "code", "words"),
     [
