@@ -29,7 +29,7 @@ async def stream_answer(
     http: web.Request, served: Served, requests: Sequence[Request], wire: Wire, include_usage: bool
 ) -> web.StreamResponse:
     """Server-sent events, as the tokens come. Refusals come before the headers, as plain errors."""
-    events = EventStream(http, served.server.write_timeout_seconds)
+    events = EventStream(http, served.server.ping_seconds)
     with _streams(http, served, requests) as streams:
         try:
             await _tell(served, events, streams, wire)
@@ -51,9 +51,15 @@ async def _tell(served: Served, events: EventStream, streams: Sequence[Stream], 
     n = streams[0].request.n
     if opening := b"".join(wire.opening(index) for index in range(n * len(streams))):
         await events.send(opening)
+    async with events.pinging():
+        await _pump_all(served, events, streams, wire)
+
+
+async def _pump_all(served: Served, events: EventStream, streams: Sequence[Stream], wire: Wire) -> None:
     if len(streams) == 1:
         await _pump(served, events, streams[0], wire, 0)
         return
+    n = streams[0].request.n
     try:
         async with asyncio.TaskGroup() as tasks:
             for number, stream in enumerate(streams):
@@ -124,7 +130,7 @@ def _submit(http: web.Request, served: Served, request: Request) -> Stream:
     client_id = http[CLIENT_ID]
     served.requests.opened(request.id, OpenRequest(http.path, served.model.name, request.n, client_id))
     try:
-        return served.engine.submit(request)
+        stream = served.engine.submit(request)
     except QueueFull:
         http.app[METRICS].policies.observe_refused(request.service.name, request.n)
         served.requests.refused(request.id)
@@ -132,6 +138,8 @@ def _submit(http: web.Request, served: Served, request: Request) -> Stream:
     except (Refused, EngineDead):
         served.requests.refused(request.id)
         raise
+    http.app[METRICS].observe_submitted(request)
+    return stream
 
 
 def _first_leaf(group: BaseExceptionGroup[Exception]) -> Exception:

@@ -4,6 +4,7 @@ import asyncio
 from typing import TypeVar
 
 from aiohttp import web
+from aiohttp.hdrs import CONTENT_ENCODING
 from pydantic import BaseModel
 
 from app.errors import ApiError
@@ -13,7 +14,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(http: web.Request) -> bytes:
-    """The whole body. Raises ApiError (408: it came too slowly), or aiohttp's own 413."""
+    """The whole body. Raises ApiError (408: it came too slowly; 415: it is compressed), or aiohttp's own 413."""
+    if http.headers.get(CONTENT_ENCODING, "identity").lower() != "identity":
+        raise ApiError(415, "bodies must not be compressed", code="unsupported_media_type")
     seconds = http.app[SERVED].server.read_timeout_seconds
     try:
         async with asyncio.timeout(seconds):

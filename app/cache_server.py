@@ -1,6 +1,7 @@
 """The KV store of a running server, as `sluice cache` sees it: `/admin/cache/…` over HTTP."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from http.client import HTTPException, HTTPResponse
 from typing import Any
@@ -8,6 +9,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from app.config import ServerSection
+from app.credentials import authorization
 
 TIMEOUT_SECONDS = 60.0
 """Without a byte from the server."""
@@ -79,7 +81,7 @@ class ServerCache:
         request = Request(  # noqa: S310 (the scheme was looked at)
             f"{self._url}/admin/cache/{path}",
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json"} | authorization(os.environ),
             method=method,
         )
         answer: HTTPResponse = self._opener.open(request, timeout=TIMEOUT_SECONDS)

@@ -54,6 +54,7 @@ async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
         raise draining()
     call = kind.model_validate_json(await read_body(http))
     check_model(call, served.model)
+    served.unknown_fields.note(call.model_extra or {})
     return call
 
 

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field, create_model
+from pydantic import AfterValidator, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from app.hosts import is_loopback
+from app.keys import KeyTable
 from app.policy_sections import PARAMETERS
 from app.sections import Section
 from app.service_classes import ClassTable
@@ -59,11 +61,29 @@ DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 class ServerSection(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: Port = 8000  # 0: any free one, printed at start
+    keys_file: str = ""  # [[key]] tables: app/keys.py; "": no key is asked for
+    allow_without_keys: bool = False  # beyond loopback
+    allowed_hosts: list[str] = Field(default_factory=list)  # names in `Host`, beside addresses and localhost
+    max_connections: Annotated[int, Field(ge=1, le=100_000)] = 4096
+    max_header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = 8190  # the request line, or one header
+    max_headers: Annotated[int, Field(ge=8, le=1024)] = 128
     max_body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 4 * 2**20
     read_timeout_seconds: PositiveSeconds = 30.0  # for a request's body to arrive
     write_timeout_seconds: PositiveSeconds = 30.0  # a reader that takes nothing for so long is dropped
-    keepalive_seconds: Seconds = 75.0
+    keepalive_seconds: PositiveSeconds = 75.0  # an idle connection, or one whose headers do not arrive
+    ping_seconds: PositiveSeconds = 15.0  # a comment into a stream that is silent for so long
     drain_seconds: Seconds = 30.0
+
+    @model_validator(mode="after")
+    def _strangers_need_keys(self) -> "ServerSection":
+        if not (self.keys_file or self.allow_without_keys or is_loopback(self.host)):
+            raise PydanticCustomError(
+                "open_to_all",
+                "host = {host} is reached from other machines: set keys_file, "
+                "or allow_without_keys = true to let everybody in",
+                {"host": self.host},
+            )
+        return self
 
 
 class ModelSection(Section):
@@ -156,6 +176,7 @@ class Config(Section):
     policies: PoliciesSection = PoliciesSection()
     log: LogSection = LogSection()
     classes: list[ClassTable] = Field(default_factory=list)  # [[class]], in the file alone: config_tables.py
+    keys: list[KeyTable] = Field(default_factory=list)  # what server.keys_file has
 
 
 class ConfigError(Exception):

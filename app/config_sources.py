@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from app.config import Config, ConfigError
-from app.config_tables import ARRAYS, array_of, read
+from app.config_tables import ARRAYS, array_of, read, read_keys
+from app.keys import strangers
 from app.sections import Section
 
 DEFAULT_FILE = "config.toml"
@@ -65,7 +66,7 @@ def load(
         elif _is_known(setting, problems):
             _table(merged, setting.section)[setting.key] = setting.value
             sources[f"{setting.section}.{setting.key}"] = setting.source
-    config = _validated(merged, sources, problems)
+    config = _with_keys(_validated(merged, sources, problems), problems)
     if config is None or problems:
         raise ConfigError(problems)
     return Loaded(config, sources)
@@ -260,6 +261,18 @@ def _validated(
     except ValidationError as invalid:
         problems += [_sentence(error, sources) for error in invalid.errors(include_url=False)]
         return None
+
+
+def _with_keys(config: Config | None, problems: list[str]) -> Config | None:
+    """The configuration with what `server.keys_file` has."""
+    if config is None or not config.server.keys_file:
+        return config
+    before = len(problems)
+    tables = read_keys(Path(config.server.keys_file), problems)
+    config = config.model_copy(update={"keys": tables})
+    if len(problems) == before:
+        problems += strangers(config.keys, config.classes)
+    return config
 
 
 def _sentence(error: ErrorDetails, sources: Mapping[str, str]) -> str:

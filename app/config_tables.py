@@ -5,13 +5,16 @@ Each table is checked alone, then all of an array beside each other. Sections an
 
 import difflib
 import json
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from app import keys
 from app.service_classes import ClassTable, conflicts
 
 
@@ -27,10 +30,27 @@ class Array:
 ARRAYS = {"class": Array("classes", ClassTable, conflicts)}
 """By the name in the file."""
 
+KEYS = Array("keys", keys.KeyTable, keys.conflicts)
+"""`[[key]]`, in a file of its own."""
+
 
 def read(name: str, value: object, file: str, problems: list[str]) -> list[BaseModel]:
     """The tables of the array `name`, as far as they can be used; else every reason why not."""
-    array = ARRAYS[name]
+    return _read(ARRAYS[name], name, value, file, problems)
+
+
+def read_keys(path: Path, problems: list[str]) -> list[BaseModel]:
+    """The keys of `server.keys_file`, as far as they can be used; else every reason why not."""
+    try:
+        tables = tomllib.loads(path.expanduser().read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        problems.append(f"server.keys_file {path}: {error}")
+        return []
+    problems += [f"{path}: unknown {name}; it holds [[key]] tables" for name in tables if name != "key"]
+    return _read(KEYS, "key", tables.get("key", []), str(path), problems)
+
+
+def _read(array: Array, name: str, value: object, file: str, problems: list[str]) -> list[BaseModel]:
     if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
         problems.append(f"{file}: {name} is an array of tables: write [[{name}]] above each")
         return []
@@ -60,7 +80,10 @@ def _reason(error: ErrorDetails, model: type[BaseModel]) -> str:
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{key} is missing"
-    if error["loc"][:1] == ("api_keys",):  # perhaps the key itself, which is to stand in no log
+    if error["loc"][:1] in (
+        ("api_keys",),
+        ("sha256",),
+    ):  # perhaps the key itself, which is to stand in no log
         return f"{key} is no hash of an API key: printf %s 'bearer KEY' | sha256sum makes one"
     message = error["msg"][:1].lower() + error["msg"][1:]
     return f"{key} = {json.dumps(error['input'], default=str)}: {message}" if key else message

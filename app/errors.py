@@ -46,12 +46,16 @@ class ApiError(Exception):
         return {"error": error}
 
 
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
 def _kind(status: int) -> str:
-    if status == 429:
-        return "rate_limit_error"
-    if status == 404:
-        return "not_found_error"
-    return "invalid_request_error" if status < 500 else "server_error"
+    return _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
@@ -84,6 +88,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _invalid(error)
         case web.HTTPException():
             return _of_http(error)
+        case web.RequestPayloadError():
+            return bad_request("the body is not what its headers say", code="invalid_body")
         case _:
             return ApiError(500, "an internal error; the server's log has the details", code="internal_error")
 
@@ -105,7 +111,12 @@ def _param(loc: tuple[int | str, ...]) -> str | None:
 
 
 _CODES = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    417: "expectation_failed",
+}
 
 
 def _of_http(error: web.HTTPException) -> ApiError:
@@ -118,7 +129,13 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except Exception as error:  # the border: whatever it is, the client gets an object, and bugs get logged
+        if request.transport is None and isinstance(error, ConnectionError):
+            raise  # the client has left, and aiohttp knows
         answer = as_api_error(error)
         if answer.code == "internal_error":
             log.exception("internal_error", method=request.method, path=request.path)
-        return web.json_response(answer.body, status=answer.status, headers=answer.headers)
+        return answer_to(answer)
+
+
+def answer_to(error: ApiError) -> web.Response:
+    return web.json_response(error.body, status=error.status, headers=error.headers)

@@ -2,10 +2,10 @@
 
 Fed by the engine's observers (`observe_step`, `observe_finished`) on the event-loop thread. Each server has a
 registry of its own. The loop's lag is measured by `app/lag.py`; of policies and service classes:
-`app/policy_metrics.py`.
+`app/policy_metrics.py`; of HTTP: `app/http_metrics.py`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from aiohttp import web
@@ -13,16 +13,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from app.config import KVStoreSection
+from app.http_metrics import HttpMetrics
 from app.policy_metrics import PolicyMetrics
 from app.service_classes import ClassTable
 from engine.engine import StepRecord
 from engine.records import CopyRecord
-from engine.request import Finished, FinishReason
+from engine.request import Finished, FinishReason, Request
 from kvstore.copies import DEVICE, DISK, HOST, Loss
 
 ENGINE = "0"  # the replica; there is one so far
 
-# vLLM's edges, in seconds and tokens.
+# vLLM's edges, in seconds and tokens (vllm/v1/metrics/buckets.py).
 TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
     1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
@@ -31,7 +32,8 @@ ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
 WHOLE = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
-TOKENS = tuple(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5))
+CHOICES = (1, 2, 5, 10, 20)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SHORT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)  # lag, GIL
 
 COPY = (
@@ -42,8 +44,16 @@ TIERS = (DEVICE, HOST, DISK)
 _SUCCESS = {FinishReason.CANCELLED: "abort"}  # vLLM's word
 
 
+def token_edges(context: int) -> tuple[int, ...]:
+    """1, 2, 5, 10 … up to the longest context, as vLLM has them."""
+    edges = (mantissa * 10**exponent for exponent in range(len(str(context))) for mantissa in (1, 2, 5))
+    return tuple(edge for edge in edges if edge <= context)
+
+
 class Metrics:
-    """`victims`: names of victim policies that may be in force. `classes`: service classes, by name."""
+    """`context`: tokens that a prompt and its answer may have together. `victims`: names of victim policies that may be
+    in force. `classes`: service classes, by name.
+    """
 
     def __init__(
         self,
@@ -51,6 +61,7 @@ class Metrics:
         *,
         block_size: int,
         kv_blocks: int,
+        context: int,
         victims: Iterable[str] = (),
         classes: Mapping[str, ClassTable] | None = None,
     ) -> None:
@@ -60,8 +71,10 @@ class Metrics:
         self._make_gauges(block_size, kv_blocks)
         self._make_counters()
         self._make_histograms()
+        self._make_lengths(token_edges(context))
         self._make_tier_metrics()
         self.policies = PolicyMetrics(self._registry, self._labels, victims, classes or {})
+        self.http = HttpMetrics(self._registry, self._labels)
 
     # --- what there is ------------------------------------------------------------------------------------
 
@@ -170,20 +183,26 @@ class Metrics:
         self._inference = self._histogram(
             "vllm:request_inference_time_seconds", "From admission to the end.", WHOLE
         )
-        self._prompt_length = self._histogram("vllm:request_prompt_tokens", "Tokens in a prompt.", TOKENS)
-        self._output_length = self._histogram("vllm:request_generation_tokens", "Tokens generated.", TOKENS)
-        self._step_tokens = self._histogram(
-            "vllm:iteration_tokens_total", "Positions computed in a step.", TOKENS
-        )
         self.lag = self._histogram(
             "sluice:event_loop_lag_seconds", "How late the event loop runs a timer.", SHORT
         )
         self._gil = self._histogram("sluice:gil_held_seconds", "Interpreter lock held by a step.", SHORT)
 
+    def _make_lengths(self, tokens: tuple[int, ...]) -> None:
+        self._prompt_length = self._histogram("vllm:request_prompt_tokens", "Tokens in a prompt.", tokens)
+        self._output_length = self._histogram("vllm:request_generation_tokens", "Tokens generated.", tokens)
+        self._max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "Tokens that a request may generate.", tokens
+        )
+        self._choices = self._histogram("vllm:request_params_n", "Choices of a request.", CHOICES)
+        self._step_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Positions computed in a step.", STEP_TOKENS
+        )
+
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, list(self._labels), registry=self._registry).labels(**self._labels)
 
-    def _histogram(self, name: str, text: str, edges: tuple[float, ...]) -> Histogram:
+    def _histogram(self, name: str, text: str, edges: Sequence[float]) -> Histogram:
         metric = Histogram(name, text, list(self._labels), registry=self._registry, buckets=edges)
         return metric.labels(**self._labels)
 
@@ -243,6 +262,11 @@ class Metrics:
             self._tier_up.labels(**labels).set(up)
             self._tier_bytes.labels(**labels, kind="capacity").set(capacity)
             self._tier_bytes.labels(**labels, kind="used").set(used)
+
+    def observe_submitted(self, request: Request) -> None:
+        """The engine has taken it."""
+        self._max_tokens.observe(request.stopping.max_tokens)
+        self._choices.observe(request.n)
 
     def observe_finished(self, choice: Finished) -> None:
         self._successes[choice.reason].inc()

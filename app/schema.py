@@ -1,7 +1,7 @@
 """What clients may send: pydantic models of both completion calls. Types and bounds only.
 
-Unknown fields are ignored. Fields of the OpenAI API that would change the answer, and that Sluice cannot
-honour, are refused unless they are neutral. What the fields become: `app/translation.py`.
+Unknown fields are ignored, and logged once (`app/unknown_fields.py`). Fields of the OpenAI API that would change the
+answer, and that Sluice cannot honour, are refused unless they are neutral. What fields become: `app/translation.py`.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -14,7 +14,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGPROBS = 2**18  # of one call: choices × max_tokens × (top_logprobs + 1), each some 100 bytes of JSON
 MAX_STOPS = 16
 INT32 = 2**31 - 1
-UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `_NEUTRAL`
+UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `NEUTRAL`
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=1, le=INT32)]
@@ -22,7 +22,7 @@ TokenId = Annotated[int, Field(ge=0, le=INT32)]
 StopString = Annotated[str, Field(min_length=1, max_length=512)]
 Identifier = Annotated[str, Field(max_length=256)]
 
-_NEUTRAL: dict[str, tuple[object, ...]] = {
+NEUTRAL: dict[str, tuple[object, ...]] = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
     "repetition_penalty": (None, 1),
@@ -46,7 +46,9 @@ class StreamOptions(Lenient):
 
 
 class CommonCall(Lenient):
-    """What chat and text completions share."""
+    """What chat and text completions share. Fields that are not known are kept by name, to be logged."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -75,7 +77,7 @@ class CommonCall(Lenient):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_built(cls, body: Any) -> Any:
-        for name, neutral in _NEUTRAL.items():
+        for name, neutral in NEUTRAL.items():
             if isinstance(body, dict) and body.get(name) not in neutral:
                 raise PydanticCustomError(UNSUPPORTED, "{name} is not supported", {"name": name})
         return body

@@ -7,8 +7,10 @@ from typing import Protocol
 from aiohttp import web
 
 from app.config import KVStoreSection, ServerSection
+from app.keys import Keys
 from app.request_log import RequestLog
 from app.service_classes import Classes
+from app.unknown_fields import UnknownFields
 from engine.engine import Engine
 from engine.model.generation import GenerationDefaults
 from kvstore.store import Store
@@ -44,6 +46,8 @@ class Served:
     store: Store | None = None
     requests: RequestLog = field(default_factory=RequestLog)
     classes: Classes = field(default_factory=Classes)
+    keys: Keys = field(default_factory=Keys)
+    unknown_fields: UnknownFields = field(default_factory=UnknownFields)
 
     @property
     def context(self) -> int:

@@ -10,6 +10,7 @@ from aiohttp import web
 from structlog.stdlib import get_logger
 
 from app.config import Config
+from app.keys import Keys
 from app.metrics import Metrics
 from app.policy_log import PolicyLog
 from app.served import Model, Served
@@ -53,7 +54,15 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
         try:
             config = parts.config
             classes = Classes(config.classes)
-            served = Served(engine, parts.model, config.server, config.kvstore, parts.store, classes=classes)
+            served = Served(
+                engine,
+                parts.model,
+                config.server,
+                config.kvstore,
+                parts.store,
+                classes=classes,
+                keys=Keys(config.keys),
+            )
             yield engine, application(served, _metrics(parts, classes))
         finally:
             engine.stop()
@@ -67,6 +76,7 @@ def _metrics(parts: Parts, classes: Classes) -> Metrics:
         parts.model.name,
         block_size=scheduler.block_size,
         kv_blocks=scheduler.blocks,
+        context=parts.core.config.context,
         victims=parts.core.scheduler.catalog.names("victim"),
         classes=classes.tables,
     )

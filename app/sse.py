@@ -1,22 +1,26 @@
-"""Server-sent events: one response, frames written one by one, a reader that stops reading dropped.
+"""Server-sent events: one response, frames written one by one, and a sign of life in long silences.
 
 The write buffer's limit is zero, so a frame that the socket does not take at once makes the writer wait; what
 the engine produces meanwhile is merged in its stream. So a slow reader costs one frame here, and never
-blocks anyone else. What frames say: `app/chat.py`, `app/completions.py`.
+blocks anyone else; `app/connections.py` cuts it off in the end. What frames say: `app/chat.py`, `app/completions.py`.
 """
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http import StreamWriter
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+"""A comment. It goes between frames, never into one."""
 
 
 class ReaderGone(Exception):
-    """The client has left, or read nothing for too long; its connection is closed."""
+    """The client has left, or its connection was cut."""
 
 
 def frame(payload: dict[str, Any]) -> bytes:
@@ -26,7 +30,7 @@ def frame(payload: dict[str, Any]) -> bytes:
 class EventStream:
     """`await open()`, `await send(frame)` …, then `await end()` or `abort()`; aiohttp gets `response`."""
 
-    def __init__(self, http: web.Request, write_timeout_seconds: float) -> None:
+    def __init__(self, http: web.Request, ping_seconds: float) -> None:
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -35,7 +39,9 @@ class EventStream:
             }
         )
         self._http = http
-        self._seconds = write_timeout_seconds
+        self._seconds = ping_seconds
+        self._loop = asyncio.get_running_loop()
+        self._sent = self._loop.time()
 
     async def open(self) -> None:
         """Sends the headers now, before anything waits for the engine."""
@@ -55,14 +61,35 @@ class EventStream:
         if transport is None:
             raise ReaderGone
         assert isinstance(writer, StreamWriter)
+        self._sent = self._loop.time()
         try:
-            await writer.write(frames, drain=False)  # never waits, so it needs no timer: few frames do
+            await writer.write(frames, drain=False)  # never waits: few frames do
             if transport.get_write_buffer_size():
-                async with asyncio.timeout(self._seconds):
-                    await writer.drain()
-        except (TimeoutError, ConnectionError) as error:
+                await writer.drain()
+        except ConnectionError as error:
             self.abort()
             raise ReaderGone from error
+
+    @asynccontextmanager
+    async def pinging(self) -> AsyncIterator[None]:
+        """While the block runs, a comment breaks every silence of `ping_seconds`."""
+        task = asyncio.create_task(self._ping())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(
+                asyncio.CancelledError, ReaderGone
+            ):  # that the reader has gone, the block sees itself
+                await task
+
+    async def _ping(self) -> None:
+        while True:
+            silent = self._loop.time() - self._sent
+            if silent >= self._seconds:
+                await self.send(PING)
+            else:
+                await asyncio.sleep(self._seconds - silent)
 
     async def end(self) -> None:
         """Says that the answer is complete."""

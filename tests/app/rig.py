@@ -15,6 +15,7 @@ import aiohttp
 from aiohttp import web
 
 from app.config import KVStoreSection, ServerSection
+from app.keys import Keys, KeyTable
 from app.listening import bind
 from app.metrics import Metrics
 from app.policy_log import PolicyLog
@@ -134,6 +135,7 @@ async def rig(
     policies: PolicyConfig | None = None,
     plugins: Mapping[str, Mapping[str, Any]] | None = None,
     classes: Sequence[ClassTable] = (),
+    keys: Sequence[KeyTable] = (),
 ) -> AsyncIterator[Rig]:
     """At the end: nothing runs, no block is held, the books balance."""
     server = server or ServerSection(port=0, max_body_bytes=100_000)
@@ -157,11 +159,14 @@ async def rig(
         created=1,
     )
     engine.on_policy_failed.append(PolicyLog().observe)
-    served = Served(engine, model, server, kvstore or KVStoreSection(), classes=Classes(classes))
+    served = Served(
+        engine, model, server, kvstore or KVStoreSection(), classes=Classes(classes), keys=Keys(keys)
+    )
     metrics = Metrics(
         "otter",
         block_size=16,
         kv_blocks=blocks,
+        context=served.context,
         victims=catalog.names("victim"),
         classes=served.classes.tables,
     )

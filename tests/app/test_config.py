@@ -37,12 +37,12 @@ def test_defaults_alone_are_a_usable_configuration() -> None:
 
 
 def test_flags_beat_environment_beats_file_beats_defaults(tmp_path: Path) -> None:
-    file = written(tmp_path, '[server]\nport = 1\nhost = "file"\ndrain_seconds = 1.0\n')
-    env = {"SLUICE__SERVER__PORT": "2", "SLUICE__SERVER__HOST": "env", "HOME": "/"}
+    file = written(tmp_path, '[server]\nport = 1\nhost = "127.0.0.2"\ndrain_seconds = 1.0\n')
+    env = {"SLUICE__SERVER__PORT": "2", "SLUICE__SERVER__HOST": "127.0.0.3", "HOME": "/"}
     loaded = load(["server.port=3"], env, file)
     assert (loaded.config.server.port, loaded.config.server.host, loaded.config.server.drain_seconds) == (
         3,
-        "env",
+        "127.0.0.3",
         1.0,
     )
     assert loaded.sources["server.port"] == "--set"
@@ -120,7 +120,7 @@ def test_a_missing_file_is_refused_only_when_asked_for(tmp_path: Path) -> None:
 
 def test_config_toml_has_every_key_with_its_default() -> None:
     tables = tomllib.loads((REPOSITORY / "config.toml").read_text())
-    assert tables == Config().model_dump(exclude={"classes"})
+    assert tables == Config().model_dump(exclude={"classes", "keys"})
     assert list(_keys(tables)) == list(all_keys())
 
 

@@ -90,7 +90,7 @@ async def _silent_reader(server: Rig, body: dict[str, Any]) -> socket.socket:
     loop = asyncio.get_running_loop()
     await loop.sock_connect(reader, server.listener.getsockname())
     payload = json.dumps(body).encode()
-    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(payload)}\r\n\r\n"
     await loop.sock_sendall(reader, head.encode() + payload)
     return reader
 
