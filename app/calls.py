@@ -14,7 +14,7 @@ from app.ids import new_id
 from app.salt import salt_of, tenant_of
 from app.schema import ChatCall, CommonCall, CompletionCall
 from app.served import SERVED, Served
-from app.translation import Caller, chat_prompt, check_model, completion_prompts, engine_requests
+from app.translation import Caller, chat_prompt, check_model_name, completion_prompts, engine_requests
 from app.wire import Heading
 
 Call = TypeVar("Call", bound=CommonCall)
@@ -53,7 +53,7 @@ async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
     if served.engine.draining:
         raise draining()
     call = kind.model_validate_json(await read_body(http))
-    check_model(call, served.model)
+    check_model_name(call.model, served.model)
     served.unknown_fields.note(call.model_extra or {})
     return call
 

@@ -39,13 +39,16 @@ class Connection(RequestHandler):
         self._watch: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         if self._server.full:
-            assert isinstance(transport, asyncio.Transport)
             self._force_close = True
             self._server.metrics.connections_refused.inc()
             transport.write(_raw(TOO_MANY))
             transport.close()
             return
+        transport.set_write_buffer_limits(
+            high=0
+        )  # whatever is not taken at once makes the writer wait, and us watch
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:

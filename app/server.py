@@ -7,7 +7,17 @@ from threading import Lock
 from aiohttp import web
 from structlog.stdlib import get_logger
 
-from app import admin, admin_cache, admin_policies, admin_timeline, admin_verify, calls, health
+from app import (
+    admin,
+    admin_cache,
+    admin_policies,
+    admin_timeline,
+    admin_verify,
+    calls,
+    health,
+    openapi,
+    tokens,
+)
 from app.config import ServerSection
 from app.connections import Runner
 from app.descriptors import reserve
@@ -37,12 +47,15 @@ BACKLOG = 1024
 ROUTES = [
     web.post("/v1/chat/completions", calls.chat_completions),
     web.post("/v1/completions", calls.completions),
+    web.post("/tokenize", tokens.tokenize),
+    web.post("/detokenize", tokens.detokenize),
     web.get("/v1/models", health.models),
     web.get("/v1/models/{name:.+}", health.model),
     web.get("/livez", health.livez),
     web.get("/readyz", health.readyz),
     web.get("/health", health.health),
     web.get("/metrics", health.metrics),
+    web.get("/openapi.json", openapi.openapi),
     web.get("/admin/state", admin.state),
     web.get("/admin/requests", admin.requests),
     web.get("/admin/requests/{id}", admin_timeline.timeline),

@@ -1,8 +1,8 @@
 """Server-sent events: one response, frames written one by one, and a sign of life in long silences.
 
-The write buffer's limit is zero, so a frame that the socket does not take at once makes the writer wait; what
-the engine produces meanwhile is merged in its stream. So a slow reader costs one frame here, and never
-blocks anyone else; `app/connections.py` cuts it off in the end. What frames say: `app/chat.py`, `app/completions.py`.
+The write buffer's limit is zero (`app/connections.py`), so a frame that the socket does not take at once makes the
+writer wait; what the engine produces meanwhile is merged in its stream. So a slow reader costs one frame here, and
+never blocks anyone else, and it is cut off in the end. What frames say: `app/chat.py`, `app/completions.py`.
 """
 
 import asyncio
@@ -45,10 +45,6 @@ class EventStream:
 
     async def open(self) -> None:
         """Sends the headers now, before anything waits for the engine."""
-        transport = self._http.transport
-        if transport is None:
-            raise ReaderGone
-        transport.set_write_buffer_limits(high=0)
         try:
             await self.response.prepare(self._http)
         except ConnectionError as error:  # the reader left before there was a word to read

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from app.errors import ApiError, bad_request
-from app.schema import MAX_CHOICES, MAX_LOGPROBS, ChatCall, CommonCall, CompletionCall
+from app.schema import MAX_CHOICES, MAX_LOGPROBS, ChatCall, CommonCall, CompletionCall, Message
 from app.served import Model, Served
 from engine.plan import Sampling
 from engine.request import Request, ServiceClass, Stopping
@@ -34,7 +34,7 @@ class Caller:
 
 async def chat_prompt(call: ChatCall, model: Model) -> Prompt:
     """Renders the messages by the model's chat template, and tokenises."""
-    messages = [{"role": message.role, "content": message.text} for message in call.messages]
+    messages = rendered(call.messages)
     length = sum(len(message["content"]) for message in messages)
 
     def encode() -> list[int]:
@@ -42,6 +42,11 @@ async def chat_prompt(call: ChatCall, model: Model) -> Prompt:
         return model.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
     return await _tokens(encode, length, "messages")
+
+
+def rendered(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """As chat templates take them."""
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 async def completion_prompts(call: CompletionCall, model: Model, context: int) -> list[Prompt]:
@@ -61,15 +66,16 @@ async def _completion_prompt(prompt: object, model: Model, context: int) -> Prom
         raise bad_request(
             "prompt: expected a text, a list of texts, token ids, or lists of token ids", "prompt"
         )
-    return _checked_ids(prompt, len(model.vocabulary), context)
+    if len(prompt) > context:  # before looking at each
+        raise too_long(len(prompt), context, "prompt")
+    return _not_empty(checked_ids(prompt, model, "prompt"), "prompt")
 
 
-def _checked_ids(ids: list[Any], vocabulary_size: int, context: int) -> Prompt:
-    if len(ids) > context:  # before looking at each
-        raise too_long(len(ids), context, "prompt")
-    if not all(type(token) is int and 0 <= token < vocabulary_size for token in ids):
-        raise bad_request(f"prompt: token ids are whole numbers from 0 to {vocabulary_size - 1}", "prompt")
-    return _not_empty(ids, "prompt")
+def checked_ids(ids: list[Any], model: Model, param: str) -> list[int]:
+    last = len(model.vocabulary) - 1
+    if not all(type(token) is int and 0 <= token <= last for token in ids):
+        raise bad_request(f"{param}: token ids are whole numbers from 0 to {last}", param)
+    return ids
 
 
 async def _tokens(encode: Callable[[], list[int]], characters: int, param: str) -> Prompt:
@@ -89,9 +95,10 @@ def too_long(prompt_tokens: int, context: int, param: str, max_tokens: int = 0) 
     return bad_request(message, param, code="context_length_exceeded")
 
 
-def check_model(call: CommonCall, model: Model) -> None:
-    if call.model not in (None, "", model.name):
-        message = f"The model {call.model!r} does not exist here; this server has {model.name!r}."
+def check_model_name(name: str | None, model: Model) -> None:
+    """Raises ApiError for another model than the one that is served."""
+    if name not in (None, "", model.name):
+        message = f"The model {name!r} does not exist here; this server has {model.name!r}."
         raise ApiError(404, message, code="model_not_found", param="model")
 
 

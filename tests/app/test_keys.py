@@ -116,7 +116,7 @@ def test_who_listens_beyond_loopback_says_who_may_come(host: str) -> None:
 
 # --- who is let in ----------------------------------------------------------------------------------------------------
 
-READ = ["/v1/models", "/v1/models/otter", "/health"]
+READ = ["/v1/models", "/v1/models/otter", "/health", "/openapi.json"]
 ADMINS = ["/metrics", "/admin/state", "/admin/requests", "/admin/policies", "/admin/cache/stat"]
 
 

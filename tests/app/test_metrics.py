@@ -22,7 +22,10 @@ NAMES = [
     "vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket",
     "vllm:iteration_tokens_total_bucket", "sluice:computed_tokens_total", "sluice:recomputed_tokens_total",
     "sluice:preemptions_total", "sluice:resumptions_total", "sluice:event_loop_lag_seconds_bucket",
-    "sluice:gil_held_seconds_bucket",
+    "sluice:gil_held_seconds_bucket", "vllm:request_params_n_bucket", "vllm:request_params_max_tokens_bucket",
+    "vllm:request_prefill_time_seconds_bucket", "vllm:request_decode_time_seconds_bucket",
+    "vllm:request_inference_time_seconds_bucket", "sluice:promotions_total", "sluice:slow_readers_total",
+    "sluice:connections_refused_total",
 ]  # fmt: skip
 
 
@@ -90,6 +93,46 @@ async def test_preemptions_and_recomputed_tokens_are_counted() -> None:
     resumed = [value(samples, "sluice:resumptions_total", way=way, tier=tier) for way, tier in ways]
     assert sum(resumed) == preemptions
     assert value(samples, "sluice:recomputed_tokens_total") > 0
+
+
+async def test_edges_are_vllms() -> None:
+    """Of lengths: 1, 2, 5 … up to the longest context. From vllm/v1/metrics/buckets.py, main of November 2026."""
+    async with rig(context=512) as server:
+        samples = await scrape(server)
+
+    def edges(name: str) -> list[float]:
+        found = [dict(labels)["le"] for sample, labels in samples if sample == f"{name}_bucket"]
+        return sorted(float(edge) for edge in found)[:-1]
+
+    lengths = [1, 2, 5, 10, 20, 50, 100, 200, 500]
+    for name in ("request_prompt_tokens", "request_generation_tokens", "request_params_max_tokens"):
+        assert edges(f"vllm:{name}") == lengths
+    assert edges("vllm:iteration_tokens_total") == [1, *(2**power for power in range(3, 15))]
+    assert edges("vllm:request_params_n") == [1, 2, 5, 10, 20]
+    assert (edges("vllm:time_to_first_token_seconds")[0], edges("vllm:time_to_first_token_seconds")[-1]) == (
+        0.001,
+        2560,
+    )
+    assert (edges("vllm:inter_token_latency_seconds")[0], edges("vllm:inter_token_latency_seconds")[-1]) == (
+        0.01,
+        80,
+    )
+    for name in ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time"):
+        assert (edges(f"vllm:{name}_seconds")[0], edges(f"vllm:{name}_seconds")[-1]) == (0.3, 7680)
+
+
+async def test_answers_are_counted_by_route_and_status() -> None:
+    """Not by what clients write: they could make up any number of paths."""
+    async with rig() as server:
+        await server.post(TEXT, prompt="x", max_tokens=1)
+        await server.post(TEXT, prompt="")
+        for path in ("/v1/models/a", "/v1/models/b", "/nothing", "/at/all"):
+            await server.client.get(path)
+        samples = await scrape(server)
+    name = "sluice:http_responses_total"
+    assert value(samples, name, path=TEXT, status="200") == value(samples, name, path=TEXT, status="400") == 1
+    assert value(samples, name, path="/v1/models/{name}", status="404") == 2
+    assert value(samples, name, path="other", status="404") == 2
 
 
 async def test_a_cancelled_request_is_an_abort() -> None:
