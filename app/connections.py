@@ -7,7 +7,7 @@ too long is cut, whatever is being written. Limits that aiohttp has itself are s
 
 import asyncio
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
@@ -39,14 +39,14 @@ class Connection(RequestHandler):
         self._watch: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        tcp = cast(asyncio.Transport, transport)  # uvloop's is none by its class
         if self._server.full:
             self._force_close = True
             self._server.metrics.connections_refused.inc()
-            transport.write(_raw(TOO_MANY))
-            transport.close()
+            tcp.write(_raw(TOO_MANY))
+            tcp.close()
             return
-        transport.set_write_buffer_limits(
+        tcp.set_write_buffer_limits(
             high=0
         )  # whatever is not taken at once makes the writer wait, and us watch
         super().connection_made(transport)

@@ -13,8 +13,8 @@ import pytest
 from app.config import ServerSection
 from bench.server import total
 from engine.request import Finished, FinishReason
-from tests.app.raw import TEXT, get, post, wire
 from tests.app.rig import Rig, rig
+from tests.app.sockets.raw import TEXT, get, post, wire
 
 BODY: dict[str, Any] = {"prompt": "hello", "max_tokens": 5}
 CHUNKED = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
