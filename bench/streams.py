@@ -2,7 +2,9 @@
 
 Half are greedy, half sampled with a seed; lengths differ. Each is then asked for again alone, not streamed
 and under another cache salt, so that nothing of the first answer can be reused; both must be equal. The
-client is this process, not the server's. Ends with 1 when a stream is not right or a goal is missed.
+client is this process, not the server's. With --overflow, so many short ones come at once after that, more than the
+server's queue takes: each has to be served, or sent away with 429. Ends with 1 when a stream is not right, a goal is
+missed, or any answer was a 5xx.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -19,6 +22,7 @@ from statistics import quantiles
 from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,6 +48,8 @@ WORDS = (
 )
 LAG_GOAL_SECONDS = 0.020
 SAMPLE_SECONDS = 0.1
+ANSWERS = "sluice:http_responses_total"
+SERVED, SENT_AWAY = "served", "sent away"
 LAG, GIL = "sluice:event_loop_lag_seconds", "sluice:gil_held_seconds"
 
 
@@ -101,15 +107,22 @@ async def _watch(watch: Watch, pid: int | None) -> None:
 class Metrics:
     lag: Histogram
     gil: Histogram
+    server_errors: float = 0.0  # answers that were a 5xx
 
     def since(self, earlier: "Metrics") -> "Metrics":
-        return Metrics(self.lag.since(earlier.lag), self.gil.since(earlier.gil))
+        errors = self.server_errors - earlier.server_errors
+        return Metrics(self.lag.since(earlier.lag), self.gil.since(earlier.gil), errors)
 
 
 async def scraped(session: ClientSession) -> Metrics:
     async with session.get("/metrics") as response:
         text = await response.text()
-    return Metrics(histogram(text, LAG), histogram(text, GIL))
+    return Metrics(histogram(text, LAG), histogram(text, GIL), _server_errors(text))
+
+
+def _server_errors(text: str) -> float:
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return sum(s.value for s in samples if s.name == ANSWERS and s.labels["status"].startswith("5"))
 
 
 async def got(session: ClientSession, path: str) -> dict[str, Any]:
@@ -136,6 +149,23 @@ async def burst(session: ClientSession, requests: Sequence[dict[str, Any]], pid:
         answers = await asyncio.gather(*streams, return_exceptions=True)
     seconds = time.perf_counter() - begun
     return Run(answers, seconds, (await scraped(session)).since(before), watch)
+
+
+async def overflow(session: ClientSession, requests: Sequence[dict[str, Any]]) -> Counter[str]:
+    """All at once, not streamed, of a token each: how many were served, sent away, or answered otherwise."""
+    short = [body | {"max_tokens": 1, "cache_salt": "overflow"} for body in requests]
+    return Counter(await asyncio.gather(*(_fate(session, body) for body in short)))
+
+
+async def _fate(session: ClientSession, body: dict[str, Any]) -> str:
+    async with session.post("/v1/completions", json=body) as response:
+        answer = await response.json()
+        if response.status == 200:
+            return SERVED if answer["usage"]["completion_tokens"] == 1 else "incomplete"
+        polite = "Retry-After" in response.headers and answer["error"]["code"] == "queue_full"
+        return (
+            SENT_AWAY if response.status == 429 and polite else f"{response.status} {answer['error']['code']}"
+        )
 
 
 async def alone(session: ClientSession, requests: Sequence[dict[str, Any]]) -> list[client.Answer]:
@@ -191,6 +221,8 @@ def missed(figures: dict[str, Any]) -> list[str]:
         "event loop lag p99 is over 20 ms": figures["lag_p99_seconds"] > LAG_GOAL_SECONDS,
         "blocks are held though nothing runs": figures["blocks_held_after"] != 0,
         "sequences run that nobody asked for": figures["running_after"] != 0,
+        "answers were a 5xx": figures.get("server_errors", 0) > 0,
+        "answers beyond the queue were neither 200 nor 429": bool(figures.get("overflow_others")),
     }
     return [problem for problem, so in problems.items() if so]
 
@@ -210,9 +242,22 @@ async def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[dic
         run = await burst(session, requests, options.pid)
         state = await got(session, "/admin/state")
         truths = await alone(session, requests)
+        more = bodies(options.overflow, options.prompt_words, 1, model)
+        fates = await overflow(session, more)
+        errors = (await scraped(session)).since(start).server_errors
     verdicts = [verdict(answer, truth) for answer, truth in zip(run.answers, truths, strict=True)]
     rows = [_row(*of) for of in zip(requests, run.answers, verdicts, strict=True)]
-    return summary(run, idle, verdicts, state), rows
+    return summary(run, idle, verdicts, state) | beyond(fates, errors), rows
+
+
+def beyond(fates: Counter[str], server_errors: float) -> dict[str, Any]:
+    """The figures of the overflow, and of the whole run's 5xx."""
+    return {
+        "overflow_served": fates[SERVED],
+        "overflow_sent_away": fates[SENT_AWAY],
+        "overflow_others": {fate: n for fate, n in fates.items() if fate not in (SERVED, SENT_AWAY)},
+        "server_errors": server_errors,
+    }
 
 
 def _row(body: dict[str, Any], answer: client.Answer | BaseException, verdict: str) -> dict[str, Any]:
@@ -244,6 +289,12 @@ def arguments() -> argparse.Namespace:
     add("--url", default="http://127.0.0.1:8000")
     add("--pid", type=int, help="the server's process, to watch its memory")
     add("--streams", type=int, default=200)
+    add(
+        "--overflow",
+        type=int,
+        default=0,
+        help="short requests at once, after the streams; more than the queue",
+    )
     add("--max-tokens", type=int, default=128)
     add("--prompt-words", type=int, default=60)
     add("--idle-seconds", type=float, default=3.0, help="for the lag without work")

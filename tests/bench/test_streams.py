@@ -8,6 +8,7 @@ import pytest
 from bench import machine, streams
 from bench.client import Answer
 from bench.scrape import Histogram
+from tests.app.rig import rig
 
 RIGHT = Answer("ab", [1, 2], "stop", 2, [0.1, 0.2])
 STATE = {"kv_used_blocks": 0, "running": 0}
@@ -62,6 +63,21 @@ def test_nothing_is_missed_when_all_is_right() -> None:
 def test_each_miss_is_named() -> None:
     figures = streams.summary(run(RIGHT), metrics(1, 0, 0), ["wrong"], {"kv_used_blocks": 1, "running": 2})
     assert len(streams.missed(figures | {"lag_p99_seconds": 0.021})) == 4
+
+
+async def test_beyond_the_queue_requests_are_served_or_sent_away_and_anything_else_is_named() -> None:
+    requests = streams.bodies(30, prompt_words=3, max_tokens=9, model="otter")
+    async with rig(max_queue=10, max_sequences=2) as server:
+        fates = await streams.overflow(server.client, requests)
+        assert fates[streams.SENT_AWAY] > 0
+        assert fates[streams.SERVED] + fates[streams.SENT_AWAY] == 30
+        assert (await streams.overflow(server.client, [requests[0] | {"n": 0}])) == {"400 invalid_value": 1}
+        scraped = await streams.scraped(server.client)
+    assert scraped.server_errors == 0
+    figures = streams.summary(run(RIGHT), metrics(1, 0, 0), ["right"], STATE)
+    assert streams.missed(figures | streams.beyond(fates, scraped.server_errors)) == []
+    fates["500 internal_error"] = 1
+    assert len(streams.missed(figures | streams.beyond(fates, 1))) == 2
 
 
 async def test_watching_samples_memory_and_a_process_that_is_not_there_is_refused_at_once() -> None:
