@@ -13,6 +13,9 @@ from engine.sequence import Sequence
 from engine.valuation import Offer, Valuation
 from policies.decisions import Alternative, Decision, Kind
 
+PRICED_STEPS = 16
+"""Steps after which all who run are priced anew, when somebody is to give way."""
+
 NAMED = 4
 """Alternatives that a decision names, at most."""
 
@@ -21,17 +24,25 @@ NAMED = 4
 class Victims:
     """Asks the policies in force, whose names are in `config`.
 
-    Within a step everybody is priced once: those that go change the others' prices little, and a step may take many.
+    A price is good for some steps, as long as its sequence keeps its place: a few tokens more, and others that go,
+    change it little, and to price all who run takes longer than a step of the core should.
     """
 
     policies: Policies
     config: PolicyConfig
     valuation: Valuation
-    _offers: dict[Sequence, Offer] = field(default_factory=dict)  # of this step
+    _offers: dict[tuple[int, int], Offer] = field(default_factory=dict)  # by sequence and epoch
+    _steps: int = 0  # since the prices are from
 
     def new_step(self) -> None:
-        """Prices are asked anew from here on."""
-        self._offers.clear()
+        """Prices grow old."""
+        self._steps += 1
+        if self._steps >= PRICED_STEPS:
+            self._offers.clear()
+            self._steps = 0
+
+    def _offer(self, sequence: Sequence) -> Offer:
+        return self._offers[sequence.number, sequence.epoch]
 
     def for_blocks(
         self, sequence: Sequence, missing: int, running: List[Sequence]
@@ -48,7 +59,7 @@ class Victims:
             return []
         self._price(running, running)
         left = sorted((s for s in running if not s.promoted), key=self._rank)
-        freed = [0, *accumulate(self._offers[sequence].frees for sequence in left)]
+        freed = [0, *accumulate(self._offer(sequence).frees for sequence in left)]
         return [sequence for sequence, before in zip(left, freed, strict=False) if before < missing]
 
     def for_waiter(self, waiter: Sequence, running: List[Sequence]) -> tuple[Sequence, Decision] | None:
@@ -74,18 +85,19 @@ class Victims:
         """The first by the victim policy, and the next few, priced."""
         self._price(candidates, running)
         ranked = nsmallest(NAMED, candidates, key=self._rank)
-        alternatives = tuple(Alternative(s.request.id, self._offers[s].price) for s in ranked)
-        del self._offers[ranked[0]]  # should it go and come back within the step, it is another
+        alternatives = tuple(Alternative(s.request.id, self._offer(s).price) for s in ranked)
         return ranked[0], alternatives
 
     def _price(self, candidates: List[Sequence], running: List[Sequence]) -> None:
         """Sees to it that all of them have an offer."""
-        if missing := [sequence for sequence in candidates if sequence not in self._offers]:
+        missing = [each for each in candidates if (each.number, each.epoch) not in self._offers]
+        if missing:
             situation = self.valuation.situation(running)
-            self._offers.update((each, Offer(each, self.valuation, situation)) for each in missing)
+            for each in missing:
+                self._offers[each.number, each.epoch] = Offer(each, self.valuation, situation)
 
     def _rank(self, sequence: Sequence) -> tuple[tuple[float, ...], int]:
-        return self.policies.victim(sequence, self._offers[sequence]), sequence.admitted_as
+        return self.policies.victim(sequence, self._offer(sequence)), sequence.admitted_as
 
     def _pays(self, waiter: Sequence, victim: Sequence, running: List[Sequence]) -> bool:
         """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.
