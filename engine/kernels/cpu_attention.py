@@ -34,7 +34,6 @@ from engine.kernels.cpu_lanes import (
     load,
     load_some,
     only_first,
-    prefetch,
     put_f32,
     put_i32,
     put_i64,
@@ -46,7 +45,17 @@ from engine.kernels.cpu_lanes import (
     total,
 )
 from engine.kernels.cpu_native import inner, native, structure
-from engine.kernels.cpu_product import PAIRED_A, multiply, multiply_paired, weigh, weigh_paired
+from engine.kernels.cpu_product import (
+    PAIRED_A,
+    multiply,
+    multiply_later,
+    multiply_paired,
+    multiply_paired_later,
+    weigh,
+    weigh_later,
+    weigh_paired,
+    weigh_paired_later,
+)
 
 UNIT = 128  # keys between two updates of the running maximum
 STATE_BYTES = 128  # of a query: its maximum, then its sum's lanes from byte 64
@@ -245,16 +254,23 @@ def key_panels(a: Any, table: int, head: int, start: int, groups: int, panels: i
 
 
 @inner
-def fetch_ahead(a: Any, table: int, head: int, start: int, end: int) -> None:
-    """Asks for the keys and values of the unit at `start`: a step over long contexts waits for little else."""
-    bytes_16 = LANES * a.head_dim * a.element
-    for position in range(start, min(start + UNIT, end), LANES):
-        block = get_i32(table + 4 * (position // a.block_size))
-        inside = position % a.block_size // LANES * bytes_16
-        at = a.pool + block * a.block_bytes + head * a.head_bytes + inside
-        for line in range(0, bytes_16, 64):
-            prefetch(at + line)
-            prefetch(at + a.values_bytes + line)
+def later_panels(a: Any, table: int, head: int, start: int, end: int, following: Any, panels: int) -> None:
+    """What to ask for during the unit at `start`, in the form of `key_panels`: the keys of the same piece a unit on.
+
+    Behind its last keys come the first of the piece that follows: its table, head and end. So a piece finds its
+    first unit asked for.
+    """
+    own = (end + LANES - 1) // LANES
+    next_table, next_head, next_end = following
+    last = (next_end - 1) // LANES
+    first = start // LANES + min(own, UNIT // LANES)
+    for group in range(UNIT // LANES):
+        wanted = first + group
+        at = panels + 8 * group
+        if wanted < own:
+            key_panels(a, table, head, LANES * wanted, 1, at)
+        else:
+            key_panels(a, next_table, next_head, LANES * min(wanted - own, last), 1, at)
 
 
 @inner
@@ -264,31 +280,39 @@ def operand(a: Any) -> int:
 
 
 @inner
-def _scores(a: Any, rows: int, groups: int, q: int, panels: int, scores: int) -> None:
-    """scores [rows][UNIT] = `rows` queries times groups of 16 keys."""
+def _scores(a: Any, rows: int, groups: int, q: int, panels: int, scores: int, later: int) -> None:
+    """scores [rows][UNIT] = `rows` queries times groups of 16 keys. `later`: panels to ask for, or 0."""
     width = operand(a) * a.head_dim
     if a.element == 4:
-        multiply(rows, groups, q, width, panels, 64, scores, 4 * UNIT, a.head_dim)
+        if later:
+            multiply_later(rows, groups, q, width, panels, 64, scores, 4 * UNIT, a.head_dim, later)
+        else:
+            multiply(rows, groups, q, width, panels, 64, scores, 4 * UNIT, a.head_dim)
+    elif later:
+        multiply_paired_later(rows, groups, q, width, panels, 64, scores, 4 * UNIT, a.head_dim // 2, later)
     else:
         multiply_paired(rows, groups, q, width, panels, 64, scores, 4 * UNIT, a.head_dim // 2)
 
 
 @inner
-def _weigh(a: Any, rows: int, groups: int, weights: int, values: int, sums: int) -> None:
+def _weigh(a: Any, rows: int, groups: int, weights: int, values: int, sums: int, later: int) -> None:
     """sums [rows][head_dim] += weights times the values of groups of 16 keys. Weights lie where scores did."""
     width, columns = 4 * a.head_dim, a.head_dim // LANES
     if a.element == 4:
-        weigh(rows, columns, weights, 4 * UNIT, values, width, sums, width, groups)
+        if later:
+            weigh_later(rows, columns, weights, 4 * UNIT, values, width, sums, width, groups, later)
+        else:
+            weigh(rows, columns, weights, 4 * UNIT, values, width, sums, width, groups)
+    elif later:
+        weigh_paired_later(rows, columns, weights, 4 * UNIT, values, width, sums, width, groups, later)
     else:
         weigh_paired(rows, columns, weights, 4 * UNIT, values, width, sums, width, groups)
 
 
 @inner
 def tile_height(left: int) -> int:
-    """Rows of the next tile when `left` remain: 8, or the least of 4, 2, 1 that holds them (padding is zeros)."""
-    if left > 4:
-        return 8
-    return 4 if left > 2 else left
+    """Rows of the next tile when `left` remain: all of them up to 4, else 8 (padding is zeros)."""
+    return 8 if left > 4 else left
 
 
 @inner
@@ -300,8 +324,11 @@ def begin(rows: int, head_dim: int, sums: int, states: int) -> None:
 
 
 @inner
-def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int) -> None:
-    """Attention of `tokens` tokens' queries on one KV head. `q`: scratch, laid out as below."""
+def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, following: Any, q: int) -> None:
+    """Attention of `tokens` tokens' queries on one KV head; asks for the keys and values of the piece that follows.
+
+    `q`: scratch, laid out as below.
+    """
     share = a.heads // a.kv_heads
     rows = tokens * share
     padded = (rows + 7) // 8 * 8
@@ -310,7 +337,9 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
     sums = scores + padded * 4 * UNIT
     states = sums + padded * width
     panels = states + padded * STATE_BYTES
-    values = panels + 8 * (UNIT // LANES)
+    later = panels + 16 * (UNIT // LANES)
+    key = later + 16 * (UNIT // LANES)
+    beside = 8 * (UNIT // LANES)  # from addresses of keys to those of their values
     position = get_i32(a.positions + 4 * token)
     end = position + tokens
     clear(q, padded * q_width)
@@ -321,14 +350,19 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
         rope = a.rope + get_i32(a.positions + 4 * t) * width
         rotate(a.qkv + source, rope, q + row * q_width, a.head_dim, a.element, operand(a))
     for start in range(0, end, UNIT):
-        if rows <= _FEW:
-            fetch_ahead(a, table, head, start + UNIT, end)
+        if a.stores and start + UNIT >= end:  # only now has the memory that it writes to come near
+            store_token(a, token, table, head, key)
         keys = min(UNIT, end - start)
         groups = (keys + LANES - 1) // LANES
         key_panels(a, table, head, start, groups, panels)
+        few = rows <= _FEW
+        if few:
+            later_panels(a, table, head, start, end, following, later)
         for row in range(0, rows, 8):
             height = tile_height(rows - row)
-            _scores(a, height, groups, q + row * q_width, panels, scores + row * 4 * UNIT)
+            _scores(
+                a, height, groups, q + row * q_width, panels, scores + row * 4 * UNIT, later if few else 0
+            )
         for row in range(rows):
             seen = position + row // share + 1 - start
             at = scores + row * 4 * UNIT
@@ -336,7 +370,8 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
             rescale(sums + row * width, a.head_dim, factor)
         for row in range(0, rows, 8):
             height = tile_height(rows - row)
-            _weigh(a, height, groups, scores + row * 4 * UNIT, values, sums + row * width)
+            asked = later + beside if few else 0
+            _weigh(a, height, groups, scores + row * 4 * UNIT, panels + beside, sums + row * width, asked)
     for row in range(rows):
         finish(
             a,
@@ -355,14 +390,13 @@ def _piece(a: Any, piece: int) -> tuple[int, int, int]:
 
 
 @inner
-def _fetch_piece(a: Any, piece: int) -> None:
-    """Asks for the first keys of the piece that this thread will likely claim next, and the last: it stores there."""
-    if piece < a.pieces * a.kv_heads:
-        segment, head, table = _piece(a, piece)
-        end = get_i32(a.positions + 4 * get_i32(segment + 4)) + 1
-        fetch_ahead(a, table, head, 0, end)
-        if end > UNIT:
-            fetch_ahead(a, table, head, (end - 1) // LANES * LANES, end)
+def _following(a: Any, piece: int) -> tuple[int, int, int]:
+    """Table, head and end of the piece that this thread will likely claim after `piece`; else of this one."""
+    if piece + a.threads < a.pieces * a.kv_heads:
+        piece += a.threads
+    segment, head, table = _piece(a, piece)
+    token = get_i32(segment + 4)
+    return table, head, get_i32(a.positions + 4 * token) + get_i32(segment + 8)
 
 
 @native(AttendArguments)
@@ -374,13 +408,9 @@ def attend_lanes(arguments: Any) -> None:
         piece = claim(a.counters)
         if piece >= a.pieces * a.kv_heads:
             break
-        if a.stores:
-            _fetch_piece(a, piece + a.threads)
         segment, head, table = _piece(a, piece)
         token = get_i32(segment + 4)
-        if a.stores:
-            store_token(a, token, table, head, scratch)
-        _attend_tile(a, token, get_i32(segment + 8), head, table, scratch)
+        _attend_tile(a, token, get_i32(segment + 8), head, table, _following(a, piece), scratch)
 
 
 def tile_tokens(share: int) -> int:

@@ -56,36 +56,50 @@ class _Tile:
         self.sums = [[cgutils.alloca_once(builder, F32_VECTOR) for _ in range(groups)] for _ in range(rows)]
 
     def over(
-        self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any, ahead: Any
+        self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any, ahead: Any, later: Any
     ) -> None:
-        """C = A · B; `b` holds every group's start. Each step asks for the next 64 bytes of `ahead`, if not None."""
+        """C = A · B; `b` holds every group's start.
+
+        Each step asks for the next 64 bytes of `ahead`, if not None, and for what stands behind the starts at `later`.
+        """
         builder = self.builder
-        starts = [self._address(_plus(builder, b, 8 * group)) for group in range(self.groups)]
+        starts, wanted = self._starts(b), self._starts(later) if later else []
         rows = self._rows(a, a_row)
         for sums in self.sums:
             for place in sums:
                 builder.store(ir.Constant(F32_VECTOR, [0.0] * LANES), place)
         with cgutils.for_range(builder, count, intp=_I64) as loop:
-            self._step(rows, starts, loop.index, b_step)
+            self._step(rows, starts, loop.index, b_step, wanted)
             if ahead is not None:
                 fetch(builder, builder.add(ahead, _times(builder, loop.index, 64)))
         self._store(c, c_row)
 
     def along(
-        self, a: Any, a_row: Any, b: Any, first: Any, b_step: Any, c: Any, c_row: Any, count: Any
+        self, a: Any, a_row: Any, b: Any, first: Any, b_step: Any, c: Any, c_row: Any, count: Any, later: Any
     ) -> None:
-        """C += A · B; `b` holds a start for every RUN of k, the tile's groups begin `first` bytes after it."""
+        """C += A · B; `b` holds a start for every RUN of k, the tile's groups begin `first` bytes after it.
+
+        It asks for what stands behind the starts at `later`, if not None.
+        """
         builder = self.builder
         steps = RUN // 2 if self.paired else RUN
         self._load(c, c_row)
         with cgutils.for_range(builder, count, intp=_I64) as run:
-            start = builder.add(self._address(builder.add(b, _times(builder, run.index, 8))), first)
-            starts = [_plus(builder, start, group * _ROW) for group in range(self.groups)]
+            starts = self._run(b, run.index, first)
+            wanted = self._run(later, run.index, first) if later else []
             skipped = _times(builder, run.index, steps * self._a_step)
             rows = self._rows(builder.add(a, skipped), a_row)
             with cgutils.for_range(builder, _number(steps), intp=_I64) as loop:
-                self._step(rows, starts, loop.index, b_step)
+                self._step(rows, starts, loop.index, b_step, wanted)
         self._store(c, c_row)
+
+    def _starts(self, b: Any) -> list[Any]:
+        return [self._address(_plus(self.builder, b, 8 * group)) for group in range(self.groups)]
+
+    def _run(self, b: Any, run: Any, first: Any) -> list[Any]:
+        builder = self.builder
+        start = builder.add(self._address(builder.add(b, _times(builder, run, 8))), first)
+        return [_plus(builder, start, group * _ROW) for group in range(self.groups)]
 
     @property
     def _a_step(self) -> int:
@@ -114,10 +128,12 @@ class _Tile:
     def _vector(self, address: Any, kind: Any) -> Any:
         return self.builder.load(pointer(self.builder, address), typ=kind, align=4)
 
-    def _step(self, rows: list[Any], starts: list[Any], index: Any, b_step: Any) -> None:
-        """The next k, or pair of k, of every element."""
+    def _step(self, rows: list[Any], starts: list[Any], index: Any, b_step: Any, wanted: list[Any]) -> None:
+        """The next k, or pair of k, of every element; asks for as much behind the addresses `wanted`."""
         builder = self.builder
         column, offset = _times(builder, index, self._a_step), builder.mul(index, b_step)
+        for start in wanted:
+            fetch(builder, builder.add(start, offset))
         groups = [self._b(builder.add(start, offset)) for start in starts]
         for row, sums in zip(rows, self.sums, strict=True):
             for half, factor in enumerate(self._a(builder.add(row, column))):
@@ -151,9 +167,11 @@ class _Tile:
         return [builder.bitcast(even, F32_VECTOR), builder.bitcast(odd, F32_VECTOR)]
 
 
-def _emit_rows(builder: Any, rows: int, paired: bool, along: bool, groups: Any, values: list[Any]) -> None:
+def _emit_rows(
+    builder: Any, rows: int, paired: bool, along: bool, asks: str, groups: Any, values: list[Any]
+) -> None:
     """All groups for a fixed number of rows: as many at a time as registers hold, then one by one."""
-    a, a_row, b, b_step, c, c_row, count, *ahead = values
+    a, a_row, b, b_step, c, c_row, count, *more = values
     wide = 2 if rows == 8 else 4
     many = builder.udiv(groups, _number(wide))
     done = _times(builder, many, wide)
@@ -164,20 +182,23 @@ def _emit_rows(builder: Any, rows: int, paired: bool, along: bool, groups: Any, 
             columns = builder.add(c, first)
             tile = _Tile(builder, rows, width, paired)
             if along:
-                tile.along(a, a_row, b, first, b_step, columns, c_row, count)
+                later = more[0] if asks == "later" else None
+                tile.along(a, a_row, b, first, b_step, columns, c_row, count, later)
             else:
-                starts = builder.add(b, _times(builder, group, 8))
+                entry = _times(builder, group, 8)
+                starts = builder.add(b, entry)
                 fetched = _times(builder, builder.mul(loop.index, count), 64)
-                wanted = builder.add(ahead[0], fetched) if ahead else None
-                tile.over(a, a_row, starts, b_step, columns, c_row, count, wanted)
+                ahead = builder.add(more[0], fetched) if asks == "ahead" else None
+                later = builder.add(more[0], entry) if asks == "later" else None
+                tile.over(a, a_row, starts, b_step, columns, c_row, count, ahead, later)
 
 
-def _by_height(paired: bool, along: bool) -> Callable[..., Any]:
+def _by_height(paired: bool, along: bool, asks: str = "") -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         for height in TILE_ROWS:
             chosen = builder.icmp_signed("==", values[0], _number(height))
             with builder.if_then(chosen):
-                _emit_rows(builder, height, paired, along, values[1], values[2:])
+                _emit_rows(builder, height, paired, along, asks, values[1], values[2:])
         return context.get_dummy_value()
 
     return codegen
@@ -201,7 +222,7 @@ def _product(paired: bool, along: bool) -> Any:
     return intrinsic(product)
 
 
-def _product_ahead(paired: bool) -> Any:
+def _product_asking(paired: bool, along: bool, asks: str) -> Any:
     def product(
         context: Any,
         rows: Any,
@@ -213,14 +234,14 @@ def _product_ahead(paired: bool) -> Any:
         c: Any,
         c_row: Any,
         count: Any,
-        ahead: Any,
+        wanted: Any,
     ) -> tuple[Any, Any]:
-        return types.void(*[types.int64] * 10), _by_height(paired, along=False)
+        return types.void(*[types.int64] * 10), _by_height(paired, along, asks)
 
     return intrinsic(product)
 
 
-TILE_ROWS = (8, 4, 2, 1)
+TILE_ROWS = (8, 4, 3, 2, 1)
 
 multiply, multiply_paired = _product(paired=False, along=False), _product(paired=True, along=False)
 """`multiply(rows, groups, a, a_row, b, b_step, c, c_row, count)`: C[rows, 16 * groups] = A[rows, k] · B[k, …].
@@ -229,10 +250,20 @@ rows: one of TILE_ROWS. a, a_row: address and row distance (bytes) of A, float32
 b: address of the groups' start addresses (int64). b_step: bytes from one k (or pair) to the next within a group.
 c, c_row: float32 C, groups adjacent. count: how many k, or pairs."""
 
-multiply_ahead, multiply_paired_ahead = _product_ahead(paired=False), _product_ahead(paired=True)
+multiply_ahead = _product_asking(paired=False, along=False, asks="ahead")
+multiply_paired_ahead = _product_asking(paired=True, along=False, asks="ahead")
 """The same with a last argument `ahead`: every step also asks for 64 bytes more of what begins there, to have them
 in the cache when the next product is of them."""
+
+multiply_later = _product_asking(paired=False, along=False, asks="later")
+multiply_paired_later = _product_asking(paired=True, along=False, asks="later")
+"""The same with a last argument `later`, start addresses like those at `b`: of what the next product is of. Each load
+of B asks for its like there. (Asked for in one go, ahead of the product, memory and arithmetic waited in turns.)"""
 
 weigh, weigh_paired = _product(paired=False, along=True), _product(paired=True, along=True)
 """The same added to C, for B whose groups lie side by side: `b` is the address of a start address for every RUN of
 k, `count` counts runs."""
+
+weigh_later = _product_asking(paired=False, along=True, asks="later")
+weigh_paired_later = _product_asking(paired=True, along=True, asks="later")
+"""`weigh` with a last argument `later`."""
