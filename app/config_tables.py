@@ -47,7 +47,10 @@ def read_keys(path: Path, problems: list[str]) -> list[BaseModel]:
         problems.append(f"server.keys_file {path}: {error}")
         return []
     problems += [f"{path}: unknown {name}; it holds [[key]] tables" for name in tables if name != "key"]
-    return _read(KEYS, "key", tables.get("key", []), str(path), problems)
+    if not tables.get("key"):
+        problems.append(f"{path}: there is no [[key]] in it, so nobody could be let in")
+        return []
+    return _read(KEYS, "key", tables["key"], str(path), problems)
 
 
 def _read(array: Array, name: str, value: object, file: str, problems: list[str]) -> list[BaseModel]:

@@ -34,8 +34,8 @@ class KeyTable(BaseModel):
 
 
 def conflicts(tables: Sequence[KeyTable]) -> list[str]:
-    """What no two keys may share, and a file that lets nobody in."""
-    found = [] if tables else ["there is no [[key]] in it, so nobody could be let in"]
+    """What no two keys may share, and too many of them."""
+    found = []
     if len(tables) > MAX_KEYS:
         found.append(f"there are {len(tables)} keys; at most {MAX_KEYS} are taken")
     for one, other in combinations(tables[:MAX_KEYS], 2):

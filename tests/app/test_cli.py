@@ -32,6 +32,30 @@ def test_a_bad_configuration_is_exit_code_2_and_a_line_a_problem(
     assert "did you mean server.port?" in error
 
 
+@pytest.mark.parametrize("command", ["serve", "check-config"])
+def test_a_bad_key_file_is_told_beside_other_mistakes(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[key]]\nname = "a"\nsha256 = "sk-1"\nrole = "king"\n')
+    assert main([command, "--set", f"server.keys_file={keys}", "--set", "server.prot=9"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 4
+    assert "sha256 is no hash" in error
+    assert "role" in error
+
+
+def test_check_config_shows_where_keys_come_from_but_no_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[[key]]\nname = "a"\nsha256 = "{"ab" * 32}"\n')
+    assert main(["check-config", "--set", f"server.keys_file={keys}", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["server.keys_file"] == {"value": str(keys), "source": "--set"}
+    assert "abab" not in shown
+
+
 def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
