@@ -15,7 +15,10 @@ from app.salt import salt_of, tenant_of
 from app.schema import ChatCall, CommonCall, CompletionCall
 from app.served import SERVED, Served
 from app.translation import Caller, chat_prompt, check_model_name, completion_prompts, engine_requests
+from app.turns import Turns
 from app.wire import Heading
+
+TURNS: web.AppKey[Turns] = web.AppKey("turns", Turns)
 
 Call = TypeVar("Call", bound=CommonCall)
 
@@ -52,7 +55,9 @@ async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
     """The body as a call for this server. Raises ApiError, ValidationError, or aiohttp's own 413."""
     if served.engine.draining:
         raise draining()
-    call = kind.model_validate_json(await read_body(http))
+    body = await read_body(http)
+    await http.app[TURNS].take()
+    call = kind.model_validate_json(body)
     check_model_name(call.model, served.model)
     served.unknown_fields.note(call.model_extra or {})
     return call

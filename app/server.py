@@ -29,6 +29,7 @@ from app.lag import measured_lag
 from app.metrics import METRICS, Metrics
 from app.rate import Allowances
 from app.served import SERVED, Served
+from app.turns import Turns
 
 log = get_logger(__name__)
 
@@ -80,6 +81,7 @@ def application(served: Served, metrics: Metrics) -> web.Application:
     app[METRICS] = metrics
     app[admin_verify.VERIFYING] = Lock()
     app[ALLOWANCES] = Allowances()
+    app[calls.TURNS] = Turns()
     app.add_routes(ROUTES)
     app.on_response_prepare.extend([add_header, _count])
     app.cleanup_ctx.append(_observed_loop)
