@@ -36,6 +36,12 @@ CALLS: tuple[tuple[str, str, type[BaseModel], type[BaseModel]], ...] = (
 )
 """POST: path, what it does, body, answer."""
 
+EVENT = {
+    "type": "object",
+    "description": "One event: the JSON of a chunk, or [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
 REFUSALS = {
     "400": "The call cannot be taken as it is; `param` names the field.",
@@ -79,7 +85,7 @@ def document() -> dict[str, Any]:
 def _post(path: str, text: str, body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
     content = _json(answer)
     if path in STREAMED:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     return {
         "operationId": path.rpartition("/")[2] if path not in STREAMED else path[4:].replace("/", "_"),
         "summary": text,
