@@ -16,8 +16,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from app.cache_server import NoServer, ServerCache, ServerRefuses, url_of
+from app.cache_server import ServerCache
 from app.config import Config
+from app.remote import NoServer, ServerRefuses, url_of
 
 EXIT_CORRUPT = 1
 EXIT_USAGE = 2

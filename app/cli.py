@@ -1,4 +1,7 @@
-"""The command line: `sluice serve | check-config | cache | simulate | bench`. Imports nothing heavy by itself."""
+"""The command line: `sluice serve | chat | ps | check-config | collect-env | cache | simulate | bench`.
+
+Imports nothing heavy by itself.
+"""
 
 import argparse
 import os
@@ -12,6 +15,7 @@ from app.config_sources import Loaded, load
 from app.load import arguments as load_arguments
 from app.profiling import arguments as bench_arguments
 from app.simulate import arguments as simulate_arguments
+from app.terminal import arguments as terminal_arguments
 
 EXIT_USAGE = 2
 TIERS = ("device", "host", "disk", "all")
@@ -55,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         description="Checks the configuration.",
     )
     check.add_argument("--json", action="store_true", help="for programs")
+    terminal_arguments.add(commands, common)
     _add_cache(commands, common)
     simulate_arguments.add(commands, common)
     load_arguments.add(bench_arguments.add(commands, common), common)
@@ -138,8 +143,17 @@ def _bench(loaded: Loaded, options: argparse.Namespace) -> int:
     return run(loaded.config, options)
 
 
+def _terminal(loaded: Loaded, options: argparse.Namespace) -> int:
+    from app.terminal.command import run
+
+    return run(loaded, options)
+
+
 COMMANDS = {
     "serve": _serve,
+    "chat": _terminal,
+    "ps": _terminal,
+    "collect-env": _terminal,
     "check-config": _check_config,
     "cache": _cache,
     "simulate": _simulate,

@@ -1,8 +1,10 @@
 """The arguments of `sluice bench serve`. Imports nothing heavy."""
 
 import argparse
+import os
 from pathlib import Path
 
+from app.credentials import API_KEY
 from app.simulate.arguments import count, positive
 from app.workload.formats import FORMATS
 
@@ -30,7 +32,11 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two servers' URLs: in turn, and their ratios"
     )
-    group.add_argument("--api-key", default="", help="sent as a bearer token; never written anywhere")
+    group.add_argument(
+        "--api-key",
+        default=os.environ.get(API_KEY, ""),
+        help=f"sent as a bearer token, never written anywhere; without it {API_KEY} of the environment",
+    )
     group.add_argument("--model", default="", metavar="NAME", help="without it the first that is listed")
     group.add_argument("--timeout", type=positive, default=600.0, metavar="S", help="for any one request")
 

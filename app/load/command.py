@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from app.cache_server import url_of
 from app.config import Config
 from app.load import charts, generator
 from app.load.compare import ratios
@@ -22,6 +21,7 @@ from app.load.figures import figures
 from app.load.report import Result, show, write_rows
 from app.load.running import CannotLoad, Target, connected, load
 from app.load.workloads import Workloads
+from app.remote import url_of
 from app.simulate.charts import NoCharts
 from app.simulate.figures import Objectives
 from app.workload.trace import Trace, TraceError
