@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -36,6 +37,18 @@ def _busy_seconds() -> float:
         int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
     )
     return (user + nice + system + irq + softirq + steal) / TICKS_PER_SECOND
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants, those that are there now."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:  # grows
+        found += [child for child, parent in parents.items() if parent == each]
+    return found
 
 
 class Others:

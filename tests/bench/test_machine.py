@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -36,3 +37,10 @@ def test_others_never_use_less_than_nothing() -> None:
 def test_a_process_that_is_gone_is_named() -> None:
     with pytest.raises(machine.NoSuchProcess, match="no process 0 here"):
         machine.resident_bytes(0)
+
+
+def test_a_process_is_of_its_own_family_and_so_are_its_children() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert {os.getpid(), child.pid} <= set(machine.family(os.getpid()))
+        assert machine.family(child.pid) == [child.pid]
+        child.communicate(b"\n")
