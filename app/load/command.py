@@ -49,7 +49,10 @@ def run(config: Config, options: argparse.Namespace) -> int:
             return EXIT_USAGE
         _tell(results, targets, options)
         return EXIT_USAGE
-    except KeyboardInterrupt:  # before the first request, or twice
+    except KeyboardInterrupt:  # while warming up
+        sys.stderr.write("sluice: interrupted while it warmed up\n")
+        if results:
+            _tell(results, targets, options)
         return EXIT_INTERRUPTED
     _tell(results, targets, options)
     return _exit_code(results)

@@ -62,7 +62,8 @@ class Session:
     def greet(self) -> None:
         self._console.print(
             f"[bold]{escape(self._talk.model)}[/] at {self._remote.url}. [dim]/help says what there is; "
-            "Ctrl-C stops an answer, Ctrl-D leaves.[/]"
+            "Ctrl-C stops an answer, Ctrl-D leaves.[/]",
+            highlight=False,
         )
 
     def run(self, read: Callable[[], str | None]) -> None:
@@ -91,12 +92,12 @@ class Session:
         except KeyboardInterrupt:
             stopped = True
         except (NoServer, ServerRefuses) as error:
-            self._console.print(f"\n[red]{escape(str(error))}[/]", soft_wrap=True)
+            self._console.print(f"\n[red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
             return
         self._console.print()
         self._talk.answered(text, answer.text)
         account = "stopped; /undo forgets it" if stopped else answer.account()
-        self._console.print(f"[dim]{account}[/]\n", soft_wrap=True)
+        self._console.print(f"[dim]{account}[/]\n", highlight=False, soft_wrap=True)
 
     def _obey(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
@@ -112,7 +113,7 @@ class Session:
             self._say(str(error))
 
     def _say(self, text: str) -> None:
-        self._console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
+        self._console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     # --- commands: each docstring is its line of /help ------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from app.check_config import rows
-from app.config_sources import DEFAULT, Loaded
+from app.config import Config
+from app.config_sources import Loaded
 from app.remote import NoServer, Remote, ServerRefuses
 
 HIDDEN = "(hidden)"
@@ -50,15 +51,12 @@ def _versions() -> Iterator[str]:
 
 
 def _packages() -> list[str]:
-    """Those that we need, by our own metadata; extras only where they are installed."""
+    """Those that we need, by our own metadata; and what torch brings along for a card."""
     try:
         needed = requires("sluice") or []
-    except PackageNotFoundError:
-        return ["torch", "aiohttp", "numpy"]
-    names = [(re.split(r"[^\w.-]", line)[0], "extra ==" in line) for line in needed]
-    return list(
-        dict.fromkeys(name for name, extra in names if not extra or _version(name) != "(not installed)")
-    )
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        needed = ["aiohttp", "numpy", "torch"]
+    return [re.split(r"[^\w.-]", line)[0] for line in needed if "extra ==" not in line] + ["triton"]
 
 
 def _version(name: str) -> str:
@@ -112,7 +110,8 @@ def _devices() -> Iterator[str]:
 
 
 def _configuration(loaded: Loaded) -> Iterator[str]:
-    told = [(name, value, source) for name, value, source in rows(loaded) if source != DEFAULT]
+    usual = {name: value for name, value, _ in rows(Loaded(Config(), loaded.sources))}
+    told = [each for each in rows(loaded) if each[1] != usual[each[0]]]
     for name, value, source in told:
         yield f"{name} = {json.dumps(hidden(name, value), default=str)} ({source})"
     if not told:

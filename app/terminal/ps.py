@@ -18,8 +18,17 @@ from app.remote import NoServer, Remote
 WIDE = 150
 MOST_ROWS = 200
 STATES = {"running": "green", "loading": "cyan", "waiting": "yellow"}
-COLUMNS = ("class", "priority", "prompt_tokens", "cached_tokens", "output_tokens", "kv_blocks", "preemptions",
-           "recomputed_tokens", "reloaded_tokens")  # fmt: skip
+COLUMNS = {
+    "priority": "prio",
+    "prompt_tokens": "prompt",
+    "cached_tokens": "cached",
+    "output_tokens": "output",
+    "kv_blocks": "blocks",
+    "preemptions": "preempt",
+    "recomputed_tokens": "recomp",
+    "reloaded_tokens": "reload",
+}
+"""Of /admin/requests, and their heads."""
 
 
 def ps(remote: Remote, options: argparse.Namespace) -> int:
@@ -99,17 +108,20 @@ def _head(state: dict[str, Any]) -> Table:
 
 
 def _requests(requests: list[dict[str, Any]], speeds: Speeds | None) -> Table:
-    table = Table("id", "state", "class", "priority", box=None, pad_edge=False, header_style="bold")
-    for head in ("prompt", "cached", "output", "blocks", "preempted", "recomputed", "reloaded"):
+    classes = any(each.get("class") for each in requests)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("id", no_wrap=True, min_width=16)
+    table.add_column("state", no_wrap=True)
+    if classes:
+        table.add_column("class")
+    for head in (*COLUMNS.values(), *(["tok/s"] if speeds else [])):
         table.add_column(head, justify="right")
-    if speeds:
-        table.add_column("tokens/s", justify="right")
     rates = speeds.of(requests) if speeds else {}
     order = {state: place for place, state in enumerate(STATES)}
     ranked = sorted(requests, key=lambda each: (order.get(each["state"], len(order)), each["arrived"]))
     for each in ranked[:MOST_ROWS]:
         state = f"[{STATES.get(each['state'], 'white')}]{escape(str(each['state']))}[/]"
-        cells = [_cell(each.get(name)) for name in COLUMNS]
+        cells = [_cell(each.get(name)) for name in (["class"] if classes else []) + list(COLUMNS)]
         rate = [f"{rates[each['id']]:.1f}" if each["id"] in rates else ""] if speeds else []
         table.add_row(escape(str(each["id"])), state, *cells, *rate)
     if len(ranked) > MOST_ROWS:
