@@ -37,23 +37,13 @@ from app.workload.drawing import Drawing
 from app.workload.prompts import Prompts
 from app.workload.trace import TraceRequest
 from bench.report import console
+from bench.systems import SYSTEMS
 from engine.engine import Engine, StepRecord
 from engine.events import Resumed
 from engine.plan import Launched, Plan, Runner, Sampling, StepResult
 from engine.request import Finished, Request, Stopping
 from engine.stream import Stream
 from engine.worker import QueueWorker
-
-UNFORESEEING = {"admission.risk": "1.0", "admission.wait_steps": "0", "promotion.service_tokens": "0"}
-SYSTEMS: Mapping[str, Mapping[str, str]] = {
-    "ours": {},
-    "vllm": {"order": "fcfs", "victim": "last_admitted", "resume": "recompute"} | UNFORESEEING,
-    "fcfs_reload": {"order": "fcfs", "victim": "last_admitted", "resume": "reload"} | UNFORESEEING,
-    "sglang": {"order": "fcfs", "victim": "fewest_output", "resume": "recompute"} | UNFORESEEING,
-    "vllm_53723": {"order": "fcfs", "victim": "least_computed", "resume": "recompute"} | UNFORESEEING,
-    "fastserve": {"order": "mlq", "victim": "last_admitted", "resume": "reload"} | UNFORESEEING,
-}
-"""Keys of [policies]; what is left out has its default."""
 
 FIRST_TOKEN = 10  # special tokens lie below
 UNPRESSURED_BLOCKS = 8192

@@ -32,6 +32,7 @@ from engine.events import (
     StepDone,
 )
 from engine.plan import Plan, StepResult
+from engine.policy_set import Catalog
 from engine.profile import Profile
 from engine.request import Finished, Request
 from engine.simulated_lanes import SimulatedLanes
@@ -189,15 +190,16 @@ class Simulation:
         profile: Profile,
         workload: Workload,
         *,
+        catalog: Catalog | None = None,
         tick_seconds: float = 1.0,
         until: float = float("inf"),
         recorder: Recorder | None = None,
         on_step: Callable[[Step], None] | None = None,
         on_tick: Callable[[Tick, int], None] | None = None,
     ) -> None:
-        """`on_tick` is told the state and how many requests have ended, for whoever watches."""
+        """`catalog`: of policies; None: ours alone. `on_tick` is told the state and how many requests have ended."""
         assert EOS in config.eos_token_ids
-        self.core = Core(config, VOCABULARY)
+        self.core = Core(config, VOCABULARY, catalog)
         self.outcome = Outcome()
         self._profile = profile
         self._step_seconds = profile.step.timer()

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
+from app.plugins import PluginError, load_plugins
 from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
 from app.simulate.playing import TraceWorkload
@@ -21,12 +22,13 @@ from app.workload.formats import DRAWN, detect, load
 from app.workload.playing import Playing
 from app.workload.trace import TraceError, TraceRequest
 from app.workload.transform import CannotTransform
+from engine.policy_set import Catalog
 from engine.profile import Profile, ProfileError, read_profile
 from engine.simulation import Simulation, Tick
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 EXIT_USAGE = 2
-WORLD = (BadSweep, CannotTransform, ConfigError, ProfileError, TraceError, OSError)
+WORLD = (BadSweep, CannotTransform, ConfigError, PluginError, ProfileError, TraceError, OSError)
 """What the world can get wrong; each says what."""
 
 
@@ -115,7 +117,8 @@ def _play(
     progress.update(task, total=len(trace), state="")
     workload = TraceWorkload(trace, core.context, lengths_known=options.lengths_known)
     begun = time.perf_counter()
-    simulation = Simulation(core, profile, workload, on_tick=_watch(progress, task))
+    catalog = Catalog(load_plugins(config.policies))
+    simulation = Simulation(core, profile, workload, catalog=catalog, on_tick=_watch(progress, task))
     outcome = simulation.run()
     wall = time.perf_counter() - begun
     progress.update(task, completed=len(outcome.served), state="")

@@ -148,6 +148,36 @@ def test_a_sweep_writes_rows_and_charts(tmp_path: Path, capsys: pytest.CaptureFi
     assert [run["digest"] for run in rows(out / "runs.jsonl")[1:]] == [run["digest"] for run in runs]
 
 
+def test_a_plug_in_decides_in_the_simulator_as_in_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "class Newest:\n    def __call__(self, view):\n        return (-view.number,)\n"
+    (tmp_path / "house_simulated.py").write_text(text)
+    out = tmp_path / "out"
+    orders = "policies.order=fcfs,house_simulated:Newest"
+    crowd = ["--rate", "1000", "--poisson", "--set", "engine.max_sequences=1"]
+    arguments = ["--trace", str(azure(tmp_path)), *crowd, "--sweep", orders]
+    assert simulate(tmp_path, *arguments, "--out", str(out)) == 0
+    ended: dict[object, list[object]] = {}
+    for row in rows(out / "requests.jsonl"):
+        ended.setdefault(row["scenario"], []).append(row["number"])
+    first_come, newest = ended.values()
+    assert first_come == list(range(12))
+    assert newest != first_come
+    capsys.readouterr()
+    assert simulate(tmp_path, *arguments[:-2], "--set", "policies.order=house_simulated:Oldest") == 2
+    assert "has no 'Oldest'" in capsys.readouterr().err
+
+
+def test_a_client_asks_for_no_more_than_the_cap_and_is_who_it_is() -> None:
+    trace = [TraceRequest(0, "a", 0.0, 60, 30), TraceRequest(1, "b", 0.0, 95, 2)]
+    workload = TraceWorkload(trace, 100, cap=35, tenants={1: "busy"})
+    jobs = [workload.job(0).request, workload.job(1).request]
+    assert [each.stopping.max_tokens for each in jobs] == [35, 5]
+    assert [each.tenant for each in jobs] == ["", "busy"]
+
+
 def test_without_matplotlib_there_are_rows_and_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from app.config_sources import load
-from bench.policies import SYSTEMS, Ending, Outcome, figures, report
+from bench.policies import Ending, Outcome, figures, report
+from bench.systems import SYSTEMS
 from engine.plan import Placement, Plan, Row, Sampling
 from tests.fakes import ScriptedRunner, saying
 
