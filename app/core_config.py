@@ -8,8 +8,12 @@ from engine.scheduler import SchedulerConfig
 from kvstore.residency import ResidencyConfig
 
 IN_FLIGHT_BYTES = 64 * 2**20
+IN_FLIGHT_BLOCKS = 256
+"""On their way down from the device at once: the larger of the two. A long prompt fills hundreds of blocks in a step or
+two, and what finds no room to be saved is computed again after a preemption."""
+
 COPY_BYTES = 4 * 2**20
-"""On their way down from the device at once; and of one copy: small enough for others to come between."""
+"""Of one copy: small enough for others to come between."""
 
 
 def scheduler_config(config: Config, blocks: int, block_bytes: int) -> SchedulerConfig:
@@ -46,5 +50,5 @@ def residency_config(config: Config, block_bytes: int, host_blocks: int) -> Resi
         host_blocks=host_blocks,
         disk_blocks=config.kvstore.disk.bytes // block_bytes,  # until it is open and knows better
         copy_blocks=max(1, COPY_BYTES // block_bytes),
-        spilling_blocks=max(8, IN_FLIGHT_BYTES // block_bytes),
+        spilling_blocks=max(IN_FLIGHT_BLOCKS, IN_FLIGHT_BYTES // block_bytes),
     )

@@ -77,6 +77,7 @@ class Cell:
     systems: Mapping[str, Mapping[str, str]]
     max_sequences: int
     objectives: Objectives
+    settings: tuple[str, ...] = ()  # of the configuration, for all systems
 
 
 def profile_of(name: str) -> Profile:
@@ -101,7 +102,7 @@ def play(
     """One run, and the most blocks held in it."""
     profile = profile_of(cell.profile)
     flags = [f"policies.{key}={value}" for key, value in policies.items()]
-    flags += [f"engine.kv_blocks={blocks}", f"engine.max_sequences={cell.max_sequences}"]
+    flags += [f"engine.kv_blocks={blocks}", f"engine.max_sequences={cell.max_sequences}", *cell.settings]
     config = load_config([*flags, "engine.max_queue=1000000"], {}, cwd=Path("/")).config
     core = replace(core_config(config, profile), model_context=cell.workload.context)
     peak = 0
@@ -228,7 +229,7 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     return [
         Cell(
             workload, options.profile, load, tuple(options.shares), seed, systems, options.max_sequences,
-            Objectives(options.ttft, options.tpot),
+            Objectives(options.ttft, options.tpot), tuple(options.set),
         )
         for workload, load, seed in product(workloads, options.loads, options.seeds)
     ]  # fmt: skip
@@ -264,6 +265,13 @@ def parsed() -> argparse.Namespace:
         nargs="+",
         default=list(SYSTEMS),
         help="names, or NAME=key:value,key:value over the defaults",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the configuration, for all systems",
     )
     parser.add_argument("--ttft", type=float, help="objective, in seconds")
     parser.add_argument("--tpot", type=float, help="objective, in seconds")

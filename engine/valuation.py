@@ -15,7 +15,7 @@ from kvstore.copies import DEVICE, CopyDone
 from kvstore.residency import InFlight, Residency
 from kvstore.shelf import Entry
 from policies.cost import CopySample, CostModel, StepSample
-from policies.pricing import Situation, Stake, Standing, price, ways
+from policies.pricing import RELOAD, Situation, Stake, Standing, price, ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +175,12 @@ class Valuation:
         """Of a running sequence, what coming back would take alone, by the quickest way there would be."""
         standing = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence)).standing
         return min(way.seconds for way in ways(standing, 1.0, self.situation(()), self.enabled))
+
+    def comes_back_whole(self, sequence: Sequence) -> bool:
+        """Whether all that a running one has computed could be loaded, should it give way now."""
+        stake = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence))
+        saved = stake.unsaved_blocks <= self._residency.spilling_room
+        return RELOAD in self.enabled and saved and (stake.survival >= 1.0 or not stake.frees)
 
     def _stake(self, sequence: Sequence, frees: int) -> Stake:
         blocks = len(sequence.table)

@@ -77,7 +77,12 @@ class Victims:
         if waiter.promoted:
             return [s for s in running if s.number > waiter.number]
         displaces = self.policies.order.displaces
-        return [s for s in running if not s.promoted and displaces(waiter, s)]
+        return [s for s in running if not s.promoted and displaces(waiter, s) and self._may(waiter, s)]
+
+    def _may(self, waiter: Sequence, runner: Sequence) -> bool:
+        """Among those whom nobody called more or less urgent, none gives way if work would be lost by it."""
+        urgency, other = (waiter.class_rank, waiter.priority), (runner.class_rank, runner.priority)
+        return urgency < other or self.valuation.comes_back_whole(runner)
 
     def _choose(
         self, candidates: List[Sequence], running: List[Sequence]

@@ -72,9 +72,11 @@ class Admission:
     """Admits while the predicted peak stays within the pool.
 
     `risk`: each is taken to run as long as it does with probability 1 − risk. The sum of many is steadier than each
-    of them, so 0.5 is not reckless; 0 is max_tokens, and nothing is ever preempted for want of blocks; with 1 nothing
-    is foreseen, and whoever fits now is admitted. `wait_steps`: one who lacks a block sits out so many steps, at most,
-    while somebody else is expected to end within them, before a victim is looked for.
+    of them, so 0.5 is not reckless; 0 is max_tokens, and nothing is ever preempted for want of blocks; with 1, the
+    default, nothing is foreseen, and whoever fits now is admitted: where a preemption loses nothing, waiting for
+    room that may never be needed costs more (docs/simulation.md has figures). `wait_steps`: one who lacks a block
+    sits out so many steps, at most, while somebody else is expected to end within them, before a victim is looked
+    for.
 
     Assumes one token a step for all, and lengths that are independent; blocks shared by several sequences count for
     each of them, so give `blocks` as the pool and what is counted more than once. Ties: none. Worst case: all run
@@ -82,7 +84,7 @@ class Admission:
     runs; who waits is first by the order, so it starves nobody that the order does not. Source: see `peak_blocks`.
     """
 
-    risk: float = 0.3
+    risk: float = 1.0
     wait_steps: int = 4
     _ends: dict[int, tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
 

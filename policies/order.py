@@ -185,38 +185,52 @@ class Hybrid:
 
     Work, in seconds as they would be on a device with these speeds: positions still to be computed ×
     `prefill_seconds` + expected remaining tokens × `decode_seconds` − matched positions × `prefill_seconds` ×
-    `cache_credit` (the chance that they would be evicted if it waited longer). Each second waited counts as
-    `ageing` seconds less work. Only the ratios matter for the order. Of a preempted sequence what is left counts,
-    not what is done.
+    `cache_credit` (the chance that they would be evicted if it waited longer). Of a preempted sequence what is left
+    counts, not what is done; but the part of its length that it has generated makes the rest weigh up to
+    1 + `spent_weight` times as much, as a second of delay is felt less over a long answer than over one that may be
+    short. Each second waited counts as `ageing` seconds less work. Only the ratios matter for the order.
 
     Assumes predictions that rank well. Key: static until the prediction or the match is renewed, as with `sjf`.
-    Displaces: a strictly better class. Service bound without promotion, within a class: whoever arrives more than
-    work ÷ `ageing` seconds after a waiter goes behind it. Between classes there is none: the lower one starves.
-    Worst case: that, or predictions that rank the long before the short. Source: ours; its parts are shortest
-    remaining processing time (see `sjf`), longest prefix match (see `cache_aware`) and linear ageing, Kleinrock,
-    "Queueing Systems II", 1976.
+    Displaces: a strictly worse class; within a class one behind it that has more than `displacement` times its work
+    (0: nobody), which the scheduler allows only where all that the runner has can be loaded again
+    (engine/victims.py). Service bound without promotion, within a class: whoever arrives more than work ÷ `ageing`
+    seconds after a waiter goes behind it. Between classes there is none: the lower one starves. Worst case: that, or
+    predictions that rank the long before the short; and long answers stall while newer ones are served. Source:
+    ours; its parts are shortest remaining processing time (see `sjf`), an index of weight ÷ work (Smith 1956) with
+    the weight 1 ÷ length that latency per token has, longest prefix match (see `cache_aware`) and linear ageing,
+    Kleinrock, "Queueing Systems II", 1976.
     """
 
     prefill_seconds: float = 0.0002  # a token
     decode_seconds: float = 0.02  # a token, within a batch
     cache_credit: float = 0.1
-    ageing: float = 0.02
+    spent_weight: float = 5.0
+    displacement: float = 2.0
+    ageing: float = 0.2
 
     def __post_init__(self) -> None:
         _require(self.prefill_seconds >= 0, "prefill_seconds must not be negative")
         _require(self.decode_seconds >= 0, "decode_seconds must not be negative")
         _require(self.cache_credit >= 0, "cache_credit must not be negative")
+        _require(self.spent_weight >= 0, "spent_weight must not be negative")
+        _require(self.displacement == 0 or self.displacement >= 1, "displacement must be 0, or at least 1")
         _require(self.ageing >= 0, "ageing must not be negative")
 
     def __call__(self, view: SequenceView, /) -> tuple[float, ...]:
         return (view.class_rank, self.work_seconds(view) + self.ageing * view.arrived)
 
     def displaces(self, waiter: SequenceView, runner: SequenceView, /) -> bool:
-        return waiter.class_rank < runner.class_rank
+        if waiter.class_rank != runner.class_rank or not self.displacement:
+            return waiter.class_rank < runner.class_rank
+        work, other = self.work_seconds(waiter), self.work_seconds(runner)
+        before = work + self.ageing * waiter.arrived < other + self.ageing * runner.arrived
+        return before and work * self.displacement < other
 
     def work_seconds(self, view: SequenceView, /) -> float:
+        left, spent = view.expected_remaining_tokens, view.output_tokens
+        weight = 1.0 + self.spent_weight * spent / (spent + left) if spent else 1.0
         prefill = still_to_compute(view) - self.cache_credit * view.matched_tokens
-        return prefill * self.prefill_seconds + view.expected_remaining_tokens * self.decode_seconds
+        return prefill * self.prefill_seconds + left * self.decode_seconds * weight
 
 
 def still_to_compute(view: SequenceView) -> int:

@@ -52,7 +52,7 @@ class TestAdmission:
                 raise AssertionError("asked in vain")
 
         running = [View(1, held_blocks=5, max_tokens=40, output_tokens=20)]
-        room = Admission().room(running, Untouched(), block_size=4, blocks=25)
+        room = Admission(risk=0.3).room(running, Untouched(), block_size=4, blocks=25)
         assert room.fits(View(2, max_tokens=40), 5)  # 5 + 20/4 + 5 + 40/4
         room.add(View(2, max_tokens=40), 5)
         with pytest.raises(AssertionError, match="asked in vain"):
@@ -63,22 +63,30 @@ class TestAdmission:
         oracle = Oracle({1: 4, 2: 40, 3: 8})
         candidate = View(3, max_tokens=1000)
         # when 1 ends: 10+1 + 10+1 + 5+1; when 3 ends: 10+2 + 5+2; when 2 ends: 10+10
-        assert Admission().room(running, oracle, block_size=4, blocks=28).fits(candidate, 5)
-        assert not Admission().room(running, oracle, block_size=4, blocks=27).fits(candidate, 5)
+        assert Admission(risk=0.3).room(running, oracle, block_size=4, blocks=28).fits(candidate, 5)
+        assert not Admission(risk=0.3).room(running, oracle, block_size=4, blocks=27).fits(candidate, 5)
 
     def test_those_admitted_count_for_the_next(self) -> None:
-        room = Admission().room([View(1, held_blocks=2, max_tokens=80)], MaxTokens(), block_size=4, blocks=45)
+        room = Admission(risk=0.3).room(
+            [View(1, held_blocks=2, max_tokens=80)], MaxTokens(), block_size=4, blocks=45
+        )
         assert room.fits(View(2, max_tokens=40), 5)
         room.add(View(2, max_tokens=40), 5)
         assert not room.fits(View(3, max_tokens=80), 5)
         assert room.fits(View(4, max_tokens=10), 5)
 
+    def test_by_default_nothing_is_foreseen(self) -> None:
+        room = Admission().room(
+            [View(1, held_blocks=9, max_tokens=1000)], MaxTokens(), block_size=4, blocks=10
+        )
+        assert room.fits(View(2, max_tokens=1000), 1)
+
     def test_when_nobody_runs_anybody_may(self) -> None:
-        room = Admission().room([], MaxTokens(), block_size=4, blocks=2)
+        room = Admission(risk=0.3).room([], MaxTokens(), block_size=4, blocks=2)
         assert room.fits(View(1, max_tokens=1000), 1)
 
     def test_an_end_is_predicted_again_after_an_eighth_of_the_way_or_when_it_comes_back(self) -> None:
-        admission, lengths = Admission(), {1: 80, 2: 3}
+        admission, lengths = Admission(risk=0.3), {1: 80, 2: 3}
         oracle = Oracle(lengths)
         one, other = View(1, max_tokens=1000), View(2, max_tokens=1000)
         assert admission.left([one, other], oracle) == [80, 3]

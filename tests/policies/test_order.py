@@ -84,6 +84,27 @@ def test_hybrid_goes_by_work_left_less_what_is_cached() -> None:
     assert in_order(ORDERS["hybrid"](), cold, cached) == [2, 1]
 
 
+def test_hybrid_holds_what_is_generated_against_what_is_left() -> None:
+    """Half through, the rest weighs 1 + 5 ÷ 2 times as much; at its end, nearly six times; without it, as before."""
+    fresh = View(1, prompt_tokens=0, expected_remaining_tokens=100.0)
+    halfway = View(2, prompt_tokens=0, kept_tokens=100, output_tokens=100, expected_remaining_tokens=100.0)
+    ending = View(3, prompt_tokens=0, kept_tokens=990, output_tokens=990, expected_remaining_tokens=10.0)
+    assert Hybrid().work_seconds(fresh) == pytest.approx(2.0)
+    assert Hybrid().work_seconds(halfway) == pytest.approx(7.0)
+    assert Hybrid().work_seconds(ending) == pytest.approx(0.2 * 5.95)
+    assert Hybrid(spent_weight=0).work_seconds(halfway) == pytest.approx(2.0)
+
+
+def test_hybrid_displaces_within_a_class_one_with_much_more_work() -> None:
+    waiter = View(2, prompt_tokens=0, expected_remaining_tokens=50.0)
+    more, less = (View(1, prompt_tokens=0, expected_remaining_tokens=left) for left in (101.0, 99.0))
+    assert Hybrid().displaces(waiter, more)
+    assert not Hybrid().displaces(waiter, less)
+    assert not Hybrid().displaces(View(2, arrived=1000.0, prompt_tokens=0), more), "it came much later"
+    assert not Hybrid(displacement=0).displaces(waiter, more)
+    assert Hybrid(displacement=0).displaces(waiter, View(1, class_rank=1))
+
+
 @given(views, views)
 def test_hybrid_lets_nobody_by_who_came_later_than_the_waiters_work_divided_by_ageing(
     waiter: View, later: View
@@ -157,7 +178,7 @@ class TestDisplacing:
         assert not displaces(View(1), View(2, output_tokens=3))
 
     def test_hybrid_displaces_a_strictly_less_urgent_class(self) -> None:
-        displaces = ORDERS["hybrid"]().displaces
+        displaces = ORDERS["hybrid"](displacement=0).displaces
         assert displaces(View(2, class_rank=0, expected_remaining_tokens=9e9), View(1, class_rank=1))
         assert not displaces(View(1, expected_remaining_tokens=1.0), View(2, expected_remaining_tokens=9e9))
 
@@ -204,6 +225,8 @@ def test_what_is_still_to_compute_is_never_negative_nor_more_than_is_known(view:
         lambda: ORDERS["hybrid"](decode_seconds=float("nan")),
         lambda: ORDERS["hybrid"](cache_credit=-0.1),
         lambda: ORDERS["hybrid"](ageing=-1.0),
+        lambda: ORDERS["hybrid"](spent_weight=-1.0),
+        lambda: ORDERS["hybrid"](displacement=0.5),
         lambda: Promotion(wait_seconds=-1.0),
         lambda: Promotion(service_tokens=-1),
     ],
