@@ -16,6 +16,10 @@ from policies.decisions import Alternative, Decision, Kind
 PRICED_STEPS = 16
 """Steps after which all who run are priced anew, when somebody is to give way."""
 
+PEER_STEPS = 4
+"""Of so many steps one is looked for a peer that gives way, once: to compare a waiter with all who run, and to preempt,
+takes as long as a step of the core should. For who is less urgent by class or priority, every step looks."""
+
 NAMED = 4
 """Alternatives that a decision names, at most."""
 
@@ -33,10 +37,12 @@ class Victims:
     valuation: Valuation
     _offers: dict[tuple[int, int], Offer] = field(default_factory=dict)  # by sequence and epoch
     _steps: int = 0  # since the prices are from
+    _peer_may: bool = False  # give way in this step
 
     def new_step(self) -> None:
         """Prices grow old."""
         self._steps += 1
+        self._peer_may = self._steps % PEER_STEPS == 0
         if self._steps >= PRICED_STEPS:
             self._offers.clear()
             self._steps = 0
@@ -74,15 +80,18 @@ class Victims:
         return victim, _preempted(victim, self.config.order, reason, alternatives)
 
     def _displaceable(self, waiter: Sequence, running: List[Sequence]) -> list[Sequence]:
+        """Among those whom nobody called more or less urgent, none gives way if work would be lost by it."""
         if waiter.promoted:
             return [s for s in running if s.number > waiter.number]
         displaces = self.policies.order.displaces
-        return [s for s in running if not s.promoted and displaces(waiter, s) and self._may(waiter, s)]
-
-    def _may(self, waiter: Sequence, runner: Sequence) -> bool:
-        """Among those whom nobody called more or less urgent, none gives way if work would be lost by it."""
-        urgency, other = (waiter.class_rank, waiter.priority), (runner.class_rank, runner.priority)
-        return urgency < other or self.valuation.comes_back_whole(runner)
+        urgency = (waiter.class_rank, waiter.priority)
+        urgent = [s for s in running if urgency < (s.class_rank, s.priority) and not s.promoted]
+        found = [s for s in urgent if displaces(waiter, s)]
+        if found or not self._peer_may:
+            return found
+        self._peer_may = False
+        peers = [s for s in running if not s.promoted and displaces(waiter, s)]
+        return [s for s in peers if self.valuation.comes_back_whole(s)]
 
     def _choose(
         self, candidates: List[Sequence], running: List[Sequence]
