@@ -119,13 +119,16 @@ def play(
 
 
 def situation(cell: Cell) -> tuple[list[TraceRequest], float, int]:
-    """The requests as they come at the cell's load, their rate, and the demand."""
+    """The requests as they come at the cell's load, their rate, and the demand: of fcfs, so that other defaults of
+    ours change neither.
+    """
+    plain = SYSTEMS["fcfs_reload"]
     recorded = formats.load(cell.workload.trace, Drawing(0))
     at_once = cell.workload.chosen(cell.seed, recorded)
-    burst, _ = play(cell, at_once, {}, UNPRESSURED_BLOCKS)
+    burst, _ = play(cell, at_once, plain, UNPRESSURED_BLOCKS)
     rate = cell.load * len(at_once) / burst.seconds
     trace = transform.retimed(at_once, rate, cell.seed)
-    _, demand = play(cell, trace, {}, UNPRESSURED_BLOCKS)
+    _, demand = play(cell, trace, plain, UNPRESSURED_BLOCKS)
     return trace, rate, demand
 
 
