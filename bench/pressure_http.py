@@ -12,7 +12,6 @@ recorded block becomes one of 16 tokens); answers keep their recorded length; bo
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -43,7 +42,6 @@ SHIPPED = ROOT / "app" / "shipped" / "tales"
 OUR_BLOCK, THEIR_BLOCK, PROMPT_BLOCK = 16, 32, 16  # tokens; vLLM's attention on a CPU wants a multiple of 32
 SEQUENCES, STEP_TOKENS = 64, 2048
 AMPLE_BLOCKS = 8192
-POLL_SECONDS = 0.1
 WARM_REQUESTS = 4
 SLUICE, VLLM = "sluice", "vllm"
 SHOWN = {  # a column's head: a row's key, and whether vLLM ÷ Sluice says something
@@ -130,24 +128,24 @@ SERVERS = {SLUICE: sluice, VLLM: vllm}
 async def measure(
     server: Serving, trace: Sequence[TraceRequest], options: argparse.Namespace, *, peaks: bool
 ) -> dict[str, Any]:
-    """Plays the trace; figures, and what the counters rose by. `peaks`: the largest share of the pool in use, too.
+    """Plays the trace; figures, and what the counters rose by. `peaks`: the blocks held at most, too (Sluice's alone).
 
-    Looking at a server's metrics costs this process time that it owes to the load: only the demand is watched.
+    Nothing is asked of a server while it is loaded: that would cost this process time that it owes to the load.
     """
     target = Target(server.url, model=NAME, timeout_seconds=options.timeout)
-    asking, peak = Asking(NAME), [0.0]
+    asking = Asking(NAME)
     async with connected(target) as http:
         await load(http, target, trace[:WARM_REQUESTS], asking, run=2)
         before, (computed, again) = await _preemptions(http), await server.positions(http)
-        async with _watched(http, peak) if peaks else contextlib.nullcontext():
-            samples, _ = await load(http, target, trace, asking)
+        samples, _ = await load(http, target, trace, asking)
         after, (computed_after, again_after) = await _preemptions(http), await server.positions(http)
+        peak = await _peak(http, server.url) if peaks else None
     rose = {
         "preemptions": after - before,
         "computed": computed_after - computed,
         "recomputed": again_after - again,
         "tax": (again_after - again) / max(1.0, computed_after - computed),
-        "peak": max(peak),
+        "peak": peak,
     }
     return _row(figures(samples, Objectives(options.ttft, options.tpot))) | rose
 
@@ -165,22 +163,11 @@ async def _preemptions(http: ClientSession) -> float:
     return total(await metrics(http), "vllm:num_preemptions_total")
 
 
-@asynccontextmanager
-async def _watched(http: ClientSession, peak: list[float]) -> AsyncIterator[None]:
-    """Adds the share of the pool that is in use, again and again while the block runs."""
-
-    async def poll() -> None:
-        while True:
-            peak.append(total(await metrics(http), "vllm:kv_cache_usage_perc"))
-            await asyncio.sleep(POLL_SECONDS)
-
-    polling = asyncio.ensure_future(poll())
-    try:
-        yield
-    finally:
-        polling.cancel()
-        with contextlib.suppress(asyncio.CancelledError):  # its own errors are ours
-            await polling
+async def _peak(http: ClientSession, url: str) -> int:
+    """Blocks that Sluice held at most. It counts at every step: who asks now and then misses a short peak."""
+    async with http.get(f"{url}/admin/state") as response:
+        response.raise_for_status()
+        return int((await response.json())["kv_peak_blocks"])
 
 
 async def run(options: argparse.Namespace) -> None:
@@ -189,13 +176,17 @@ async def run(options: argparse.Namespace) -> None:
     demand: int = options.demand or await _demand(options, trace)
     for share in options.shares:
         blocks = round(demand * share * OUR_BLOCK / THEIR_BLOCK) * THEIR_BLOCK // OUR_BLOCK
+        if not blocks:  # to a server 0 means: as many as there is memory for
+            raise SystemExit(
+                f"{share:g} of a demand of {demand} blocks is none: more requests, or a higher rate"
+            )
         for name in [SLUICE, *([VLLM] if options.vllm_python else [])]:
             await _cell(options, trace, name, {"share": share, "blocks": blocks, "demand": demand})
 
 
 async def _demand(options: argparse.Namespace, trace: Sequence[TraceRequest]) -> int:
     row = await _cell(options, trace, SLUICE, {"share": None, "blocks": AMPLE_BLOCKS, "demand": None})
-    return round(float(row["peak"]) * AMPLE_BLOCKS)
+    return int(row["peak"])
 
 
 async def _cell(

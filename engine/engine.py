@@ -132,6 +132,7 @@ class Engine:
         self._idle.set()
         self._quiet = asyncio.Event()  # idle, and nothing is on its way between tiers
         self._quiet.set()
+        self._kv_peak_blocks = 0
         self._counted = core.scheduler.counts.copy()  # as told to observers so far
         self._counted_drops = 0
         self._last_step_done = 0
@@ -246,6 +247,7 @@ class Engine:
             "block_size": scheduler.config.block_size,
             "kv_blocks": scheduler.pool.blocks,
             "kv_used_blocks": scheduler.pool.held,
+            "kv_peak_blocks": self._kv_peak_blocks,  # held after any step so far: demand, where there was no pressure
             "kv_cached_blocks": scheduler.pool.cached,
             "running": len(scheduler.running),
             "waiting": scheduler.waiting,
@@ -367,6 +369,7 @@ class Engine:
             observe(finished)
 
     def _account(self, account: Account) -> None:
+        self._kv_peak_blocks = max(self._kv_peak_blocks, self.core.scheduler.pool.held)
         if self.on_step:
             record = self._record(account)
             for observe in self.on_step:
