@@ -27,7 +27,7 @@ from torch import Tensor
 
 from engine.kernels.cuda import CudaKernels
 from engine.model.config import ModelConfig, parse_config
-from engine.model.llama import Llama, wanted_tensors
+from engine.model.decoder import Decoder, wanted_tensors
 from engine.model.weights import Weights
 from engine.plan import PENDING, Placement, Plan, Row, Sampling
 from engine.runner_cuda import CudaRunner, InFlight
@@ -156,7 +156,7 @@ class Ours:
         self.name = "sluice, exact" if exact else "sluice, cuBLAS"
         with torch.inference_mode():
             weights = RandomWeights(wanted_tensors(config), device, DTYPE)
-            model = Llama(config, weights, CudaKernels(DTYPE, device, exact))
+            model = Decoder(config, weights, CudaKernels(DTYPE, device, exact))
         self._each = config.max_positions // BLOCK  # blocks a slot
         self._runner = CudaRunner(
             model,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.protocol import Batch
-from engine.model.llama import Llama
+from engine.model.decoder import Decoder
 from engine.plan import PENDING, Logprob, Placement, Plan, Row, Sampling, StepResult
 from engine.sampler import Sampler
 
@@ -137,7 +137,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         sampler: Sampler,
         *,
         kv_blocks: int,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.device_cuda import CudaDevice, Mark, StreamedDevice
 from engine.kernels.protocol import Batch
-from engine.model.llama import Llama
+from engine.model.decoder import Decoder
 from engine.plan import PENDING, Placement, Plan, Row, Sampling, StepResult
 from engine.runner import BlockTables, FlatRows, flatten
 from engine.sampler import Drawn, Sampler
@@ -83,7 +83,7 @@ class CudaRunner:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         sampler: Sampler,
         *,
         kv_blocks: int,

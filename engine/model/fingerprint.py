@@ -75,6 +75,7 @@ def kv_fingerprint(
         "dtype": str(dtype),
         "layout": LAYOUT_VERSION,
         "rope": repr(config.rope),
+        "traits": repr(config.traits),
         "shape": repr(shape),
         "kernels": kernels.identity,
         "torch": torch.__version__,  # computes the rotary table, and whatever the kernels leave to it

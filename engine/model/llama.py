@@ -1,113 +1,14 @@
-"""The Llama family (Llama 2 and 3): its tensors' names and its forward pass, spoken through `Kernels` alone.
+"""The Llama family (Llama 2 and 3, TinyLlama, SmolLM): the plainest decoder, with biases where a config asks."""
 
-Attention may be multi-head, grouped or multi-query; the output head may be the embedding. Not here: the KV
-pool and batches (engine/runner.py), how anything is computed (engine/kernels).
-"""
-
-import torch
-from torch import Tensor
-
-from engine.kernels.protocol import AttentionShape, Batch, Kernels, KVShape, Linear
-from engine.model.config import ModelConfig
-from engine.model.rope import rope_table
-from engine.model.weights import Weights
-
-IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints carry what config.json says already
+from engine.model.family import Family, Traits
+from engine.model.reading import Fields
 
 
-def wanted_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint, name -> shape."""
-    hidden, inter = config.hidden_size, config.intermediate_size
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    mlp = {"gate_proj": (inter, hidden), "up_proj": (inter, hidden), "down_proj": (hidden, inter)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in (f"model.layers.{i}." for i in range(config.layers)):
-        shapes |= _linears(layer + "self_attn.", attention, config.attention_bias)
-        shapes |= _linears(layer + "mlp.", mlp, config.mlp_bias)
-        shapes |= {
-            layer + "input_layernorm.weight": (hidden,),
-            layer + "post_attention_layernorm.weight": (hidden,),
-        }
-    return shapes if config.tied else shapes | {"lm_head.weight": (config.vocab_size, hidden)}
+def traits(fields: Fields, layers: int) -> Traits:
+    if fields.has("sliding_window"):
+        fields.refuse("sliding_window", "attention over the whole context, as transformers' Llama has")
+    bias = fields.flag("attention_bias", False)
+    return Traits(qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
 
 
-def _linears(prefix: str, shapes: dict[str, tuple[int, int]], bias: bool) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
-    return found | ({f"{prefix}{name}.bias": shape[:1] for name, shape in shapes.items()} if bias else {})
-
-
-def ignored_tensors(config: ModelConfig) -> tuple[str, ...]:
-    """Endings of names that a checkpoint may hold and that are not read."""
-    return (*IGNORED, "lm_head.weight") if config.tied else IGNORED
-
-
-class Layer:
-    """One decoder layer: packed weights, and norms' gains."""
-
-    __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qkv")
-
-    def __init__(self, prefix: str, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
-        def pack(bias: bool, *parts: str) -> Linear:
-            weight = weights.take(*(f"{prefix}{part}.weight" for part in parts))
-            return kernels.linear(
-                weight, weights.take(*(f"{prefix}{part}.bias" for part in parts)) if bias else None
-            )
-
-        self.attention_norm = weights.own(f"{prefix}input_layernorm.weight")
-        self.qkv = pack(config.attention_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.out = pack(config.attention_bias, "self_attn.o_proj")
-        self.mlp_norm = weights.own(f"{prefix}post_attention_layernorm.weight")
-        self.gate_up = pack(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj")
-        self.down = pack(config.mlp_bias, "mlp.down_proj")
-
-
-class Llama:
-    """A model on its device. Holds weights and the rotary table, no state of any sequence."""
-
-    wanted_tensors = staticmethod(wanted_tensors)
-    ignored_tensors = staticmethod(ignored_tensors)
-
-    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
-        self.config = config
-        self.kernels = kernels
-        self._shape = AttentionShape(config.heads, config.kv_heads, config.head_dim, config.head_dim**-0.5)
-        self._embedding = weights.own("model.embed_tokens.weight")
-        self._rope = rope_table(config.rope, config.head_dim, config.max_positions).to(self._embedding.device)
-        self._layers = [
-            Layer(f"model.layers.{index}.", config, weights, kernels) for index in range(config.layers)
-        ]
-        self._norm = weights.own("model.norm.weight")
-        self._head = kernels.linear(self._embedding if config.tied else weights.take("lm_head.weight"), None)
-
-    @property
-    def device(self) -> torch.device:
-        return self._embedding.device
-
-    def kv_shape(self, block_size: int) -> KVShape:
-        """What one block of `block_size` tokens holds."""
-        return KVShape(self.config.layers, self.config.kv_heads, block_size, self.config.head_dim)
-
-    def forward(self, batch: Batch, pool: Tensor, sampled: Tensor | None = None) -> Tensor:
-        """Writes the KV of every token of the batch to the pool; returns the logits of some.
-
-        sampled: int64 [S], which of the batch's T tokens want logits; None is all of them. Returns
-        [S, vocab_size] in the model's dtype. After the last attention only these tokens are carried on.
-        """
-        kernels, eps = self.kernels, self.config.norm_eps
-        residual = kernels.embed(self._embedding, batch.tokens)
-        delta: Tensor | None = None
-        last = len(self._layers) - 1
-        for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(kernels.add_norm(residual, delta, layer.attention_norm, eps))
-            mixed = kernels.attend(pool, index, qkv, self._rope, self._shape, batch)
-            if index == last and sampled is not None:
-                if not len(sampled):
-                    return mixed.new_empty((0, self.config.vocab_size))
-                residual, mixed = residual.index_select(0, sampled), mixed.index_select(0, sampled)
-            normed = kernels.add_norm(residual, layer.out(mixed), layer.mlp_norm, eps)
-            delta = layer.down(kernels.silu_mul(layer.gate_up(normed)))
-        return self._head(kernels.add_norm(residual, delta, self._norm, eps))
+LLAMA = Family("LlamaForCausalLM", traits, max_positions=2048)

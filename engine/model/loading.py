@@ -12,19 +12,16 @@ import torch
 from engine.kernels.protocol import Kernels
 from engine.kernels.select import choose_dtype, make_kernels
 from engine.model.config import ModelConfig, read_config
+from engine.model.decoder import Decoder, ignored_tensors, wanted_tensors
 from engine.model.generation import GenerationDefaults, read_generation
-from engine.model.llama import Llama
 from engine.model.weights import Checkpoint, Weights
-
-FAMILIES = {"LlamaForCausalLM": Llama}
-"""Architecture -> its family's class."""
 
 KernelMaker = Callable[[torch.device, torch.dtype], Kernels]
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    model: Llama
+    model: Decoder
     config: ModelConfig
     generation: GenerationDefaults
     dtype: torch.dtype
@@ -41,17 +38,19 @@ def load_model(
     """
     config = read_config(directory)
     generation = read_generation(directory, config)
-    family = FAMILIES[config.architecture]
-    wanted = family.wanted_tensors(config)
     with torch.inference_mode(), Checkpoint(directory) as checkpoint:
         stored = checkpoint.main_dtype()
         chosen = choose_dtype(dtype, device, stored)
         weights = Weights(
-            checkpoint, wanted, ignored=family.ignored_tensors(config), device=device, dtype=chosen.dtype
+            checkpoint,
+            wanted_tensors(config),
+            ignored=ignored_tensors(config),
+            device=device,
+            dtype=chosen.dtype,
         )
-        model = family(config, weights, kernels(device, chosen.dtype))
+        model = Decoder(config, weights, kernels(device, chosen.dtype))
     ignored = [
         f"generation_config.json asks for {field}, which is not supported: ignored"
         for field in generation.ignored
     ]
-    return Loaded(model, config, generation, chosen.dtype, (*chosen.facts, *ignored))
+    return Loaded(model, config, generation, chosen.dtype, (*chosen.facts, *config.facts, *ignored))

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from engine.model.config import ModelConfig, parse_config
-from engine.model.llama import wanted_tensors
+from engine.model.decoder import wanted_tensors
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the last three ids
 CHAT_TEMPLATE = (

@@ -53,11 +53,17 @@ class Fields:
     def number(self, name: str, default: float | None = None, *, low: float, high: float = math.inf) -> float:
         """A finite number in [low, high]."""
         value = self._get(name, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and math.isfinite(value) and low <= value <= high:
+        if _is_number(value) and low <= value <= high:
             return float(value)
         limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         return self._refuse(name, value, f"a number {limits}", low)
+
+    def numbers(self, name: str, *, low: float) -> tuple[float, ...]:
+        """A list of finite numbers of at least `low`."""
+        value = self._get(name, None)
+        if isinstance(value, list) and value and all(_is_number(each) and each >= low for each in value):
+            return tuple(float(each) for each in value)
+        return self._refuse(name, value, f"a list of numbers of at least {low:g}", ())
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
@@ -85,6 +91,10 @@ class Fields:
             options = " or ".join(json.dumps(option) for option in supported)
             self._refuse(name, value, f"{options} only", None)
 
+    def refuse(self, name: str, wanted: str) -> None:
+        """Adds a problem: the field as it is, and what would be supported."""
+        self._refuse(name, self.raw.get(name), wanted, None)
+
     def _get(self, name: str, default: Any) -> Any:
         value = self.raw.get(name)
         return default if value is None else value
@@ -93,3 +103,7 @@ class Fields:
         found = "is missing" if value is None else f"is {json.dumps(value)[:80]}"
         self.problems.append(f"{self._prefix}{name} {found}; supported: {wanted}")
         return stand_in
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

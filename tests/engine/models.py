@@ -29,7 +29,28 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"type": "linear", "factor": 2.5}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.3}
+
+
+def family(model_type: str, architecture: str, **more: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "architectures": [architecture], **more}
+
+
+def qwen2(**more: Any) -> dict[str, Any]:
+    return family("qwen2", "Qwen2ForCausalLM", **more)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": qwen2(),
+    "qwen2_tied": qwen2(tie_word_embeddings=True, sliding_window=32),  # a window that is not used
+    "qwen2_yarn": qwen2(rope_scaling=YARN, rope_theta=1000000.0, max_position_embeddings=64),
+}
+"""Families beside Llama, the bits of each of which are compared along all ways."""
+
 SHAPES: dict[str, dict[str, Any]] = {
+    **FAMILIES,
     "mha": {"num_key_value_heads": 4},
     "gqa": {},
     "mqa": {"num_key_value_heads": 1},
@@ -45,6 +66,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 389,
     },
     "biased": {"attention_bias": True, "mlp_bias": True},
+    "linear": {"rope_scaling": LINEAR},
+    "dynamic": {"rope_scaling": DYNAMIC},
+    "yarn": {"rope_parameters": {"rope_theta": 30000.0, **YARN, "beta_fast": 8, "truncate": False}},
+    "yarn_mscale": {"rope_scaling": YARN | {"mscale": 0.9, "mscale_all_dim": 0.4, "beta_slow": 2.0}},
 }
 
 KERNELS: dict[str, Callable[[torch.device, torch.dtype], Kernels]] = {

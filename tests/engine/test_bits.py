@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.plan import PENDING, Placement, Plan, Row, Sampling
 from engine.runner import flatten
-from tests.engine.models import BLOCK, Driver, Piece, driver_for, load, random_tokens, runner_for
+from tests.engine.models import BLOCK, FAMILIES, Driver, Piece, driver_for, load, random_tokens, runner_for
 
 LENGTH = 80  # five whole blocks
 CASES = [
@@ -23,6 +23,7 @@ CASES = [
     ("mqa", "cpu", "bfloat16"),
     ("shipped", "cpu", "float32"),
     ("shipped", "cpu", "bfloat16"),
+    *((name, "cpu", dtype) for name in FAMILIES for dtype in ("float32", "bfloat16")),
 ]
 Directories = Callable[[str], Path]
 

@@ -11,8 +11,10 @@ import torch
 from engine.kernels.protocol import KVShape
 from engine.kernels.select import reference_kernels
 from engine.model import fingerprint
-from engine.model.config import ModelConfig, Rope
+from engine.model.config import ModelConfig
+from engine.model.family import Traits
 from engine.model.fingerprint import ModelChanged, kv_fingerprint, signature, weights_hash
+from engine.model.rope import Rope
 
 LONG_AGO = 10**18
 CPU = torch.device("cpu")
@@ -119,8 +121,8 @@ def test_a_cache_that_cannot_be_written_is_only_slower(model: Path, tmp_path: Pa
 def test_all_that_decides_the_bytes_of_kv_changes_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(
         architecture="LlamaForCausalLM", vocab_size=99, hidden_size=32, intermediate_size=64, layers=2,
-        heads=4, kv_heads=2, head_dim=16, max_positions=64, norm_eps=1e-5, tied=True, attention_bias=False,
-        mlp_bias=False, rope=Rope(10000.0), eos_token_ids=(0,),
+        heads=4, kv_heads=2, head_dim=16, max_positions=64, norm_eps=1e-5, tied=True,
+        rope=Rope(10000.0), eos_token_ids=(0,), traits=Traits(),
     )  # fmt: skip
     kernels, shape = reference_kernels(CPU, torch.float32), KVShape(2, 2, 16, 16)
 
@@ -136,6 +138,10 @@ def test_all_that_decides_the_bytes_of_kv_changes_the_fingerprint(monkeypatch: p
         found(),
         found(weights="v"),
         found(config=replace(config, rope=Rope(20000.0))),
+        found(config=replace(config, rope=Rope(10000.0, "yarn", 4.0))),
+        found(config=replace(config, traits=Traits(qkv_bias=True))),
+        found(config=replace(config, traits=Traits(head_norm=True))),
+        found(config=replace(config, traits=Traits(windows=(0, 32)))),
         found(dtype=torch.bfloat16),
         found(shape=replace(shape, block_size=32)),
         found(shape=replace(shape, layers=3)),

@@ -15,9 +15,10 @@ from torch import Tensor
 from engine.kernels.protocol import UnsupportedDevice
 from engine.kernels.select import choose_dtype
 from engine.model.config import ModelConfig, parse_config, read_config
+from engine.model.decoder import wanted_tensors
 from engine.model.errors import BrokenCheckpoint, ModelError, UnsupportedModel
+from engine.model.families import FAMILIES
 from engine.model.generation import parse_generation, read_generation
-from engine.model.llama import wanted_tensors
 from engine.model.loading import load_model
 from engine.model.random_weights import llama_config, random_tensors, write_random_llama
 from engine.model.weights import Checkpoint, Weights
@@ -45,6 +46,9 @@ LLAMA_3_1 = {
     "torch_dtype": "bfloat16",
     "pretraining_tp": 1,
 }
+
+TRAITS = ("attention_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+ROPE_KINDS = ("linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ class TestConfig:
                 | {
                     "architectures": ["MixtralForCausalLM"],
                     "hidden_act": "gelu",
-                    "rope_scaling": {"type": "yarn"},
+                    "rope_scaling": {"type": "mrope"},
                     "quantization_config": {"bits": 4},
                     "sliding_window": 4096,
                     "num_hidden_layers": "many",
@@ -106,7 +110,7 @@ class TestConfig:
         for word in (
             "Mixtral",
             "gelu",
-            "yarn",
+            "mrope",
             "quantization",
             "sliding",
             "many",
@@ -131,22 +135,26 @@ class TestConfig:
 
     @given(
         st.dictionaries(
-            st.sampled_from([*LLAMA_3_1, "head_dim", "rope_parameters", "hidden_act", "attention_bias"]),
+            st.sampled_from([*LLAMA_3_1, "head_dim", "rope_parameters", "hidden_act", *TRAITS]),
             st.recursive(
                 st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                 lambda inner: (
                     st.lists(inner, max_size=2)
                     | st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "rope_theta"]), inner)
+                    | st.fixed_dictionaries(
+                        {"rope_type": st.sampled_from(ROPE_KINDS), "factor": st.just(2.0)}
+                    )
                 ),
                 max_leaves=4,
             ),
-        )
+        ),
+        st.sampled_from(list(FAMILIES)),
     )
-    @settings(max_examples=200)
-    def test_any_config_is_read_or_refused(self, changes: dict[str, Any]) -> None:
+    @settings(max_examples=300)
+    def test_any_config_is_read_or_refused(self, changes: dict[str, Any], architecture: str) -> None:
         """Whatever a file says, the answer is a config or an UnsupportedModel, never another exception."""
         try:
-            config = parse_config(LLAMA_3_1 | changes)
+            config = parse_config(LLAMA_3_1 | {"architectures": [architecture]} | changes)
         except UnsupportedModel:
             return
         assert isinstance(config, ModelConfig)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.model.config import read_config
-from engine.model.rope import rope_table
+from engine.model.rope import Rope, rope_table
 from tests.engine.models import KERNELS, SHAPES, driver_for, greedy, load, random_tokens
 
 NEW_TOKENS = 64
@@ -88,9 +88,21 @@ def test_bfloat16_follows_float32(kernels: str, model_directory: Callable[[str],
     assert (driver.all_logits(0).float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ["gqa", "llama3", "rope_parameters"])
+ROPES = {
+    "gqa": "default",
+    "llama3": "llama3",
+    "rope_parameters": "llama3",
+    "linear": "linear",
+    "yarn": "yarn",
+    "yarn_mscale": "yarn",
+    "qwen2_yarn": "yarn",
+    "dynamic": "dynamic",
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
 def test_the_rotary_table_is_that_of_transformers(name: str, model_directory: Callable[[str], Path]) -> None:
-    """Cosines and sines, bit for bit, at all positions; `llama3` is not the plain table."""
+    """Cosines and sines, bit for bit, at all positions that are served."""
     config = read_config(directory := model_directory(name))
     embedding = peer(directory).model.rotary_emb
     cos, sin = embedding(torch.zeros(1), torch.arange(config.max_positions)[None])
@@ -98,4 +110,6 @@ def test_the_rotary_table_is_that_of_transformers(name: str, model_directory: Ca
     half = config.head_dim // 2
     assert torch.equal(ours[:, 0], cos[0, :, :half])
     assert torch.equal(ours[:, 1], sin[0, :, :half])
-    assert (config.rope.kind == "llama3") == (name != "gqa")
+    assert config.rope.kind == ROPES[name]
+    plain = rope_table(Rope(config.rope.theta), config.head_dim, config.max_positions)
+    assert torch.equal(ours, plain) == (ROPES[name] in ("default", "dynamic"))

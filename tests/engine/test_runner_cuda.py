@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.device_cuda import Mark
 from engine.kernels.protocol import AttentionShape, Batch
 from engine.kernels.reference import ReferenceKernels
-from engine.model.llama import Llama
+from engine.model.decoder import Decoder
 from engine.model.loading import load_model
 from engine.model.random_weights import llama_config, write_random_llama
 from engine.plan import PENDING, Placement, Plan, Row, Runner, Sampling, StepResult
@@ -82,7 +82,7 @@ class PaddedReference(ReferenceKernels):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     directory: Path = tmp_path_factory.mktemp("model")
     write_random_llama(directory, llama_config(vocab_size=300, max_position_embeddings=64))
     loaded = load_model(
@@ -91,13 +91,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     return loaded.model
 
 
-def plain(model: Llama) -> ModelRunner:
+def plain(model: Decoder) -> ModelRunner:
     return ModelRunner(
         model, Sampler(SLOTS, 300, CPU), kv_blocks=BLOCKS, block_size=BLOCK, max_sequences=SLOTS
     )
 
 
-def overlapped(model: Llama, device: InlineDevice, *, graphs: bool) -> CudaRunner:
+def overlapped(model: Decoder, device: InlineDevice, *, graphs: bool) -> CudaRunner:
     return CudaRunner(
         model,
         Sampler(SLOTS, 300, CPU),
@@ -154,7 +154,7 @@ def results(runner: Runner) -> list[StepResult]:
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_results_are_the_plain_runners(graphs: bool, model: Llama) -> None:
+def test_results_are_the_plain_runners(graphs: bool, model: Decoder) -> None:
     """Tokens, log-probabilities and KV, with padded graphs and without."""
     expected, device = plain(model), InlineDevice()
     ours = overlapped(model, device, graphs=graphs)
@@ -170,7 +170,7 @@ def test_results_are_the_plain_runners(graphs: bool, model: Llama) -> None:
     assert all(step.seconds == 0.25 for step in found)
 
 
-def test_warm_up_captures_every_size(model: Llama) -> None:
+def test_warm_up_captures_every_size(model: Decoder) -> None:
     """Afterwards no step waits for a capture."""
     runner = overlapped(model, InlineDevice(), graphs=True)
     runner.warm_up()

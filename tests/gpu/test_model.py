@@ -11,7 +11,7 @@ import torch
 
 from engine.kernels.protocol import Kernels
 from engine.kernels.reference import ReferenceKernels
-from engine.model.llama import Llama
+from engine.model.decoder import Decoder
 from engine.model.loading import load_model
 from engine.model.random_weights import llama_config, write_random_llama
 from engine.plan import Placement, Row, Sampling
@@ -37,7 +37,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_llama(tmp_path_factory.mktemp("model"), config)
 
 
-def load(directory: Path, device: torch.device, kernels: Kernels) -> Llama:
+def load(directory: Path, device: torch.device, kernels: Kernels) -> Decoder:
     return load_model(directory, device=device, dtype="float32", kernels=lambda *_: kernels).model
 
 

@@ -1,0 +1,120 @@
+"""The decoder of all families: its tensors' names and its forward pass, spoken through `Kernels` alone.
+
+Attention may be multi-head, grouped or multi-query; the output head may be the embedding; what else differs is the
+config's `Traits`. Not here: what a family is (family.py), the KV pool and batches (engine/runner.py), how anything is
+computed (engine/kernels).
+"""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.protocol import AttentionShape, Batch, Kernels, KVShape, Linear
+from engine.model.config import ModelConfig
+from engine.model.rope import rope_table
+from engine.model.weights import Weights
+
+IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints carry what config.json says already
+
+
+def wanted_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint, name -> shape."""
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in (f"model.layers.{i}." for i in range(config.layers)):
+        for part, (shape, bias) in _linears(config).items():
+            shapes |= {f"{layer}{part}.weight": shape} | ({f"{layer}{part}.bias": shape[:1]} if bias else {})
+        shapes |= {
+            layer + "input_layernorm.weight": (hidden,),
+            layer + "post_attention_layernorm.weight": (hidden,),
+        }
+    return shapes if config.tied else shapes | {"lm_head.weight": (config.vocab_size, hidden)}
+
+
+def _linears(config: ModelConfig) -> dict[str, tuple[tuple[int, int], bool]]:
+    """A layer's linears, name -> shape of the weight, and whether there is a bias."""
+    traits, hidden, inter = config.traits, config.hidden_size, config.intermediate_size
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "self_attn.q_proj": ((q, hidden), traits.qkv_bias),
+        "self_attn.k_proj": ((kv, hidden), traits.qkv_bias),
+        "self_attn.v_proj": ((kv, hidden), traits.qkv_bias),
+        "self_attn.o_proj": ((hidden, q), traits.out_bias),
+        "mlp.gate_proj": ((inter, hidden), traits.mlp_bias),
+        "mlp.up_proj": ((inter, hidden), traits.mlp_bias),
+        "mlp.down_proj": ((hidden, inter), traits.mlp_bias),
+    }
+
+
+def ignored_tensors(config: ModelConfig) -> tuple[str, ...]:
+    """Endings of names that a checkpoint may hold and that are not read."""
+    return (*IGNORED, "lm_head.weight") if config.tied else IGNORED
+
+
+class Layer:
+    """One decoder layer: packed weights, and norms' gains."""
+
+    __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qkv")
+
+    def __init__(self, prefix: str, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
+        linears = _linears(config)
+
+        def pack(*parts: str) -> Linear:
+            weight = weights.take(*(f"{prefix}{part}.weight" for part in parts))
+            biased = linears[parts[0]][1]
+            bias = weights.take(*(f"{prefix}{part}.bias" for part in parts)) if biased else None
+            return kernels.linear(weight, bias)
+
+        self.attention_norm = weights.own(f"{prefix}input_layernorm.weight")
+        self.qkv = pack("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.out = pack("self_attn.o_proj")
+        self.mlp_norm = weights.own(f"{prefix}post_attention_layernorm.weight")
+        self.gate_up = pack("mlp.gate_proj", "mlp.up_proj")
+        self.down = pack("mlp.down_proj")
+
+
+class Decoder:
+    """A model on its device. Holds weights and the rotary table, no state of any sequence."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
+        self.config = config
+        self.kernels = kernels
+        self._shape = AttentionShape(config.heads, config.kv_heads, config.head_dim, config.head_dim**-0.5)
+        self._embedding = weights.own("model.embed_tokens.weight")
+        self._rope = rope_table(config.rope, config.head_dim, config.max_positions).to(self._embedding.device)
+        self._layers = [
+            Layer(f"model.layers.{index}.", config, weights, kernels) for index in range(config.layers)
+        ]
+        self._norm = weights.own("model.norm.weight")
+        self._head = kernels.linear(self._embedding if config.tied else weights.take("lm_head.weight"), None)
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    def kv_shape(self, block_size: int) -> KVShape:
+        """What one block of `block_size` tokens holds."""
+        return KVShape(self.config.layers, self.config.kv_heads, block_size, self.config.head_dim)
+
+    def forward(self, batch: Batch, pool: Tensor, sampled: Tensor | None = None) -> Tensor:
+        """Writes the KV of every token of the batch to the pool; returns the logits of some.
+
+        sampled: int64 [S], which of the batch's T tokens want logits; None is all of them. Returns
+        [S, vocab_size] in the model's dtype. After the last attention only these tokens are carried on.
+        """
+        kernels, eps = self.kernels, self.config.norm_eps
+        residual = kernels.embed(self._embedding, batch.tokens)
+        delta: Tensor | None = None
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(kernels.add_norm(residual, delta, layer.attention_norm, eps))
+            mixed = kernels.attend(pool, index, qkv, self._rope, self._shape, batch)
+            if index == last and sampled is not None:
+                if not len(sampled):
+                    return mixed.new_empty((0, self.config.vocab_size))
+                residual, mixed = residual.index_select(0, sampled), mixed.index_select(0, sampled)
+            normed = kernels.add_norm(residual, layer.out(mixed), layer.mlp_norm, eps)
+            delta = layer.down(kernels.silu_mul(layer.gate_up(normed)))
+        return self._head(kernels.add_norm(residual, delta, self._norm, eps))
