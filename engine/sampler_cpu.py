@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.cpu_native import Clock, Native
+from engine.kernels.cpu_team import TEAM
 from engine.sampler_loops import DrawArguments, SummaryArguments, draw_rows, summarise_rows
 from engine.sampler_rows import Summary
 from engine.sampler_table import Table
@@ -82,8 +83,8 @@ def _described(logits: Tensor, rows: int) -> dict[str, int]:
 
 def _run(kernel: Native, arguments: Any) -> None:
     """On one thread or on all: the bits are the same, as a row is one thread's work."""
-    arguments.counter = ctypes.addressof(arguments)
+    arguments.counters = ctypes.addressof(arguments)
     if arguments.rows * arguments.vocabulary < ALONE_ELEMENTS:
         kernel.alone(arguments)
     else:
-        kernel.together(arguments, _clock)
+        TEAM.run(kernel, arguments, _clock)

@@ -38,7 +38,8 @@ assert [int(constant) for constant in (_GOLDEN, _MIX_1, _MIX_2)] == [
 _i64 = ctypes.c_int64
 _COMMON = {
     "next": _i64,  # the counter of rows claimed
-    "counter": _i64,  # where it is
+    "thread": _i64,  # not used
+    "counters": _i64,  # where the two are
     "rows": _i64,
     "vocabulary": _i64,
     "element": _i64,  # bytes of a logit: 4 or 2
@@ -396,7 +397,7 @@ def draw_rows(arguments: Any) -> None:
     top_k = carray(_at(a.top_k), a.max_sequences, np.int64)
     top_p = carray(_at(a.top_p), a.max_sequences, np.float64)
     while True:
-        s = claim(a.counter)
+        s = claim(a.counters)
         if s >= a.rows:
             break
         row = _row(a.logits, s, a.vocabulary, a.element)
@@ -416,7 +417,7 @@ def summarise_rows(arguments: Any) -> None:
     ids = carray(_at(a.ids), (a.rows, a.top), np.int64)
     values = carray(_at(a.values), (a.rows, a.top), np.float32)
     while True:
-        s = claim(a.counter)
+        s = claim(a.counters)
         if s >= a.rows:
             break
         row = _row(a.logits, wanted[s], a.vocabulary, a.element)

@@ -13,7 +13,8 @@ from torch import Tensor
 from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
 from engine.kernels.cpu_amx import amx_fits, attend_tiles
 from engine.kernels.cpu_lanes import BF16_INSTRUCTIONS
-from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, has_threads, sources_digest, target, threads
+from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, sources_digest, target, threads
+from engine.kernels.cpu_team import TEAM
 from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
 
@@ -41,17 +42,14 @@ class CpuKernels:
         self._element = _ELEMENT[dtype]
         self._clock = Clock()
         self._rows = cpu_rowwise.RowArguments(element=self._element)
-        self._rows.counter = ctypes.addressof(self._rows)
+        self._rows.counters = ctypes.addressof(self._rows)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._amx = dtype == torch.bfloat16 and amx is not False and amx_available()
         if amx and not self._amx:
             raise UnsupportedOnCpu(
                 "AMX tiles were asked for; they need bfloat16 and a CPU and kernel with amx-bf16"
             )
-        self.facts = (
-            f"CPU kernels on {self._ways()}",
-            *(() if has_threads() else ("torch brought no GOMP_parallel: kernels run on one thread",)),
-        )
+        self.facts = (f"CPU kernels on {self._ways()}",)
 
     def _ways(self) -> str:
         if self._amx:
@@ -143,7 +141,7 @@ class CpuKernels:
         arguments.rows = rows
         arguments.width = width
         if rows * width > _ALONE_NUMBERS:
-            kernel.together(arguments, self._clock)
+            TEAM.run(kernel, arguments, self._clock)
         else:
             kernel.alone(arguments)
 
@@ -163,7 +161,7 @@ class CpuKernels:
             if work.small:
                 kernel.alone(arguments)
             else:
-                kernel.together(arguments, self._clock)
+                TEAM.run(kernel, arguments, self._clock)
         return out
 
     def _prepare(self, pool: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch) -> "_Attention":

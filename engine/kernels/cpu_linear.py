@@ -27,6 +27,7 @@ from engine.kernels.cpu_lanes import (
 )
 from engine.kernels.cpu_native import Clock, inner, native, structure, threads
 from engine.kernels.cpu_product import PAIRED_A, multiply_ahead, multiply_paired_ahead
+from engine.kernels.cpu_team import TEAM
 from engine.kernels.cpu_tiles import (
     CONFIGURATION_BYTES,
     configure_square,
@@ -246,7 +247,7 @@ class PackedLinear:
         arguments.scratch = self._scratch()
         arguments.threads = threads()
         if rows * self._work > _ALONE_PRODUCTS:
-            self._kernel.together(arguments, self._clock)
+            TEAM.run(self._kernel, arguments, self._clock)
         else:
             self._kernel.alone(arguments)
         return out

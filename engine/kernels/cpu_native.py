@@ -1,9 +1,8 @@
-"""Compiled functions behind one address: how the CPU kernels are built, cached, and run on torch's own threads.
+"""Compiled functions behind one address: how the CPU kernels are built, cached and called.
 
 A kernel is a Python function of one argument, the address of a ctypes structure, compiled by numba (no compiler
-on the user's machine). It runs on one thread, or on all of torch's OpenMP team through the `GOMP_parallel` of the
-runtime torch itself brought: a second thread pool would fight the first one's spinning threads for the cores.
-A call costs 0.2 µs on one thread and 1.3 µs on two; a numba dispatcher with array arguments costs 3–10.
+on the user's machine). It runs on one thread, or on many (cpu_team.py). A call costs 0.2 µs on one thread; a numba
+dispatcher with array arguments costs 3–10.
 
 Kernels share work by claiming numbered pieces from a counter (`claim`), so the result may not depend on who
 computes what. Nothing here knows what a kernel computes; vectors are in cpu_lanes.py.
@@ -20,28 +19,11 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-import torch  # loads the OpenMP runtime that `_openmp` looks up
+import torch
 from numba.core.registry import cpu_target
 
 _Body = Callable[[Any], None]
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _openmp() -> Any:
-    """`GOMP_parallel(function, argument, threads, flags)`, or None where torch was built on another runtime."""
-    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    if function is not None:
-        function.restype = None
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    return function
-
-
-_PARALLEL = _openmp()
-
-
-def has_threads() -> bool:
-    """Whether kernels can use more than one thread here (a fact for the start's log)."""
-    return _PARALLEL is not None
 
 
 class Clock:
@@ -61,7 +43,13 @@ class Native:
         self._record = numba.from_dtype(np.dtype(arguments))
         self._address = 0
         self._alone: Any = None  # keeps the interpreter lock
-        self._released: Any = None  # does not
+        self._call_released: Any = None  # does not
+
+    @property
+    def address(self) -> int:
+        if not self._address:
+            self.compile()
+        return self._address
 
     def compile(self) -> None:
         """Compiles, or loads from the cache: seconds, or milliseconds."""
@@ -72,7 +60,7 @@ class Native:
             self._compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._body)
         self._address = self._compiled.address
         self._alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self._address)
-        self._released = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self._call_released = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
 
     @property
     def from_cache(self) -> bool:
@@ -86,15 +74,12 @@ class Native:
             self.compile()
         self._alone(ctypes.addressof(arguments))
 
-    def together(self, arguments: ctypes.Structure, clock: Clock) -> None:
-        """Runs on every thread of torch's team at once, the interpreter lock released."""
+    def released(self, arguments: ctypes.Structure, clock: Clock) -> None:
+        """Runs on this thread, the interpreter lock released."""
         if not self._address:
             self.compile()
         start = perf_counter()
-        if _PARALLEL is None:
-            self._released(ctypes.addressof(arguments))
-        else:
-            _PARALLEL(self._address, ctypes.addressof(arguments), threads(), 0)
+        self._call_released(ctypes.addressof(arguments))
         clock.seconds += perf_counter() - start
 
 
@@ -150,7 +135,10 @@ def sources_digest() -> str:
 
 
 def structure(name: str, **fields: type) -> type[ctypes.Structure]:
-    """A ctypes structure: the arguments of a kernel. Addresses and counts are c_int64, scalars c_float."""
+    """A ctypes structure: the arguments of a kernel. Addresses and counts are c_int64, scalars c_float.
+
+    Those of a kernel that a team runs begin with its two counters, `next` and `thread`, which the team clears.
+    """
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 

@@ -36,7 +36,8 @@ _i64 = ctypes.c_int64
 RowArguments = structure(
     "RowArguments",
     next=_i64,  # the counter of pieces claimed
-    counter=_i64,  # where it is
+    thread=_i64,  # not used
+    counters=_i64,  # where the two are
     rows=_i64,
     width=_i64,  # numbers a row of the result
     element=_i64,  # bytes of a number of the model's dtype
@@ -53,7 +54,7 @@ def embed_rows(arguments: Any) -> None:
     """stream[row] = table[tokens[row]]."""
     a = carray(arguments, 1)[0]
     while True:
-        start = claim(a.counter) * PIECE
+        start = claim(a.counters) * PIECE
         if start >= a.rows:
             break
         for row in range(start, min(start + PIECE, a.rows)):
@@ -69,7 +70,7 @@ def norm_rows(arguments: Any) -> None:
     """stream += delta; out = stream / sqrt(mean(stream**2) + epsilon) * weight."""
     a = carray(arguments, 1)[0]
     while True:
-        start = claim(a.counter) * PIECE
+        start = claim(a.counters) * PIECE
         if start >= a.rows:
             break
         for row in range(start, min(start + PIECE, a.rows)):
@@ -96,7 +97,7 @@ def gate_rows(arguments: Any) -> None:
     """out = gate / (1 + exp(-gate)) * up, where a row of `left` is gate and up."""
     a = carray(arguments, 1)[0]
     while True:
-        start = claim(a.counter) * PIECE
+        start = claim(a.counters) * PIECE
         if start >= a.rows:
             break
         for row in range(start, min(start + PIECE, a.rows)):

@@ -1,0 +1,188 @@
+"""Threads that compute compiled kernels together, and wait for none that is not there.
+
+Work is a list of calls, one *phase* each; a phase begins when all of the one before is done. Every thread of the team,
+the caller's too, enters the phase that is open, computes pieces until none is left, and leaves; the last to leave opens
+the next. So whoever has a core goes on, and only a thread that the system stops in the middle of a piece is waited for.
+An OpenMP team meets twice in every call, and with one other busy process on two cores it waited up to 260 ms a step.
+
+A thread without work spins, then gives its core to whoever wants it, then sleeps. Which kernels there are, and how they
+share a phase (`claim`), is in cpu_native.py and theirs.
+"""
+
+import atexit
+import ctypes
+from threading import Lock, Thread
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, types
+
+from engine.kernels.cpu_lanes import call, clear, emitted, get_i64, pointer, put_i64
+from engine.kernels.cpu_native import Clock, Native, inner, native, structure, target, threads
+
+_RING = 1024  # calls at most in one go
+_EVERYBODY = 1 << 16  # more than there are threads
+_SPINS = 2000  # some 50 µs: longer than most pieces
+_YIELDS = (
+    6000  # then some 2 ms, unless others want the core: longer than the event loop needs between two steps
+)
+
+_i64 = ctypes.c_int64
+_CALL_BYTES = 24  # function, argument, how many threads at most
+TeamState = structure(
+    "TeamState",
+    state=_i64,  # the number of the open phase << 16 | threads inside
+    end=_i64,  # the number of the first phase that is not known yet
+    threads=_i64,  # those with lower numbers take part
+    ring=_i64
+    * (3 * _RING),  # call n stands at n % _RING; never freed, so that a late thread reads no lost memory
+)
+_END, _THREADS, _CALLS = TeamState.end.offset, TeamState.threads.offset, TeamState.ring.offset
+MemberArguments = structure(
+    "MemberArguments",
+    team=_i64,  # address of the TeamState
+    number=_i64,  # 0 leads: it brings the calls, and returns when they are done; others when nothing comes for long
+    calls=_i64,  # the leader's
+    count=_i64,
+)
+_ON_X86 = target()[0].startswith("x86")
+
+
+@emitted(types.int64, types.int64)
+def _look(builder: Any, address: Any) -> Any:
+    return builder.load_atomic(pointer(builder, address), "seq_cst", 8, typ=ir.IntType(64))
+
+
+@emitted(types.void, types.int64, types.int64)
+def _add(builder: Any, address: Any, count: Any) -> None:
+    builder.atomic_rmw("add", pointer(builder, address), count, "seq_cst")
+
+
+@emitted(types.boolean, types.int64, types.int64, types.int64)
+def _swap(builder: Any, address: Any, old: Any, new: Any) -> Any:
+    """Whether the number at the address was `old`; it is `new` then."""
+    found = builder.cmpxchg(pointer(builder, address), old, new, "seq_cst", "seq_cst")
+    return builder.extract_value(found, 1)
+
+
+@emitted(types.void, types.int64, types.int64)
+def _invoke(builder: Any, function: Any, argument: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType()])
+    builder.call(builder.inttoptr(function, kind.as_pointer()), [pointer(builder, argument)])
+
+
+@emitted(types.void, types.int64)
+def _rest(builder: Any, waited: Any) -> None:
+    """A moment's pause; after many, the core to whoever wants it."""
+    with builder.if_else(builder.icmp_signed("<", waited, ir.Constant(ir.IntType(64), _SPINS))) as (
+        soon,
+        late,
+    ):
+        with soon:
+            if _ON_X86:
+                call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        with late:
+            call(builder, "sched_yield", ir.IntType(32))
+
+
+@inner
+def _bring(team: int, calls: int, count: int) -> None:
+    """Makes the calls known, their counters cleared. All earlier ones are done."""
+    end = get_i64(team + _END)
+    for i in range(count):
+        for word in range(0, _CALL_BYTES, 8):
+            to = team + _CALLS + (end + i) % _RING * _CALL_BYTES
+            put_i64(to + word, get_i64(calls + i * _CALL_BYTES + word))
+        clear(get_i64(calls + i * _CALL_BYTES + 8), 16)
+    _add(team + _END, count)
+
+
+@inner
+def _leave(team: int) -> None:
+    """The last to leave a phase opens the next: all its pieces are taken, and nobody is left at one."""
+    while True:
+        state = _look(team)
+        if _swap(team, state, state - 1 if state & 0xFFFF > 1 else ((state >> 16) + 1) << 16):
+            return
+
+
+@native(MemberArguments)
+def _take_part(arguments: Any) -> None:
+    a = carray(arguments, 1)[0]
+    team, leads = a.team, a.number == 0
+    if leads:
+        _bring(team, a.calls, a.count)
+    waited, done = 0, -1
+    while leads or waited < _SPINS + _YIELDS:
+        state = _look(team)
+        phase = state >> 16
+        over = phase == _look(team + _END)
+        if over and leads:
+            return
+        its = team + _CALLS + phase % _RING * _CALL_BYTES
+        full = state & 0xFFFF >= get_i64(its + 16) or a.number >= get_i64(team + _THREADS)
+        if over or full or phase == done:
+            _rest(waited)
+            waited += 1
+        elif _swap(team, state, state + 1):  # then the phase is open still, so what was read is true
+            _invoke(get_i64(its), get_i64(its + 8))
+            _leave(team)
+            waited, done = 0, phase
+
+
+class Team:
+    """As many threads as torch was told to use, the caller's included."""
+
+    def __init__(self) -> None:
+        self._state = TeamState()
+        self._leader = MemberArguments(team=ctypes.addressof(self._state))
+        self._call = (_i64 * 3)(0, 0, _EVERYBODY)
+        self._members: list[Thread] = []
+        self._asleep: list[Lock] = []
+        self._busy = Lock()
+        self._stopped = False
+        atexit.register(self.stop)
+
+    def run(self, kernel: Native, arguments: ctypes.Structure, clock: Clock) -> None:
+        """Calls the kernel on all threads, the interpreter lock released. Another caller waits meanwhile."""
+        with self._busy:
+            self._call[0], self._call[1] = kernel.address, ctypes.addressof(arguments)
+            self._gather(threads())
+            self._leader.calls, self._leader.count = ctypes.addressof(self._call), 1
+            _take_part.released(self._leader, clock)
+
+    def stop(self) -> None:
+        """Ends the other threads: compiled code must not outlive what it reads."""
+        self._stopped = True
+        self._wake()
+        for member in self._members:
+            member.join()
+
+    def _gather(self, count: int) -> None:
+        self._state.threads = count
+        while len(self._members) + 1 < count and not self._stopped:
+            _take_part.compile()
+            number = len(self._members) + 1
+            member = Thread(target=self._serve, args=(number,), name=f"kernels {number}", daemon=True)
+            self._members.append(member)
+            member.start()
+        if self._asleep:
+            self._wake()
+
+    def _wake(self) -> None:
+        """They come when they come: who falls asleep meanwhile misses some work, no more."""
+        while self._asleep:
+            self._asleep.pop().release()
+
+    def _serve(self, number: int) -> None:
+        bell, clock = Lock(), Clock()
+        arguments = MemberArguments(team=ctypes.addressof(self._state), number=number)
+        bell.acquire()
+        while not self._stopped:
+            _take_part.released(arguments, clock)
+            self._asleep.append(bell)
+            if not self._stopped:
+                bell.acquire()
+
+
+TEAM = Team()
