@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.decode_steps import DecodeSteps
 from engine.kernels.protocol import Batch
 from engine.model.decoder import Decoder
 from engine.plan import PENDING, Logprob, Placement, Plan, Row, Sampling, StepResult
@@ -156,6 +157,7 @@ class ModelRunner:
             self.pool = model.kernels.new_pool(kv_blocks, model.kv_shape(block_size))
             self.tables = BlockTables(max_sequences, max_blocks, block_size)
             self._tables = torch.from_numpy(self.tables.array)
+        self._decode = DecodeSteps(model, self.pool, self._tables, max_blocks * block_size)
         self._last = np.zeros(max_sequences, dtype=np.int64)
 
     @property
@@ -190,9 +192,7 @@ class ModelRunner:
         self._sampler.warm_up()
 
     def batch(self, flat: FlatRows) -> Batch:
-        """The rows for the model. Fills in pending tokens, in `flat` too, from their slots' last draws."""
-        if len(flat.pending):
-            flat.tokens[flat.pending] = self._last[flat.pending_slots]
+        """The rows for the model."""
         return Batch(
             tokens=torch.from_numpy(flat.tokens),
             positions=torch.from_numpy(flat.positions),
@@ -209,7 +209,9 @@ class ModelRunner:
         with torch.inference_mode():
             for row in rows:
                 self.tables.write(row)
-            return self._model.forward(self.batch(flatten(rows)), self.pool)
+            flat = flatten(rows)
+            flat.sampled = None
+            return self._logits(flat).clone()
 
     def slabs(self, slot: int) -> Tensor:
         """A copy of the slot's blocks, [blocks, …] in the kernels' layout: what a snapshot keeps."""
@@ -220,11 +222,21 @@ class ModelRunner:
         for row in rows:
             self.tables.write(row)
         flat = flatten(rows)
-        sampled = None if flat.sampled is None else torch.from_numpy(flat.sampled)
-        logits = self._model.forward(self.batch(flat), self.pool, sampled)
+        logits = self._logits(flat)
         if not len(logits):
             return (), ()
         drawn = self._sampler.sample(logits, flat.sampled_slots, flat.sampled_positions)
         tokens = drawn.tokens.numpy()
         self._last[flat.sampled_slots] = tokens
         return tuple(tokens.tolist()), drawn.logprobs()
+
+    def _logits(self, flat: FlatRows) -> Tensor:
+        """Of the tokens that sample; good until the next step. Fills in pending tokens from their slots' last draws."""
+        if len(flat.pending):
+            flat.tokens[flat.pending] = self._last[flat.pending_slots]
+        if flat.sampled is None and flat.longest_row == 1:
+            logits = self._decode.logits(flat.tokens, flat.positions, flat.slots)
+            if logits is not None:
+                return logits
+        sampled = None if flat.sampled is None else torch.from_numpy(flat.sampled)
+        return self._model.forward(self.batch(flat), self.pool, sampled)

@@ -5,6 +5,8 @@ cpu_linear.py; here is who calls what with which addresses, and what is small en
 """
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 
 import numba
 import torch
@@ -14,6 +16,7 @@ from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
 from engine.kernels.cpu_amx import amx_fits, attend_tiles
 from engine.kernels.cpu_lanes import BF16_INSTRUCTIONS
 from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, sources_digest, target, threads
+from engine.kernels.cpu_program import Arena, Program, noted
 from engine.kernels.cpu_team import TEAM
 from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
@@ -41,6 +44,8 @@ class CpuKernels:
         self.exact = True
         self._element = _ELEMENT[dtype]
         self._clock = Clock()
+        self._arena = Arena()
+        self._program: Program | None = None  # while it is made
         self._rows = cpu_rowwise.RowArguments(element=self._element)
         self._rows.counters = ctypes.addressof(self._rows)
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -99,7 +104,30 @@ class CpuKernels:
         self._reserve(cpu_linear.scratch_bytes(inputs))
         tiles = self._amx and inputs % 32 == 0
         weight = weight.to(self.dtype)
-        return cpu_linear.PackedLinear(weight, bias, tiles, lambda: self._scratch.data_ptr(), self._clock)
+        return cpu_linear.PackedLinear(
+            weight, bias, tiles, lambda: self._scratch.data_ptr(), self._new, self._run
+        )
+
+    def record(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        """See `Kernels.record`."""
+        program = self._program = Program(self._arena)
+        try:
+            found = noted(program, forward, self._scratch)
+        finally:
+            self._program = None
+        return None if found is None else partial(found.run, self._clock)
+
+    def _run(self, kernel: Native, arguments: ctypes.Structure, small: bool) -> None:
+        """Now, or whenever what is being recorded is done."""
+        if self._program is not None:
+            self._program.add(kernel, arguments, small)
+        elif small:
+            kernel.alone(arguments)
+        else:
+            TEAM.run(kernel, arguments, self._clock)
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype) if self._program is None else self._program.lend(shape, dtype)
 
     def _reserve(self, thread_bytes: int) -> None:
         """Makes the scratch large enough for every thread a kernel may run on."""
@@ -108,7 +136,7 @@ class CpuKernels:
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         rows, width = len(tokens), table.shape[1]
-        stream = torch.empty((rows, width))
+        stream = self._new((rows, width), torch.float32)
         self._rows.left = table.data_ptr()
         self._rows.right = tokens.data_ptr()
         self._rows.stream = stream.data_ptr()
@@ -117,7 +145,7 @@ class CpuKernels:
 
     def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         rows, width = residual.shape
-        out = torch.empty((rows, width), dtype=self.dtype)
+        out = self._new((rows, width), self.dtype)
         arguments = self._rows
         arguments.left = 0 if delta is None else delta.data_ptr()
         arguments.right = weight.data_ptr()
@@ -129,7 +157,7 @@ class CpuKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, width = gate_up.shape
-        out = torch.empty((rows, width // 2), dtype=self.dtype)
+        out = self._new((rows, width // 2), self.dtype)
         self._rows.left = gate_up.data_ptr()
         self._rows.out = out.data_ptr()
         self._over_rows(cpu_rowwise.gate_rows, rows, width // 2)
@@ -140,16 +168,13 @@ class CpuKernels:
         arguments.next = 0
         arguments.rows = rows
         arguments.width = width
-        if rows * width > _ALONE_NUMBERS:
-            TEAM.run(kernel, arguments, self._clock)
-        else:
-            kernel.alone(arguments)
+        self._run(kernel, arguments, rows * width <= _ALONE_NUMBERS)
 
     def attend(
         self, pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch
     ) -> Tensor:
         work = batch.scratch.get("attention") or self._prepare(pool, rope, shape, batch)
-        out = torch.empty((len(qkv), shape.heads * shape.head_dim), dtype=self.dtype)
+        out = self._new((len(qkv), shape.heads * shape.head_dim), self.dtype)
         arguments = work.arguments
         arguments.pool = work.pool + layer * work.layer_bytes
         arguments.qkv = qkv.data_ptr()
@@ -158,10 +183,7 @@ class CpuKernels:
             arguments.next = arguments.thread = 0
             arguments.segments = segments
             arguments.pieces = pieces
-            if work.small:
-                kernel.alone(arguments)
-            else:
-                TEAM.run(kernel, arguments, self._clock)
+            self._run(kernel, arguments, work.small)
         return out
 
     def _prepare(self, pool: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch) -> "_Attention":

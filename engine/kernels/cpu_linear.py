@@ -25,9 +25,8 @@ from engine.kernels.cpu_lanes import (
     store_f32_some,
     store_some,
 )
-from engine.kernels.cpu_native import Clock, inner, native, structure, threads
+from engine.kernels.cpu_native import Native, inner, native, structure, threads
 from engine.kernels.cpu_product import PAIRED_A, multiply_ahead, multiply_paired_ahead
-from engine.kernels.cpu_team import TEAM
 from engine.kernels.cpu_tiles import (
     CONFIGURATION_BYTES,
     configure_square,
@@ -216,9 +215,16 @@ class PackedLinear:
     """`engine.kernels.protocol.Linear` over packed weights. `tiles`: on AMX (bf16, `in` a multiple of 32)."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, tiles: bool, scratch: Callable[[], int], clock: Clock
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        tiles: bool,
+        scratch: Callable[[], int],
+        new: Callable[[tuple[int, ...], torch.dtype], Tensor],
+        run: Callable[[Native, ctypes.Structure, bool], None],
     ) -> None:
-        self._weight, self._clock, self._scratch = pack(weight), clock, scratch
+        """`scratch` gives its address; `new` makes a result; `run` calls a kernel, on one thread if told so."""
+        self._weight, self._scratch, self._new, self._run = pack(weight), scratch, new, run
         self._bias = None if bias is None else bias.float().contiguous()
         self._outputs, inputs = weight.shape
         self._dtype, self._work = weight.dtype, weight.numel()
@@ -238,7 +244,7 @@ class PackedLinear:
         assert x.dtype == self._dtype
         assert x.is_contiguous(), "kernels read rows by address"
         rows = x.shape[0]
-        out = torch.empty((rows, self._outputs), dtype=self._dtype)
+        out = self._new((rows, self._outputs), self._dtype)
         arguments = self._arguments
         arguments.next = arguments.thread = 0
         arguments.x = x.data_ptr()
@@ -246,8 +252,5 @@ class PackedLinear:
         arguments.out = out.data_ptr()
         arguments.scratch = self._scratch()
         arguments.threads = threads()
-        if rows * self._work > _ALONE_PRODUCTS:
-            TEAM.run(self._kernel, arguments, self._clock)
-        else:
-            self._kernel.alone(arguments)
+        self._run(self._kernel, arguments, rows * self._work <= _ALONE_PRODUCTS)
         return out

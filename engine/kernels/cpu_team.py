@@ -20,8 +20,8 @@ from numba import carray, types
 from engine.kernels.cpu_lanes import call, clear, emitted, get_i64, pointer, put_i64
 from engine.kernels.cpu_native import Clock, Native, inner, native, structure, target, threads
 
+EVERYBODY = 1 << 16  # more than there are threads
 _RING = 1024  # calls at most in one go
-_EVERYBODY = 1 << 16  # more than there are threads
 _SPINS = 2000  # some 50 µs: longer than most pieces
 _YIELDS = (
     6000  # then some 2 ms, unless others want the core: longer than the event loop needs between two steps
@@ -136,7 +136,7 @@ class Team:
     def __init__(self) -> None:
         self._state = TeamState()
         self._leader = MemberArguments(team=ctypes.addressof(self._state))
-        self._call = (_i64 * 3)(0, 0, _EVERYBODY)
+        self._call = (_i64 * 3)(0, 0, EVERYBODY)
         self._members: list[Thread] = []
         self._asleep: list[Lock] = []
         self._busy = Lock()
@@ -147,9 +147,19 @@ class Team:
         """Calls the kernel on all threads, the interpreter lock released. Another caller waits meanwhile."""
         with self._busy:
             self._call[0], self._call[1] = kernel.address, ctypes.addressof(arguments)
-            self._gather(threads())
-            self._leader.calls, self._leader.count = ctypes.addressof(self._call), 1
-            _take_part.released(self._leader, clock)
+            self._lead(ctypes.addressof(self._call), 1, clock)
+
+    def run_calls(self, calls: ctypes.Array[ctypes.c_int64], clock: Clock) -> None:
+        """One call after another: function, argument, and how many threads at most may share it, for each."""
+        address, count = ctypes.addressof(calls), len(calls) // 3
+        with self._busy:
+            for first in range(0, count, _RING):
+                self._lead(address + first * _CALL_BYTES, min(_RING, count - first), clock)
+
+    def _lead(self, calls: int, count: int, clock: Clock) -> None:
+        self._gather(threads())
+        self._leader.calls, self._leader.count = calls, count
+        _take_part.released(self._leader, clock)
 
     def stop(self) -> None:
         """Ends the other threads: compiled code must not outlive what it reads."""

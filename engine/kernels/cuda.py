@@ -73,6 +73,9 @@ class CudaKernels:
         tiles = self._tiles[shape]
         return lambda x: triton_matmul.matmul(x, weight, bias, tiles)
 
+    def record(self, forward: Callable[[], Tensor]) -> None:
+        """Not these: decode steps are CUDA graphs (runner_cuda.py)."""
+
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, table).float()
 

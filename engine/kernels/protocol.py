@@ -103,3 +103,10 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2 * intermediate] -> silu(gate) * up, [T, intermediate]."""
+
+    def record(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        """Calls `forward` without computing anything; what it returns does what `forward` asked for, each time anew.
+
+        The same memory is read and written each time; the result is good until another recording runs. None: these
+        kernels record nothing, or not all that `forward` does goes through them.
+        """
