@@ -84,7 +84,7 @@ def _blocks(engine: Engine, tier: str) -> dict[str, int]:
             "capacity_blocks": pool.blocks,
             "pinned_blocks": pool.held,
         }
-    shelf = scheduler.residency.shelf(tier)
+    shelf = scheduler.residency.shelves.named(tier)
     return {
         "used_blocks": len(shelf),
         "capacity_blocks": shelf.capacity,
@@ -94,7 +94,7 @@ def _blocks(engine: Engine, tier: str) -> dict[str, int]:
 
 def why_not_in_use(served: Served, tier: str) -> str | None:
     """One line; None where it is in use."""
-    if tier == DEVICE or served.engine.core.scheduler.residency.shelf(tier).up:
+    if tier == DEVICE or served.engine.core.scheduler.residency.shelves.named(tier).up:
         return None
     if not {HOST: served.kvstore.host.bytes, DISK: served.kvstore.disk.bytes}[tier]:
         return f"turned off: kvstore.{tier}.bytes is 0"

@@ -229,7 +229,7 @@ class Engine:
 
     def _blocks_in(self, tier: str) -> int:
         scheduler = self.core.scheduler
-        return scheduler.pool.cached if tier == DEVICE else len(scheduler.residency.shelf(tier))
+        return scheduler.pool.cached if tier == DEVICE else len(scheduler.residency.shelves.named(tier))
 
     # --- for operators --------------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class Engine:
             "waiting": scheduler.waiting,
             "preemptions": scheduler.counts.preemptions,
             "tiers": self._tiers(),
-            "copies": scheduler.residency.copying,
+            "copies": len(scheduler.residency.flights),
             "policies": self.policies(),
         }
 

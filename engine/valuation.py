@@ -12,7 +12,8 @@ from engine.plan import Row
 from engine.resumption import Match
 from engine.sequence import Sequence
 from kvstore.copies import DEVICE, CopyDone
-from kvstore.residency import InFlight, Residency
+from kvstore.flights import InFlight
+from kvstore.residency import Residency
 from kvstore.shelf import Entry
 from policies.cost import CopySample, CostModel, StepSample
 from policies.pricing import RELOAD, Situation, Stake, Standing, price, ways
@@ -125,7 +126,7 @@ class Valuation:
             decode_rows=rows,
             decode_context=context,
             running_weight=weight,
-            ahead_bytes=self._residency.coming_up(self._block_bytes),
+            ahead_bytes=self._residency.flights.bytes_up(self._block_bytes),
         )
 
     def step_seconds(self, situation: Situation) -> float:
@@ -153,7 +154,7 @@ class Valuation:
         low, high = 0, sequence.published
         while low < high:
             middle = (low + high) // 2
-            if self._residency.holders(sequence.table[middle]) > 1:
+            if self._residency.flights.holders(sequence.table[middle]) > 1:
                 low = middle + 1
             else:
                 high = middle

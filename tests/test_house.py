@@ -20,7 +20,8 @@ PURE = ["engine/core.py", "engine/scheduler.py", "engine/sequence.py", "engine/e
         "engine/snapshot.py", "engine/waiting.py", "engine/checkpoint.py", "engine/resumption.py",
         "engine/intake.py", "engine/places.py", "engine/policy_set.py", "engine/tenants.py", "engine/timeline.py",
         "engine/valuation.py",
-        "kvstore/copies.py", "kvstore/shelf.py", "kvstore/residency.py"]  # fmt: skip
+        "kvstore/copies.py", "kvstore/shelf.py", "kvstore/shelves.py", "kvstore/flights.py",
+        "kvstore/descent.py", "kvstore/residency.py"]  # fmt: skip
 HEAVY = {"torch", "numba", "asyncio", "aiohttp", "time", "transformers", "socket", "threading"}
 
 

@@ -260,7 +260,7 @@ async def test_a_large_tier_comes_up_in_parts_between_which_others_come_and_repl
         running(recorder=recorder, store=store, blocks=20, residency=below) as engine,
     ):
         engine.on_tier.append(lambda *told: news.put_nowait(told))
-        disk = engine.core.scheduler.residency.shelf
+        disk = engine.core.scheduler.residency.shelves.named
         store.report(TierUp(DISK, tuple(places)))
         store.report(TierDown(DISK, "it has gone"))
         assert await news.get() == (DISK, False, "it has gone")
