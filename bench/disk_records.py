@@ -12,8 +12,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from mmap import PAGESIZE
@@ -29,10 +28,10 @@ import xxhash
 from rich.table import Table
 
 from bench.report import console
-from kvstore import disk
 from kvstore.copies import Place
-from kvstore.disk import DiskTier
+from kvstore.disk import LIMITS, DiskTier
 from kvstore.disk_files import audit
+from kvstore.disk_sizes import TransactionLimits
 from kvstore.format import About, value_bytes
 from kvstore.tier import Buffer
 
@@ -156,14 +155,16 @@ def _bandwidths(path: Path, size: int) -> list[tuple[str, float, float]]:
     return [(what, median(raw), median(ours)) for what, (raw, ours) in found.items()]
 
 
-def _open(path: Path, size: int, count: int) -> DiskTier:
+def _open(path: Path, size: int, count: int, limits: TransactionLimits) -> DiskTier:
     quota = (count + 64) * (value_bytes(size, PAGESIZE) + 400) * 5 // 4 + 2**24
-    return DiskTier.open(path, quota_bytes=quota, block_bytes=size, fingerprint="bench")
+    return DiskTier.open(path, quota_bytes=quota, block_bytes=size, fingerprint="bench", limits=limits)
 
 
-def _tier(path: Path, places: Sequence[Place], data: Sequence[Buffer]) -> dict[str, float]:
+def _tier(
+    path: Path, places: Sequence[Place], data: Sequence[Buffer], limits: TransactionLimits = LIMITS
+) -> dict[str, float]:
     size, target = data[0].nbytes, np.zeros(data[0].nbytes, np.uint8)
-    tier = _open(path, size, len(places))
+    tier = _open(path, size, len(places), limits)
     step = tier.transaction_blocks
     pieces = [slice(start, start + step) for start in range(0, len(places), step)]
     taken = {"write": seconds(lambda: [tier.write(places[piece], data[piece]) for piece in pieces])}
@@ -179,7 +180,7 @@ def _raw(path: Path, places: Sequence[Place], data: Sequence[Buffer]) -> dict[st
     """LMDB alone, used well: as many values a transaction, and copied out of the map without the GIL."""
     size, target = value_bytes(data[0].nbytes, PAGESIZE), np.zeros(data[0].nbytes, np.uint8)
     values = [np.pad(block, (0, size - block.nbytes)) for block in data]
-    step = max(1, min(disk.TRANSACTION_BLOCKS, disk.TRANSACTION_BYTES // data[0].nbytes))
+    step = LIMITS.of(data[0].nbytes)
     env = lmdb.open(str(path), map_size=2 * size * len(values) + 2**26, metasync=False)
 
     def write(start: int) -> None:
@@ -221,21 +222,11 @@ def transactions(path: Path) -> Table:
         speeds: dict[int, list[float]] = {count: [] for count in counts}
         for _ in range(3):
             for count in counts:
-                with _transactions_of(count):
-                    speeds[count].append(size * len(places) / _tier(path / "s", places, data)["write"] / 1e6)
+                taken = _tier(path / "s", places, data, TransactionLimits(count, 2**40))
+                speeds[count].append(size * len(places) / taken["write"] / 1e6)
                 shutil.rmtree(path / "s")
         table.add_row(f"{size // 1024} KiB", *(f"{median(speed):,.0f}" for speed in speeds.values()))
     return table
-
-
-@contextmanager
-def _transactions_of(count: int) -> Iterator[None]:
-    before = disk.TRANSACTION_BLOCKS, disk.TRANSACTION_BYTES
-    disk.TRANSACTION_BLOCKS, disk.TRANSACTION_BYTES = count, 2**40  # type: ignore[misc]  # for the measurement only
-    try:
-        yield
-    finally:
-        disk.TRANSACTION_BLOCKS, disk.TRANSACTION_BYTES = before  # type: ignore[misc]  # as above
 
 
 # --- index and churn --------------------------------------------------------------------------------------------------
@@ -243,8 +234,8 @@ def _transactions_of(count: int) -> Iterator[None]:
 
 def index(path: Path, records: int = 1_000_000, size: int = 1024) -> Table:
     """A start with a million records, in chains of sixteen."""
-    with _transactions_of(1000):
-        tier = DiskTier.open(path, quota_bytes=6 * 2**30, block_bytes=size, fingerprint="bench")
+    many = TransactionLimits(1000, 2**40)  # to fill it quickly
+    tier = DiskTier.open(path, quota_bytes=6 * 2**30, block_bytes=size, fingerprint="bench", limits=many)
     _fill(tier, records, size)
     tier.close()
     data, about = path / "data.mdb", About.of(size, "bench")

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from bench.models import RANDOM_100M, SHIPPED
 from engine.kernels.protocol import KVShape
 from engine.model.config import parse_config
-from kvstore import disk
 from kvstore.copies import DISK, Copy, Place, TierUp
-from kvstore.disk import DiskTier
+from kvstore.disk import LIMITS, DiskTier
 from kvstore.format import value_bytes
 from kvstore.memory import MemoryTier, host_tier, pool_tier
 from kvstore.store import Opened
@@ -91,4 +90,4 @@ def open_disk(path: Path, block_bytes: int, count: int) -> Opened:
 
 def transaction_blocks(block_bytes: int, batch: int) -> int:
     """Of a copy to disk: the core makes no larger one."""
-    return min(batch, disk.TRANSACTION_BLOCKS, max(1, disk.TRANSACTION_BYTES // block_bytes))
+    return min(batch, LIMITS.of(block_bytes))

@@ -1,8 +1,10 @@
 """The disk tier: blocks as records of LMDB, that outlive the process.
 
 Two databases in one file, written together: the values (header and payload, checksummed) and a small index (parent,
-depth, tokens), which is all that a restart reads. Layouts: format.py. The directory, and what may be opened:
-disk_files.py. Who may be evicted, and what is written: residency.py.
+depth, tokens), which is all that a restart reads (disk_databases.py). Here is when there is a transaction, and what its
+failure means; what it does to a record: disk_transaction.py. How much it may do, and how much the store may hold:
+disk_sizes.py. Layouts: format.py. The directory, and what may be opened: disk_files.py. Who may be evicted, and what
+is written: residency.py.
 
 LMDB's rules, and how they are kept:
 - a transaction is durable when it returns, but for the last one's meta page (`metasync=False`): a power cut may cost
@@ -11,15 +13,12 @@ LMDB's rules, and how they are kept:
 - a reader keeps the pages of its snapshot from reuse, so one transaction reads SNAPSHOT_BYTES at most;
 - a value is read by `preadv` of its pages (values.py), not through the memory map: a bad sector is then an error, not a
   SIGBUS. The index says where it is, as py-lmdb touches every page of a value that it is asked for;
-- LMDB frees as many pages as the header before a value says, so that is looked at before a value is forgotten.
+- LMDB frees as many pages as the header before a value says, so that is looked at before (disk_transaction.py).
 """
 
 import errno
-import os
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_uint64
 from dataclasses import dataclass
 from itertools import islice
 from mmap import PAGESIZE
@@ -30,45 +29,19 @@ from typing import Final
 import lmdb
 import numpy as np
 
-from kvstore.audit import report
 from kvstore.block import Key
 from kvstore.copies import DISK, Loss, Place
-from kvstore.disk_files import DATA_FILE, LMDB_LOCK_FILE, Directory
-from kvstore.format import (
-    ABOUT_KEY,
-    DATA,
-    FORMAT,
-    HEADER_BYTES,
-    INDEX,
-    KEY_BYTES,
-    PAGE_HEADER_BYTES,
-    About,
-    first_page,
-    header,
-    index_intact,
-    pack_index,
-    unpack_index,
-    value_bytes,
-    value_pages,
-)
-from kvstore.lmdb_pages import OVERFLOW, Damage, overflow_header
+from kvstore.disk_databases import Databases
+from kvstore.disk_files import DATA_FILE, LMDB_LOCK_FILE, NO_ROOM, Directory, audited_here
+from kvstore.disk_sizes import TransactionLimits, least_room_bytes, sizes
+from kvstore.disk_transaction import NoRoom, PagesDamaged, Records, payload
+from kvstore.format import About, first_page, header, index_intact
 from kvstore.tier import Buffer, TierStats, TierUnusable
-from kvstore.values import LEAST_PAYLOAD, Outcome, read_values, stamp, warm_up
-
-TRANSACTION_BYTES: Final = 2 * 2**20
-TRANSACTION_BLOCKS: Final = 64
-"""One write holds so much, at most. Measured, durably written MB/s (bench/disk_records.py): blocks of 32 KiB 60, 310,
-600 by 1, 8, 32 a transaction; of 48 KiB 364, 453, 426, 448 by 8, 21, 42, 64; of 192 KiB 660, 671, 663, 479 by 5, 8, 10,
-21; of 256 KiB 400, 840, 670 by 1, 8, 32; of 1 MiB 330 by one and 500 to 870 by more, without order; of 4 MiB 990 by 1,
-890 by 4 and 390 by 16."""
+from kvstore.values import LEAST_PAYLOAD, Outcome, read_values, warm_up
 
 SNAPSHOT_BYTES: Final = 4 * 2**20
 """One transaction reads so much, at most: about a millisecond. A write may have to wait for its end, see _transact."""
 
-TREE_BYTES: Final = 340
-"""Of both trees' pages for one record, at worst, when they are half full: nodes of 50 and 106 bytes, and branches."""
-
-READERS: Final = 126
 WAITS_FOR_READERS: Final = 25
 WAIT_SECONDS: Final = 0.02
 """A write waits so often, so long, for room that readers keep: half a second in all; a read takes milliseconds."""
@@ -79,15 +52,8 @@ LOSSES: Final[dict[int, Loss | None]] = {
     Outcome.CORRUPT: Loss.CORRUPT,
     Outcome.UNREADABLE: Loss.IO,
 }
-NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-
-class _NoRoom(Exception):
-    """The quota has no room for a write."""
-
-
-class _Damaged(Exception):
-    """What LMDB relies on is damaged: it must be closed, and audited before it is opened again."""
+LIMITS: Final = TransactionLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +76,15 @@ class DiskTier:
     name = DISK
 
     @classmethod
-    def open(cls, path: Path, *, quota_bytes: int, block_bytes: int, fingerprint: str) -> "DiskTier":
+    def open(
+        cls,
+        path: Path,
+        *,
+        quota_bytes: int,
+        block_bytes: int,
+        fingerprint: str,
+        limits: TransactionLimits = LIMITS,
+    ) -> "DiskTier":
         """Opens the store in directory `path`, or makes one. One that cannot be used is moved aside: see `notice`.
 
         All files together never have more than `quota_bytes`. Raises TierUnusable: another process has the
@@ -120,10 +94,10 @@ class DiskTier:
         try:
             notice = directory.prepare(about, quota_bytes)
             try:
-                return cls(directory, about, directory.room_bytes(quota_bytes), notice)
+                return cls(directory, about, directory.room_bytes(quota_bytes), limits, notice)
             except REFUSALS as refusal:
                 notice = directory.set_aside(f"LMDB refuses the store: {refusal}", quota_bytes)
-                return cls(directory, about, directory.room_bytes(quota_bytes), notice)
+                return cls(directory, about, directory.room_bytes(quota_bytes), limits, notice)
         except (OSError, lmdb.Error) as error:
             directory.close()
             raise TierUnusable(f"kvstore.disk.path {path} cannot be opened: {error}") from error
@@ -145,10 +119,10 @@ class DiskTier:
         directory = Directory(path)
         try:
             (path / LMDB_LOCK_FILE).unlink(missing_ok=True)  # nobody else is here: what it says is outdated
-            about = _audited(data)
-            least = least_room_bytes(value_pages(about.block_bytes, PAGESIZE))
+            about = audited_here(data)
+            least = least_room_bytes(about.block_bytes)
             room = max(directory.room_bytes(quota_bytes), data.stat().st_size, least)
-            return cls(directory, about, room, notice="")
+            return cls(directory, about, room, LIMITS, notice="")
         except (OSError, lmdb.Error) as error:
             directory.close()
             raise TierUnusable(f"the store in {path} cannot be opened: {error}") from error
@@ -156,7 +130,9 @@ class DiskTier:
             directory.close()
             raise
 
-    def __init__(self, directory: Directory, about: About, room_bytes: int, notice: str) -> None:
+    def __init__(
+        self, directory: Directory, about: About, room_bytes: int, limits: TransactionLimits, notice: str
+    ) -> None:
         """Use `open`. `directory` is prepared, and ours from now on."""
         if about.block_bytes < LEAST_PAYLOAD:
             raise TierUnusable(
@@ -168,64 +144,26 @@ class DiskTier:
         self.orphans_dropped = 0
         self._about = about
         self._directory = directory
-        self._pages = value_pages(about.block_bytes, PAGESIZE)
-        self._sizes(room_bytes)
+        self._sizes = sizes(room_bytes, about.block_bytes, limits)
+        self._db = Databases(directory, about, self._sizes.map_bytes)
+        self._records = Records(self._db, about, self._sizes.capacity_blocks)
+        self._blocks = self._db.blocks_at_start
         self._writing = Lock()
         self._closed = False
         self._to_drop: dict[Key, None] = {}  # what could not be dropped so far: it is with the next write
         self._snapshot_blocks = max(1, SNAPSHOT_BYTES // about.block_bytes)
-        self._staging = np.zeros(value_bytes(about.block_bytes, PAGESIZE), np.uint8)
-        self._open(room_bytes)
-
-    def _sizes(self, room_bytes: int) -> None:
-        """Chooses the transactions' size and the capacity, from the room for the file and the size of a record."""
-        pages = room_bytes // PAGESIZE
-        wanted = min(TRANSACTION_BLOCKS, TRANSACTION_BYTES // self.block_bytes)
-        fitting = (pages // 24 - 16) // (self._pages + 4)  # the reserve is then a sixth of the quota, at most
-        self.transaction_blocks = max(1, min(wanted, fitting))
-        reserve = 4 * (self.transaction_blocks * (self._pages + 4) + 16)
-        self.capacity_blocks = (pages - reserve) * PAGESIZE // (self._pages * PAGESIZE + TREE_BYTES)
-        if self.capacity_blocks < 1:
-            least = (reserve + self._pages + 2) * PAGESIZE
-            raise TierUnusable(f"kvstore.disk.bytes has no room for a block: give it more than {least:,}")
-
-    def _open(self, room_bytes: int) -> None:
-        self._env = lmdb.open(
-            str(self._directory.path),
-            map_size=room_bytes // PAGESIZE * PAGESIZE,
-            sync=True,
-            metasync=False,
-            writemap=False,
-            readahead=True,
-            mode=0o600,
-            max_dbs=2,
-            max_readers=READERS,
-            max_spare_txns=8,
-            lib_version=0,
-        )
-        try:
-            self._begin_store()
-            self._file = os.open(self._directory.data, os.O_RDONLY | os.O_CLOEXEC)
-        except BaseException:
-            self._env.close()
-            raise
-
-    def _begin_store(self) -> None:
-        """Opens the databases, and writes into a new store what it holds."""
-        assert self._env.stat()["psize"] == PAGESIZE, "the audit lets no other page size pass"
-        main = self._env.open_db(None)
-        with self._env.begin(write=True) as txn:
-            self._data, self._index = self._env.open_db(DATA, txn), self._env.open_db(INDEX, txn)
-            if txn.get(ABOUT_KEY, db=main) is None:
-                txn.put(ABOUT_KEY, self._about.pack(), db=main)
-            stored = About.unpack(txn.get(ABOUT_KEY, b"", db=main))
-            assert stored == self._about, "prepare() lets no other pass"
-        with self._env.begin() as reading:
-            self._blocks = reading.stat(self._index)["entries"]
 
     @property
     def block_bytes(self) -> int:
         return self._about.block_bytes
+
+    @property
+    def transaction_blocks(self) -> int:
+        return self._sizes.transaction_blocks
+
+    @property
+    def capacity_blocks(self) -> int:
+        return self._sizes.capacity_blocks
 
     def buffer(self, slot: int) -> Buffer | None:
         """None: records are not memory."""
@@ -233,8 +171,8 @@ class DiskTier:
 
     def stats(self) -> TierStats:
         """Of the records; what the trees and free pages take is left out."""
-        record = self._pages * PAGESIZE
-        return TierStats(self._blocks * record, self.capacity_blocks * record, self._blocks)
+        record = self._sizes.record_bytes
+        return TierStats(self._blocks * record, self._sizes.capacity_blocks * record, self._blocks)
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -252,9 +190,9 @@ class DiskTier:
         found: list[int] = []
         offsets: list[int] = []
         try:
-            with self._env.begin() as txn:
+            with self._db.env.begin() as txn:
                 for index, place in enumerate(places):
-                    known = txn.get(place.key, db=self._index)
+                    known = txn.get(place.key, db=self._db.index)
                     if known is not None:
                         losses[index] = Loss.CORRUPT
                         if index_intact(place.key + known):
@@ -272,14 +210,8 @@ class DiskTier:
     def _fetch(self, places: Sequence[Place], offsets: Sequence[int], into: Sequence[Buffer]) -> list[int]:
         """Copies payloads out of the file, and checks them: whatever is said of a value, its checksum decides."""
         headers = b"".join([header(self._about, place.key, place.tokens) for place in places])
-        targets = [self._payload(buffer) for buffer in into]
-        return read_values(self._file, offsets, targets, headers, self.block_bytes)
-
-    def _payload(self, buffer: Buffer) -> int:
-        """The address of a block's bytes."""
-        assert buffer.nbytes == self.block_bytes, "one block, whole"
-        assert buffer.strides == (1,), "in one piece"
-        return _address(buffer)
+        targets = [payload(buffer, self.block_bytes) for buffer in into]
+        return read_values(self._db.file, offsets, targets, headers, self.block_bytes)
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -321,7 +253,7 @@ class DiskTier:
             try:
                 return self._attempt(blocks, drops)
             except lmdb.MapFullError:
-                if not self._env.reader_check():
+                if not self._db.env.reader_check():
                     time.sleep(WAIT_SECONDS)
         return Loss.FULL
 
@@ -330,84 +262,36 @@ class DiskTier:
         if self.broken:
             return Loss.IO  # whatever LMDB wrote now might go over live pages
         try:
-            with self._env.begin(write=True, buffers=True) as txn:
+            with self._db.env.begin(write=True, buffers=True) as txn:
                 for key in drops:
-                    self._forget(txn, key)
-                self._insert(txn, blocks)
-                count = txn.stat(self._index)["entries"]
+                    self._records.forget(txn, key)
+                self._records.insert(txn, blocks)
+                count = txn.stat(self._db.index)["entries"]
         except lmdb.MapFullError:
             raise
-        except (lmdb.Error, OSError, _NoRoom, _Damaged) as error:
+        except (lmdb.Error, OSError, NoRoom, PagesDamaged) as error:
             return self._loss(error)
         self._blocks = count
         for key in drops:
             self._to_drop.pop(key, None)
         return None
 
-    def _insert(self, txn: "lmdb.Transaction[memoryview]", blocks: Sequence[tuple[Place, Buffer]]) -> None:
-        for place, _ in blocks:
-            self._forget(txn, place.key)  # never written over: LMDB would trust the old value's page header
-        if txn.stat(self._index)["entries"] + len(blocks) > self.capacity_blocks:
-            raise _NoRoom
-        for place, buffer in blocks:
-            self._put(txn, place, buffer)
-
-    def _put(self, txn: "lmdb.Transaction[memoryview]", place: Place, data: Buffer) -> None:
-        assert len(place.key) == KEY_BYTES, "a block key"
-        self._staging.data[8:HEADER_BYTES] = header(self._about, place.key, place.tokens)
-        stamp(self._staging, self._payload(data), self.block_bytes)
-        new = txn.put(place.key, self._staging.data, overwrite=False, db=self._data)
-        known = pack_index(place, txn.id(), _page_of(txn.get(place.key, db=self._data)))
-        new &= txn.put(place.key, known, overwrite=False, db=self._index)
-        assert new, "a block twice in one write"
-
-    def _forget(self, txn: "lmdb.Transaction[memoryview]", key: Key) -> None:
-        known = txn.get(key, db=self._index)
-        if known is not None:
-            self._check_pages(key, bytes(known))
-            txn.delete(key, db=self._data)
-            txn.delete(key, db=self._index)
-
-    def _check_pages(self, key: Key, known: bytes) -> None:
-        """LMDB would free as many pages as the value's page header says. Raises _Damaged where it is not ours."""
-        if not index_intact(key + known):
-            raise _Damaged("an index value is damaged")
-        page = first_page(known)
-        if overflow_header(os.pread(self._file, PAGE_HEADER_BYTES, page * PAGESIZE)) != (
-            page,
-            OVERFLOW,
-            self._pages,
-        ):
-            raise _Damaged(f"the header of page {page} is damaged")
-
     def _loss(self, error: Exception) -> Loss:
         """What an error means for the blocks concerned; notes whether the store can go on."""
         number = _number(error)
-        if isinstance(error, _NoRoom | lmdb.MapFullError) or number in NO_ROOM:
+        if isinstance(error, NoRoom | lmdb.MapFullError) or number in NO_ROOM:
             return Loss.FULL
         if isinstance(error, OSError):
             return Loss.IO  # of one record: a bad sector, say. The rest may be sound.
         if number == errno.EIO and not self._file_can_grow():
             return Loss.FULL
         self.broken = f"{type(error).__name__}: {error}"
-        damaged = isinstance(error, _Damaged | lmdb.CorruptedError | lmdb.PageNotFoundError)
+        damaged = isinstance(error, PagesDamaged | lmdb.CorruptedError | lmdb.PageNotFoundError)
         return Loss.CORRUPT if damaged else Loss.IO
 
     def _file_can_grow(self) -> bool:
         """Whether the file system has room for a transaction: LMDB says EIO when one was cut short for want of it."""
-        with self._directory.data.open("r+b") as file:
-            size = os.fstat(file.fileno()).st_size
-            wanted = min(
-                2 * self.transaction_blocks * self._pages * PAGESIZE, self._env.info()["map_size"] - size
-            )
-            try:
-                if wanted > 0:
-                    os.posix_fallocate(file.fileno(), size, wanted)
-            except OSError as error:
-                return error.errno not in NO_ROOM
-            finally:
-                file.truncate(size)
-        return True
+        return self._directory.can_grow(2 * self._sizes.transaction_bytes, self._db.env.info()["map_size"])
 
     # --- all records ----------------------------------------------------------------------------------------------
 
@@ -419,38 +303,23 @@ class DiskTier:
         """
         with self._writing:
             try:
-                places, sequences, damaged = self._load()
+                kept, lost = self._db.places()
             except lmdb.Error as error:
                 self._loss(error)
                 raise TierUnusable(f"the index of {self._directory.path} cannot be read: {error}") from error
-            kept, orphans = in_order(places, sequences)
-            self.orphans_dropped += len(orphans) + len(damaged)
-            self._to_drop.update(dict.fromkeys((*orphans, *damaged)))
+            self.orphans_dropped += len(lost)
+            self._to_drop.update(dict.fromkeys(lost))
             self._drop_down_to(0)
         return tuple(kept)
-
-    def _load(self) -> tuple[list[Place], Sequence[int], list[Key]]:
-        """The places, the transactions that wrote them, and the keys whose index values are damaged."""
-        places, sequences, damaged = [], array("Q"), []
-        names: dict[Key, Key] = {}  # so that a key is one object, whoever names it
-        with self._env.begin() as txn, txn.cursor(self._index) as cursor:
-            for key, value in cursor.iternext():
-                entry = unpack_index(names.setdefault(key, key), value, names)
-                if entry is None:
-                    damaged.append(key)
-                else:
-                    places.append(entry[0])
-                    sequences.append(entry[1])
-        return places, sequences, damaged
 
     def verify(self, progress: Callable[[int, int], None]) -> Verification:
         """Reads every record and checks it, while the tier is in use. `progress`: records checked, and of how many."""
         buffer = np.empty(self.block_bytes, np.uint8)
         lost = []
         done = 0
-        for key in self._keys():
+        for key in self._db.all_keys():
             (loss,) = self.read([Place(key)], [buffer])
-            if loss and self._has(key):
+            if loss and self._db.has(key):
                 lost.append((key, loss))
             done += 1
             progress(done, max(done, self._blocks))
@@ -465,91 +334,23 @@ class DiskTier:
         most = (
             32 * self.transaction_blocks
         )  # neighbours share pages of the trees, so that more fit a transaction
-        for keys in _batches(self._keys(), most):
+        for keys in _batches(self._db.all_keys(), most):
             with self._writing:
                 if loss := self._transact([], keys):
                     return loss
         return None
 
-    def _keys(self) -> Iterator[Key]:
-        """Of the index, in order; each thousand is read at once, so that no snapshot is held for long."""
-        after = b""
-        while True:
-            with self._env.begin() as txn, txn.cursor(self._index) as cursor:
-                found = cursor.set_range(after + b"\0") if after else cursor.first()
-                keys = list(islice(cursor.iternext(values=False), 1000)) if found else []
-            if not keys:
-                return
-            yield from keys
-            after = keys[-1]
-
-    def _has(self, key: Key) -> bool:
-        with self._env.begin() as txn:
-            return txn.get(key, db=self._index) is not None
-
     def close(self) -> None:
         """No call may be under way, nor come after it; another `close` is none."""
         if not self._closed:
             self._closed = True
-            os.close(self._file)
-            self._env.close()
+            self._db.close()
             self._directory.close()
-
-
-def _audited(data: Path) -> About:
-    """What a store holds, of which it is certain that LMDB may open it. Raises Damage, or TierUnusable: it is empty."""
-    found = report(str(data))
-    if damage := found.get("damage"):
-        raise Damage(damage)
-    about = About.unpack(bytes.fromhex(str(found["about"])))
-    if about is None:
-        raise TierUnusable(f"there is no store in {data.parent}: it has only been begun")
-    if about.format != FORMAT:
-        raise TierUnusable(
-            f"the store in {data.parent} has format {about.format}, this version reads {FORMAT}"
-        )
-    return about
-
-
-def least_room_bytes(pages: int) -> int:
-    """Of a store for one record of so many pages: its reserve included, with transactions of one."""
-    return (4 * (pages + 4 + 16) + pages + 2) * PAGESIZE
-
-
-def in_order(places: Sequence[Place], sequences: Sequence[int]) -> tuple[list[Place], list[Key]]:
-    """Places by their sequence numbers, but children after their parents; and the keys of those never reached."""
-    waiting: dict[Key, list[Place]] = {}
-    done: set[Key] = {b""}
-    kept: list[Place] = []
-    order = np.argsort(
-        np.array(sequences, np.uint64), kind="stable"
-    )  # without the interpreter's lock, unlike sorted()
-    for number in order.tolist():
-        ready = [places[number]]
-        while ready:
-            place = ready.pop()
-            if place.parent not in done:
-                waiting.setdefault(place.parent, []).append(place)
-                continue
-            kept.append(place)
-            done.add(place.key)
-            ready += waiting.pop(place.key, ())
-    return kept, [place.key for places in waiting.values() for place in places]
 
 
 def _batches(keys: Iterator[Key], size: int) -> Iterator[list[Key]]:
     while batch := list(islice(keys, size)):
         yield batch
-
-
-def _page_of(value: memoryview | None) -> int:
-    """The page that a value begins on, by the header before it. Of one just written: py-lmdb touches all of it."""
-    assert value is not None
-    return c_uint64.from_address(_address(np.frombuffer(value, np.uint8)) - PAGE_HEADER_BYTES).value
-
-
-def _address(bytes_: Buffer) -> int:
-    return int(bytes_.ctypes.data)
 
 
 def _number(error: Exception) -> int | None:

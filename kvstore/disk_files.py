@@ -8,6 +8,7 @@ LMDB trusts its file: a damaged page is a crash or silently overwritten data, a 
 audited by a child process (audit.py) before this one opens it. What the store holds is disk.py's.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from kvstore.format import About
+from kvstore.audit import report
+from kvstore.format import FORMAT, About
+from kvstore.lmdb_pages import Damage
 from kvstore.tier import TierUnusable
 
 DATA_FILE: Final = "data.mdb"
@@ -27,6 +30,9 @@ OWNER_FILE: Final = "owner.lock"
 ASIDE: Final = "aside-*.mdb"
 LOCKS_BYTES: Final = 16384
 """Of the quota, for LMDB's lock file: 8 KiB for 126 readers."""
+
+NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What a system says that has no room for more of a file."""
 
 AUDIT_SECONDS: Final = 60.0
 AUDIT_SECONDS_PER_GB: Final = 1.0
@@ -79,6 +85,20 @@ class Directory:
     def room_bytes(self, quota_bytes: int) -> int:
         """What is left of the quota for the store."""
         return quota_bytes - LOCKS_BYTES - sum(path.stat().st_size for path in self.asides())
+
+    def can_grow(self, by_bytes: int, most_bytes: int) -> bool:
+        """Whether the file system has room for so much more of the store, or for what it lacks to `most_bytes`."""
+        with self.data.open("r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            wanted = min(by_bytes, most_bytes - size)
+            try:
+                if wanted > 0:
+                    os.posix_fallocate(file.fileno(), size, wanted)
+            except OSError as error:
+                return error.errno not in NO_ROOM
+            finally:
+                file.truncate(size)
+        return True
 
     def asides(self) -> list[Path]:
         return sorted(self.path.glob(ASIDE))
@@ -148,3 +168,18 @@ def _judge(report: dict[str, Any], wanted: About) -> tuple[str, int]:
     about = About.unpack(bytes.fromhex(report["about"]))
     assert about is not None, "the audit lets only intact ones pass"
     return about.difference(wanted), int(report["records"])
+
+
+def audited_here(data: Path) -> About:
+    """What a store holds that LMDB may open, audited in this process. Raises Damage, or TierUnusable: it is empty."""
+    found = report(str(data))
+    if damage := found.get("damage"):
+        raise Damage(damage)
+    about = About.unpack(bytes.fromhex(str(found["about"])))
+    if about is None:
+        raise TierUnusable(f"there is no store in {data.parent}: it has only been begun")
+    if about.format != FORMAT:
+        raise TierUnusable(
+            f"the store in {data.parent} has format {about.format}, this version reads {FORMAT}"
+        )
+    return about

@@ -582,7 +582,7 @@ def test_an_input_error_loses_the_block_only(
 
     unreadable = os.open(tmp_path, os.O_RDONLY)  # a directory: reading it is an error
     with monkeypatch.context() as patched:
-        patched.setattr(tier, "_file", unreadable)
+        patched.setattr(tier._db, "file", unreadable)
         assert losses(tier, [1]) == [Loss.IO]
     os.close(unreadable)
     assert losses(tier, range(3)) == [None] * 3
@@ -738,8 +738,8 @@ def test_a_write_waits_for_a_reader_that_keeps_pages(tmp_path: Path) -> None:
     numbers = iter(range(10**6))
     live = [next(numbers) for _ in range(tier.capacity_blocks)]
     assert not any(write(tier, live))
-    reading = tier._env.begin()
-    reading.get(b"x", db=tier._index)
+    reading = tier._db.env.begin()
+    reading.get(b"x", db=tier._db.index)
     ended = Timer(0.05, reading.abort)  # within the time that a write waits
     ended.start()
     for _ in range(20):

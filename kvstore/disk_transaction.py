@@ -1,0 +1,104 @@
+"""One transaction of the disk tier, from within: a record goes in, or is forgotten, with LMDB's trust in pages checked.
+
+LMDB frees as many pages as the header before a value says, so that is looked at before a value is forgotten; and
+nothing is written over. When there is one, and what its failure means, is disk.py's.
+"""
+
+import os
+from collections.abc import Sequence
+from ctypes import c_uint64
+from mmap import PAGESIZE
+
+import lmdb
+import numpy as np
+
+from kvstore.block import Key
+from kvstore.copies import Place
+from kvstore.disk_databases import Databases
+from kvstore.format import (
+    HEADER_BYTES,
+    KEY_BYTES,
+    PAGE_HEADER_BYTES,
+    About,
+    first_page,
+    header,
+    index_intact,
+    pack_index,
+    value_bytes,
+    value_pages,
+)
+from kvstore.lmdb_pages import OVERFLOW, overflow_header
+from kvstore.tier import Buffer
+from kvstore.values import stamp
+
+
+class NoRoom(Exception):
+    """The quota has no room for a write."""
+
+
+class PagesDamaged(Exception):
+    """What LMDB relies on is damaged: it must be closed, and audited before it is opened again."""
+
+
+class Records:
+    """Puts and forgets records, one transaction at a time: the bytes of a value are put together in one place."""
+
+    def __init__(self, databases: Databases, about: About, capacity_blocks: int) -> None:
+        self._databases = databases
+        self._about = about
+        self._capacity_blocks = capacity_blocks
+        self._pages = value_pages(about.block_bytes, PAGESIZE)
+        self._staging = np.zeros(value_bytes(about.block_bytes, PAGESIZE), np.uint8)
+
+    def insert(self, txn: "lmdb.Transaction[memoryview]", blocks: Sequence[tuple[Place, Buffer]]) -> None:
+        """Raises NoRoom or PagesDamaged: the transaction must then be aborted."""
+        for place, _ in blocks:
+            self.forget(txn, place.key)  # never written over: LMDB would trust the old value's page header
+        if txn.stat(self._databases.index)["entries"] + len(blocks) > self._capacity_blocks:
+            raise NoRoom
+        for place, buffer in blocks:
+            self._put(txn, place, buffer)
+
+    def forget(self, txn: "lmdb.Transaction[memoryview]", key: Key) -> None:
+        """Nothing, if there is none. Raises PagesDamaged."""
+        known = txn.get(key, db=self._databases.index)
+        if known is not None:
+            self._check_pages(key, bytes(known))
+            txn.delete(key, db=self._databases.data)
+            txn.delete(key, db=self._databases.index)
+
+    def _put(self, txn: "lmdb.Transaction[memoryview]", place: Place, data: Buffer) -> None:
+        assert len(place.key) == KEY_BYTES, "a block key"
+        databases = self._databases
+        self._staging.data[8:HEADER_BYTES] = header(self._about, place.key, place.tokens)
+        stamp(self._staging, payload(data, self._about.block_bytes), self._about.block_bytes)
+        new = txn.put(place.key, self._staging.data, overwrite=False, db=databases.data)
+        known = pack_index(place, txn.id(), _page_of(txn.get(place.key, db=databases.data)))
+        new &= txn.put(place.key, known, overwrite=False, db=databases.index)
+        assert new, "a block twice in one write"
+
+    def _check_pages(self, key: Key, known: bytes) -> None:
+        """LMDB would free as many pages as the value's page header says."""
+        if not index_intact(key + known):
+            raise PagesDamaged("an index value is damaged")
+        page = first_page(known)
+        before_value = os.pread(self._databases.file, PAGE_HEADER_BYTES, page * PAGESIZE)
+        if overflow_header(before_value) != (page, OVERFLOW, self._pages):
+            raise PagesDamaged(f"the header of page {page} is damaged")
+
+
+def payload(buffer: Buffer, block_bytes: int) -> int:
+    """The address of a block's bytes."""
+    assert buffer.nbytes == block_bytes, "one block, whole"
+    assert buffer.strides == (1,), "in one piece"
+    return _address(buffer)
+
+
+def _address(bytes_: Buffer) -> int:
+    return int(bytes_.ctypes.data)
+
+
+def _page_of(value: memoryview | None) -> int:
+    """The page that a value begins on, by the header before it. Of one just written: py-lmdb touches all of it."""
+    assert value is not None
+    return c_uint64.from_address(_address(np.frombuffer(value, np.uint8)) - PAGE_HEADER_BYTES).value
