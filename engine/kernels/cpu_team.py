@@ -23,9 +23,7 @@ from engine.kernels.cpu_native import Clock, Native, inner, native, structure, t
 EVERYBODY = 1 << 16  # more than there are threads
 _RING = 1024  # calls at most in one go
 _SPINS = 2000  # some 50 µs: longer than most pieces
-_YIELDS = (
-    6000  # then some 2 ms, unless others want the core: longer than the event loop needs between two steps
-)
+_YIELDS = 6000  # then 2 ms, unless others want the core: longer than the event loop needs between steps
 
 _i64 = ctypes.c_int64
 _CALL_BYTES = 24  # function, argument, how many threads at most
@@ -34,14 +32,20 @@ TeamState = structure(
     state=_i64,  # the number of the open phase << 16 | threads inside
     end=_i64,  # the number of the first phase that is not known yet
     threads=_i64,  # those with lower numbers take part
+    asleep=_i64,  # how many are, or are about to be
+    stopped=_i64,
+    mutex=_i64 * 16,  # a pthread_mutex_t: 40 to 64 bytes
+    condition=_i64 * 16,  # a pthread_cond_t: 48 bytes or fewer; tells that `end` or `stopped` has changed
     ring=_i64
     * (3 * _RING),  # call n stands at n % _RING; never freed, so that a late thread reads no lost memory
 )
 _END, _THREADS, _CALLS = TeamState.end.offset, TeamState.threads.offset, TeamState.ring.offset
+_ASLEEP, _STOPPED = TeamState.asleep.offset, TeamState.stopped.offset
+_MUTEX, _CONDITION = TeamState.mutex.offset, TeamState.condition.offset
 MemberArguments = structure(
     "MemberArguments",
     team=_i64,  # address of the TeamState
-    number=_i64,  # 0 leads: it brings the calls, and returns when they are done; others when nothing comes for long
+    number=_i64,  # 0 leads: it brings the calls, and returns when they are done; others when the team is stopped
     calls=_i64,  # the leader's
     count=_i64,
 )
@@ -85,6 +89,42 @@ def _rest(builder: Any, waited: Any) -> None:
             call(builder, "sched_yield", ir.IntType(32))
 
 
+def _of_pthread(name: str, *kinds: Any) -> Any:
+    """A function of the C library's, on addresses."""
+
+    @emitted(types.void, *kinds)
+    def calling(builder: Any, *addresses: Any) -> None:
+        call(builder, name, ir.IntType(32), *(pointer(builder, address) for address in addresses))
+
+    return calling
+
+
+_lock = _of_pthread("pthread_mutex_lock", types.int64)
+_unlock = _of_pthread("pthread_mutex_unlock", types.int64)
+_wait = _of_pthread("pthread_cond_wait", types.int64, types.int64)
+_broadcast = _of_pthread("pthread_cond_broadcast", types.int64)
+
+
+@inner
+def _sleep(team: int, end: int) -> None:
+    """Until there are calls beyond `end`, or the team is stopped."""
+    _add(team + _ASLEEP, 1)
+    _lock(team + _MUTEX)
+    while _look(team + _END) == end and _look(team + _STOPPED) == 0:
+        _wait(team + _CONDITION, team + _MUTEX)
+    _unlock(team + _MUTEX)
+    _add(team + _ASLEEP, -1)
+
+
+@inner
+def _wake(team: int) -> None:
+    """`end` or `stopped` has changed before: whoever is about to sleep sees it, or is counted."""
+    if _look(team + _ASLEEP) > 0:
+        _lock(team + _MUTEX)
+        _broadcast(team + _CONDITION)
+        _unlock(team + _MUTEX)
+
+
 @inner
 def _bring(team: int, calls: int, count: int) -> None:
     """Makes the calls known, their counters cleared. All earlier ones are done."""
@@ -95,6 +135,7 @@ def _bring(team: int, calls: int, count: int) -> None:
             put_i64(to + word, get_i64(calls + i * _CALL_BYTES + word))
         clear(get_i64(calls + i * _CALL_BYTES + 8), 16)
     _add(team + _END, count)
+    _wake(team)
 
 
 @inner
@@ -113,12 +154,15 @@ def _take_part(arguments: Any) -> None:
     if leads:
         _bring(team, a.calls, a.count)
     waited, done = 0, -1
-    while leads or waited < _SPINS + _YIELDS:
+    while leads or _look(team + _STOPPED) == 0:
         state = _look(team)
-        phase = state >> 16
-        over = phase == _look(team + _END)
+        phase, end = state >> 16, _look(team + _END)
+        over = phase == end
         if over and leads:
             return
+        if over and waited > _SPINS + _YIELDS:
+            _sleep(team, end)
+            waited = 0
         its = team + _CALLS + phase % _RING * _CALL_BYTES
         full = state & 0xFFFF >= get_i64(its + 16) or a.number >= get_i64(team + _THREADS)
         if over or full or phase == done:
@@ -130,6 +174,13 @@ def _take_part(arguments: Any) -> None:
             waited, done = 0, phase
 
 
+@native(MemberArguments)
+def _stop(arguments: Any) -> None:
+    team = carray(arguments, 1)[0].team
+    _add(team + _STOPPED, 1)
+    _wake(team)
+
+
 class Team:
     """As many threads as torch was told to use, the caller's included."""
 
@@ -138,9 +189,10 @@ class Team:
         self._leader = MemberArguments(team=ctypes.addressof(self._state))
         self._call = (_i64 * 3)(0, 0, EVERYBODY)
         self._members: list[Thread] = []
-        self._asleep: list[Lock] = []
         self._busy = Lock()
-        self._stopped = False
+        library, address = ctypes.CDLL(None), ctypes.addressof(self._state)
+        library.pthread_mutex_init(ctypes.c_void_p(address + _MUTEX), None)
+        library.pthread_cond_init(ctypes.c_void_p(address + _CONDITION), None)
         atexit.register(self.stop)
 
     def run(self, kernel: Native, arguments: ctypes.Structure, clock: Clock) -> None:
@@ -156,43 +208,29 @@ class Team:
             for first in range(0, count, _RING):
                 self._lead(address + first * _CALL_BYTES, min(_RING, count - first), clock)
 
-    def _lead(self, calls: int, count: int, clock: Clock) -> None:
-        self._gather(threads())
-        self._leader.calls, self._leader.count = calls, count
-        _take_part.released(self._leader, clock)
-
     def stop(self) -> None:
-        """Ends the other threads: compiled code must not outlive what it reads."""
-        self._stopped = True
-        self._wake()
+        """Ends the other threads: compiled code must not outlive what it reads. Callers are alone from now on."""
+        if self._members:
+            _stop.alone(self._leader)
         for member in self._members:
             member.join()
 
-    def _gather(self, count: int) -> None:
-        self._state.threads = count
-        while len(self._members) + 1 < count and not self._stopped:
-            _take_part.compile()
-            number = len(self._members) + 1
-            member = Thread(target=self._serve, args=(number,), name=f"kernels {number}", daemon=True)
+    def _lead(self, calls: int, count: int, clock: Clock) -> None:
+        if len(self._members) + 1 < threads():
+            self._gather()
+        self._state.threads = threads()
+        self._leader.calls, self._leader.count = calls, count
+        _take_part.released(self._leader, clock)
+
+    def _gather(self) -> None:
+        _take_part.compile()
+        for number in range(len(self._members) + 1, threads()):
+            arguments = MemberArguments(team=ctypes.addressof(self._state), number=number)
+            member = Thread(
+                target=_take_part.released, args=(arguments, Clock()), name=f"kernels {number}", daemon=True
+            )
             self._members.append(member)
             member.start()
-        if self._asleep:
-            self._wake()
-
-    def _wake(self) -> None:
-        """They come when they come: who falls asleep meanwhile misses some work, no more."""
-        while self._asleep:
-            self._asleep.pop().release()
-
-    def _serve(self, number: int) -> None:
-        bell, clock = Lock(), Clock()
-        arguments = MemberArguments(team=ctypes.addressof(self._state), number=number)
-        bell.acquire()
-        while not self._stopped:
-            _take_part.released(arguments, clock)
-            self._asleep.append(bell)
-            if not self._stopped:
-                bell.acquire()
 
 
 TEAM = Team()
