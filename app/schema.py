@@ -9,10 +9,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from engine.plan import LEAST_REPETITION, MOST_REPETITION
+
 MAX_CHOICES = 128  # of one call: prompts × n
 MAX_TOP_LOGPROBS = 20
 MAX_LOGPROBS = 2**18  # of one call: choices × max_tokens × (top_logprobs + 1), each some 100 bytes of JSON
 MAX_STOPS = 16
+MAX_BIASES = 1024  # tokens of one logit_bias
 INT32 = 2**31 - 1
 UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `NEUTRAL`
 
@@ -20,13 +23,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=1, le=INT32)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 StopString = Annotated[str, Field(min_length=1, max_length=512)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]  # JSON's keys are strings
 Identifier = Annotated[str, Field(max_length=256)]
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "best_of": (None, 1),
     "suffix": (None, ""),
     "echo": (None, False),
@@ -60,6 +62,10 @@ class CommonCall(Lenient):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None  # 0 and -1: off
     min_p: Fraction | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION, le=MOST_REPETITION)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
 
     max_tokens: Tokens | None = None

@@ -169,7 +169,19 @@ def sampling_of(call: CommonCall, logprobs: int | None, model: Model) -> Samplin
         min_p=_first(call.min_p, defaults.min_p, 0.0),
         seed=secrets.randbits(64) if call.seed is None else call.seed % 2**64,
         logprobs=logprobs,
+        repetition_penalty=_first(call.repetition_penalty, defaults.repetition_penalty, 1.0),
+        frequency_penalty=call.frequency_penalty or 0.0,
+        presence_penalty=call.presence_penalty or 0.0,
+        logit_bias=_logit_bias(call, model),
     )
+
+
+def _logit_bias(call: CommonCall, model: Model) -> tuple[tuple[int, float], ...]:
+    """By token id, those that do nothing left out."""
+    biases = sorted((int(token), bias) for token, bias in (call.logit_bias or {}).items())
+    if biases and biases[-1][0] >= len(model.vocabulary):
+        raise bad_request(f"logit_bias: token ids go up to {len(model.vocabulary) - 1}", "logit_bias")
+    return tuple((token, bias) for token, bias in biases if bias)
 
 
 def _first(said: T | None, default: T | None, neutral: T) -> T:

@@ -44,7 +44,7 @@ class Scheduled:
 
 def build(draft: Draft) -> Scheduled:
     """The step, whose positions count as scheduled from here on."""
-    placements = [Placement(sequence.slot, sequence.sampling) for sequence in draft.placed]
+    placements = [_placement(sequence) for sequence in draft.placed]
     recomputed = sum(
         _advance_recomputed(sequence, count)
         for sequence, count in draft.shares.items()
@@ -52,6 +52,13 @@ def build(draft: Draft) -> Scheduled:
     )
     rows = [_row(sequence, count) for sequence, count in draft.shares.items()]
     return Scheduled(placements, rows, list(draft.shares), recomputed, work_of(rows))
+
+
+def _placement(sequence: Sequence) -> Placement:
+    """Its history goes along where a draw depends on it: a cached prefix, or KV that came back, is in no row."""
+    if not sequence.sampling.penalises:
+        return Placement(sequence.slot, sequence.sampling)
+    return Placement(sequence.slot, sequence.sampling, tuple(sequence.tokens), sequence.prompt_tokens)
 
 
 def _advance_recomputed(sequence: Sequence, count: int) -> int:

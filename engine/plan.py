@@ -12,6 +12,9 @@ from typing import NamedTuple, Protocol
 PENDING = -1
 """A token id not known yet: the one that the slot's previous row, still under way, is about to sample."""
 
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0
+"""Bounds of a repetition penalty: logits that are multiplied or divided by it stay finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -26,6 +29,15 @@ class Sampling:
     logprobs: int | None = None  # None: none; 0: the drawn token's; k: the k likeliest too
     suppressed: tuple[int, ...] = ()  # ids never drawn before position `suppressed_until` (min_tokens)
     suppressed_until: int = 0  # a token drawn for a position below this is not one of `suppressed`
+    repetition_penalty: float = 1.0  # 1 is off
+    frequency_penalty: float = 0.0  # 0 is off
+    presence_penalty: float = 0.0  # 0 is off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id and what is added to its logit, each id once
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a draw depends on the tokens so far."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,10 @@ class Placement:
 
     slot: int
     sampling: Sampling
+    history: tuple[
+        int, ...
+    ] = ()  # prompt and output so far, where sampling penalises: its rows need not have it
+    prompt_tokens: int = 0  # how many of the history are the prompt
 
 
 class Row(NamedTuple):

@@ -46,7 +46,7 @@ EVENTS: dict[str, TypeAdapter[Any]] = {
     )
 }
 CONFIG = TypeAdapter(CoreConfig)
-VERSION = 3
+VERSION = 4
 
 
 class RecordingError(Exception):

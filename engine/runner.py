@@ -169,7 +169,7 @@ class ModelRunner:
         started, released = self._clock(), self._released_seconds()
         for placement in plan.placements:
             self.tables.place(placement)
-            self._sampler.place(placement.slot, placement.sampling)
+            self._sampler.place(placement)
         with torch.inference_mode():
             tokens, logprobs = self._step(plan.rows)
         seconds = self._clock() - started

@@ -127,7 +127,7 @@ class CudaRunner:
         with torch.inference_mode(), self._device.queue():
             for placement in plan.placements:
                 self.tables.place(placement)
-                self._sampler.place(placement.slot, placement.sampling)
+                self._sampler.place(placement)
             flat = flatten(plan.rows)
             size = next((size for size in self._sizes if size >= len(plan.rows)), None)
             graph = self._graph(size) if size is not None and flat.longest_row == 1 else None

@@ -10,7 +10,8 @@ What is drawn, for a row of logits l at temperature T:
 3. The token is argmax(d + g) over the kept, where g = -log(-log(u)) and u is a hash of (seed, choice,
    position, token id): a draw from their softmax ("Gumbel max"), and a function of the request alone.
 
-Suppressed tokens (min_tokens) are as if their logits were -inf; log-probabilities are of the raw logits.
+Before that come penalties and logit bias (sampler_penalties.py), then suppressed tokens (min_tokens), which are as if
+their logits were -inf. Log-probabilities are of the raw logits.
 A row gives the same token and the same log-probability bits in every batch. The CPU's loops and torch
 may draw differently where two sums of distance and noise are equal to about 1e-15, or a sum of masses
 and top_p to 1e-12.
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine import sampler_torch
-from engine.plan import Logprob, Sampling
+from engine.plan import Logprob, Placement, Sampling
+from engine.sampler_penalties import Penalties
 from engine.sampler_rows import MASS_BITS, Summary
 from engine.sampler_table import Table
 
@@ -100,10 +102,12 @@ class Sampler:
         self._device = torch.device(device)
         self._arithmetic = arithmetic or _arithmetic(self._device)
         self._table = Table(max_sequences, vocab_size)
+        self._penalties = Penalties(max_sequences, vocab_size, self._device)
 
-    def place(self, slot: int, sampling: Sampling) -> None:
-        """From now on rows of `slot` are drawn by `sampling`; the door has seen to its ranges."""
-        self._table.place(slot, sampling)
+    def place(self, placement: Placement) -> None:
+        """From now on rows of its slot are drawn by its sampling; the door has seen to the ranges."""
+        self._table.place(placement.slot, placement.sampling)
+        self._penalties.place(placement)
 
     def sample(self, logits: Tensor, slots: NDArray[Any], positions: NDArray[Any]) -> Drawn:
         """Draws a token for each row of logits: fp32 or bf16 [S, vocab_size], left as they are.
@@ -116,19 +120,22 @@ class Sampler:
         slots = np.ascontiguousarray(slots, np.int64)
         positions = np.ascontiguousarray(positions, np.int64)
         sound: Tensor | None
+        wanted = self._penalties.applied(logits, slots) if self._penalties.active else logits
         tokens, sound = self._arithmetic.draw(
-            self._masked(logits, slots, positions), self._table, slots, positions
+            self._masked(wanted, slots, positions), self._table, slots, positions
         )
         if logits.device.type == "cpu":
             _check(sound)
             sound = None  # nothing is left to check
+        if self._penalties.active:
+            self._penalties.drawn(tokens, slots)
         asked = self._table.logprobs[slots]
         return Drawn(tokens, sound, asked, self._summary(logits, tokens, asked))
 
     def warm_up(self) -> None:
         """Takes what a first draw would wait for (compilers); touches no slot."""
         other = Sampler(1, self._vocab_size, self._device, self._arithmetic)
-        other.place(0, Sampling(top_p=0.5, logprobs=1))
+        other.place(Placement(0, Sampling(top_p=0.5, logprobs=1)))
         other.sample(
             torch.zeros(1, self._vocab_size, device=self._device), np.array([0]), np.array([0])
         ).check()

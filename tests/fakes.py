@@ -2,7 +2,7 @@
 
 `ScriptedRunner` keeps in its paged pool, instead of KV, the token and the position that were computed there. A token
 is drawn from all that a row's block table leads to, so a block reused too early, a stale table or a skipped position
-changes the answer or fails an assertion at once.
+changes the answer or fails an assertion at once. Who asks for penalties must have been placed with just these tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,6 +56,7 @@ class ScriptedRunner:
         self._pool: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset) -> (token, position)
         self._tables: list[list[int]] = [[] for _ in range(max_sequences)]
         self._samplings = [Sampling()] * max_sequences
+        self._histories: list[list[int]] = [[] for _ in range(max_sequences)]
         self._last = [PENDING] * max_sequences
 
     def launch(self, plan: Plan) -> Launched:
@@ -63,6 +64,7 @@ class ScriptedRunner:
         for placement in plan.placements:
             self._tables[placement.slot] = []
             self._samplings[placement.slot] = placement.sampling
+            self._histories[placement.slot] = list(placement.history)
             self._last[placement.slot] = PENDING
         tokens = tuple(token for row in plan.rows if (token := self._compute(row)) is not None)
         logprobs = tuple(
@@ -88,6 +90,10 @@ class ScriptedRunner:
             "a block holds other positions"
         )
         self._last[row.slot] = self._script([token for token, _ in context], self._samplings[row.slot])
+        if self._samplings[row.slot].penalises:
+            history = self._histories[row.slot]
+            assert history == [token for token, _ in context], "penalties would count other tokens"
+            history.append(self._last[row.slot])
         return self._last[row.slot]
 
     def block(self, block: int) -> Content:

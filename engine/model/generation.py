@@ -11,9 +11,9 @@ from typing import Any
 from engine.model.config import ModelConfig
 from engine.model.errors import UnsupportedModel, listed
 from engine.model.reading import Fields, read_json_object
+from engine.plan import LEAST_REPETITION, MOST_REPETITION
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1, 1.0),
     "encoder_repetition_penalty": (1, 1.0),
     "no_repeat_ngram_size": (0,),
     "typical_p": (1, 1.0),
@@ -36,6 +36,7 @@ class GenerationDefaults:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
     ignored: tuple[str, ...] = ()  # "field = value" that the model asks for and does not get
 
 
@@ -58,6 +59,9 @@ def parse_generation(
         top_p=_optional(fields, "top_p", low=0.0, high=1.0),
         top_k=fields.whole("top_k", least=0) if fields.has("top_k") else None,
         min_p=_optional(fields, "min_p", low=0.0, high=1.0),
+        repetition_penalty=_optional(
+            fields, "repetition_penalty", low=LEAST_REPETITION, high=MOST_REPETITION
+        ),
         ignored=_ignored(raw),
     )
     if fields.problems:

@@ -90,7 +90,8 @@ def request(
     logprobs: int | None = None,
 ) -> Request:
     stopping = Stopping(max_tokens, min_tokens, stop, stop_token_ids, ignore_eos)
-    return Request(id, tuple(prompt), Sampling(seed=seed, logprobs=logprobs), stopping, n=n, salt=salt)
+    sampling = Sampling(seed=seed, logprobs=logprobs, presence_penalty=0.5)  # so that fakes check the history
+    return Request(id, tuple(prompt), sampling, stopping, n=n, salt=salt)
 
 
 class Driver:

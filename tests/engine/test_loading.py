@@ -180,11 +180,13 @@ class TestGeneration:
             "top_p": 0.9,
             "top_k": 50,
             "min_p": 0.05,
+            "repetition_penalty": 1.05,
             "eos_token_id": 7,
             "do_sample": True,
         }
         found = parse_generation(raw, self.CONFIG)
         assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.6, 0.9, 50, 0.05)
+        assert found.repetition_penalty == 1.05
         assert found.eos_token_ids == (7,)
         assert found.ignored == ()
 
@@ -194,20 +196,20 @@ class TestGeneration:
         assert (found.temperature, found.top_p, found.top_k, found.min_p) == (None, None, None, None)
 
     def test_what_cannot_be_honoured_is_reported(self, directory: Path) -> None:
-        """A repetition penalty is not obeyed, and loading says so; a typical_p of 1.0 does nothing anyway."""
+        """Beams are not searched, and loading says so; a typical_p of 1.0 does nothing anyway."""
         path = directory / "generation_config.json"
-        path.write_text(json.dumps({"repetition_penalty": 1.3, "typical_p": 1.0}))
-        assert [
-            fact
-            for fact in load(directory, "reference", "float32").facts
-            if "repetition_penalty = 1.3" in fact
-        ]
+        path.write_text(json.dumps({"num_beams": 4, "typical_p": 1.0}))
+        assert [fact for fact in load(directory, "reference", "float32").facts if "num_beams = 4" in fact]
 
     def test_values_out_of_range_are_listed_at_once(self) -> None:
         with pytest.raises(UnsupportedModel) as caught:
-            parse_generation({"temperature": -1, "top_p": 2.0, "eos_token_id": "end"}, self.CONFIG)
+            parse_generation(
+                {"temperature": -1, "top_p": 2.0, "eos_token_id": "end", "repetition_penalty": 0}, self.CONFIG
+            )
         assert [
-            word for word in ("temperature", "top_p", "eos_token_id") if word not in str(caught.value)
+            word
+            for word in ("temperature", "top_p", "eos_token_id", "repetition_penalty")
+            if word not in str(caught.value)
         ] == []
 
 

@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from tests.engine.driving import UNFORESEEN
 from tests.engine.models import BLOCK, load, random_tokens, runner_for
 
 MAX_SEQUENCES = 64
+PENALISED = Sampling(repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.3)
 Directories = Callable[[str], Path]
 
 
@@ -63,12 +64,14 @@ class Outcome:
 
 
 def requests(loaded: Loaded) -> list[Request]:
-    """64 prompts of 5–44 tokens and answers of 20–60, half greedy, half seeded."""
+    """64 prompts of 5–44 tokens and answers of 20–60, half greedy, half seeded, a third with penalties."""
     return [
         Request(
             id=f"r{i}",
             prompt=tuple(random_tokens(5 + i * 7 % 40, loaded.config.vocab_size, seed=i)),
-            sampling=Sampling(temperature=float(i % 2), top_p=0.95, seed=i),
+            sampling=replace(
+                Sampling() if i % 3 else PENALISED, temperature=float(i % 2), top_p=0.95, seed=i
+            ),
             stopping=Stopping(max_tokens=20 + i * 11 % 41, ignore_eos=True),
         )
         for i in range(64)

@@ -117,8 +117,15 @@ def plans() -> tuple[Plan, ...]:
     ) -> Row:
         return Row(slot, start, tuple(tokens), at, tuple(blocks), samples)
 
-    warm = Sampling(temperature=0.9, top_p=0.9, seed=7, logprobs=2)
-    placed = (Placement(0, Sampling(temperature=0)), Placement(2, warm), Placement(5, Sampling(seed=3)))
+    warm = Sampling(
+        temperature=0.9, top_p=0.9, seed=7, logprobs=2, repetition_penalty=1.4, presence_penalty=0.5
+    )
+    biased = Sampling(seed=3, logit_bias=((8, 1.5),))
+    placed = (
+        Placement(0, Sampling(temperature=0, frequency_penalty=0.2), tuple(range(10, 17)), 7),
+        Placement(2, warm, tuple(range(40, 47)), 7),
+        Placement(5, biased),
+    )
     first = (
         row(0, 0, range(10, 17), 0, (3, 9), True),
         row(2, 0, range(40, 44), 0, (5,), False),
@@ -142,7 +149,7 @@ def plans() -> tuple[Plan, ...]:
         Plan(2, (), mixed),
         Plan(3, (), decode),
         Plan(4, (), later),
-        Plan(5, (Placement(5, warm),), again),
+        Plan(5, (Placement(5, warm, (1, 2), 2),), again),
         Plan(6, (), quiet),
     )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine import sampler_cpu, sampler_torch
-from engine.plan import Logprob, Sampling
+from engine.plan import Logprob, Placement, Sampling
 from engine.sampler import Arithmetic, BrokenLogits, Drawn, Sampler
 from engine.sampler_rows import noise_keys, request_keys
 
@@ -44,7 +44,7 @@ def random_logits(rows: int, vocabulary: int = VOCABULARY, scale: float = 3.0) -
 def sampler_of(samplings: list[Sampling], vocabulary: int, arithmetic: Arithmetic = sampler_cpu) -> Sampler:
     sampler = Sampler(len(samplings), vocabulary, "cpu", arithmetic)
     for slot, sampling in enumerate(samplings):
-        sampler.place(slot, sampling)
+        sampler.place(Placement(slot, sampling))
     return sampler
 
 
@@ -265,9 +265,9 @@ def test_a_slot_placed_anew_forgets_its_former_request(slots: list[int]) -> None
     sampler = sampler_of([Sampling()] * 2, VOCABULARY)
     for slot in slots:
         former = Sampling(temperature=0, suppressed=(best,), suppressed_until=10**6, logprobs=2)
-        sampler.place(slot, former)
+        sampler.place(Placement(slot, former))
         assert sampler.sample(row, np.array([slot]), np.array([3])).tokens.tolist() != [best]
-        sampler.place(slot, Sampling(temperature=0))
+        sampler.place(Placement(slot, Sampling(temperature=0)))
         drawn = sampler.sample(row, np.array([slot]), np.array([3]))
         assert (drawn.tokens.tolist(), drawn.logprobs()) == ([best], (None,))
 

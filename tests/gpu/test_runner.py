@@ -186,20 +186,23 @@ def test_nothing_waits_inside_a_launch(card: torch.device, directories: Director
 
 
 def test_the_sampler_draws_on_the_card_as_on_the_cpu(card: torch.device) -> None:
-    """Greedy, seeded and filtered rows: same tokens and log-probabilities."""
-    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) * 4
-    slots, positions = np.arange(5), np.arange(5) + 10
+    """Greedy, seeded, filtered and penalised rows, twice: same tokens and log-probabilities."""
+    logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)) * 4
+    slots, positions = np.arange(6), np.arange(6) + 10
+    asking = Sampling(seed=8, repetition_penalty=1.3, frequency_penalty=0.7, logit_bias=((5, 2.0),))
     found = []
     for device in (torch.device("cpu"), card):
-        sampler = Sampler(5, 1000, device)
-        sampler.place(0, Sampling(temperature=0, logprobs=3))
-        sampler.place(1, Sampling(seed=5, logprobs=0))
-        sampler.place(2, Sampling(seed=5, top_p=0.7))
-        sampler.place(3, Sampling(seed=6, top_k=4, min_p=0.1, logprobs=2))
-        sampler.place(4, Sampling(seed=7, suppressed=(1, 2, 3), suppressed_until=20))
-        drawn = sampler.sample(logits.to(device), slots, positions)
-        found.append((drawn.tokens.tolist(), drawn.logprobs()))
-    assert found[0] == found[1]
+        sampler = Sampler(6, 1000, device)
+        sampler.place(Placement(0, Sampling(temperature=0, logprobs=3)))
+        sampler.place(Placement(1, Sampling(seed=5, logprobs=0)))
+        sampler.place(Placement(2, Sampling(seed=5, top_p=0.7)))
+        sampler.place(Placement(3, Sampling(seed=6, top_k=4, min_p=0.1, logprobs=2)))
+        sampler.place(Placement(4, Sampling(seed=7, suppressed=(1, 2, 3), suppressed_until=20)))
+        sampler.place(Placement(5, asking, tuple(range(0, 900, 2)), 300))
+        for later in range(2):
+            drawn = sampler.sample(logits.to(device), slots, positions + later)
+            found.append((drawn.tokens.tolist(), drawn.logprobs()))
+    assert found[:2] == found[2:]
 
 
 def test_cublas_says_that_it_is_not_exact(card: torch.device, directories: Directories) -> None:
