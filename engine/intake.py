@@ -69,14 +69,19 @@ class Intake:
             sequence.state = State.LOADING
             self._places.loading.append(sequence)
             self._places.announce(sequence, match.entries[0][0])
-            self._loads.begin(sequence, match, way, outstanding_step)
+            self._fetch(sequence, match, way, outstanding_step, now)
         else:
             self._run(sequence, match, way)
             if way.name == SPLIT:
-                self._loads.begin(sequence, match, way, outstanding_step)
+                self._fetch(sequence, match, way, outstanding_step, now)
             elif match.entries:
                 self._probe(match, outstanding_step, now)
         return way
+
+    def _fetch(self, sequence: Sequence, match: Match, way: Way, outstanding_step: int, now: float) -> None:
+        for _, entry in match.entries[way.first_fetched :]:
+            self._valuation.fetching(entry.tier, now)
+        self._loads.begin(sequence, match, way, outstanding_step)
 
     def _probe(self, match: Match, outstanding_step: int, now: float) -> None:
         """What is not loaded is copied all the same, to nowhere, if the last copy from its tier is long ago."""
@@ -88,6 +93,7 @@ class Intake:
         if pool.available < PROBE_ROOM * len(probed):
             return
         self._valuation.probed(entry.tier, now)
+        self._valuation.fetching(entry.tier, now)
         blocks = pool.allocate(len(probed))
         self._residency.fetch(list(zip(probed, blocks, strict=True)), outstanding_step)
         pool.release(blocks)  # the copies hold them

@@ -46,6 +46,15 @@ def work_of(rows: Sequence_[Row]) -> Work:
     )
 
 
+@dataclass(slots=True)
+class Fetching:
+    """The copies from one tier to the device, from the first one told until none is left."""
+
+    since: float
+    copying: float = 0.0  # seconds spent on copies that have ended
+    whole: bool = True  # nothing was lost
+
+
 class Offer:
     """A running sequence as a victim, priced when somebody asks. Implements policies.preemption.Offer."""
 
@@ -77,6 +86,7 @@ class Valuation:
     ) -> None:
         self.costs = costs
         self._loaded_at: dict[str, float] = {}
+        self._fetching: dict[str, Fetching] = {}  # by tier
         self.enabled: tuple[str, ...] = ()  # the ways back that the resume policy allows
         self._residency = residency
         self._block_size = block_size
@@ -95,16 +105,32 @@ class Valuation:
     def probed(self, tier: str, now: float) -> None:
         self._loaded_at[tier] = now
 
+    def fetching(self, tier: str, now: float) -> None:
+        """Copies from there to the device are told."""
+        self._fetching.setdefault(tier, Fetching(now))
+
     def copied(self, flight: InFlight, done: CopyDone, now: float) -> None:
         """Only whole copies say how long copying takes."""
+        copy = flight.copy
+        if copy.target == DEVICE:
+            self._fetched(copy.source, done, now)
         if not done.lost:
-            copy = flight.copy
             if copy.target == DEVICE:
                 self._loaded_at[copy.source] = now
             size = len(copy.sources) * self._block_bytes
             self.costs.copies.observe(
                 CopySample(copy.source, copy.target, size, done.seconds, done.queued_seconds)
             )
+
+    def _fetched(self, tier: str, done: CopyDone, now: float) -> None:
+        """A tier that has brought all it was asked for says what a load waits beside the copying."""
+        fetching = self._fetching[tier]
+        fetching.copying += done.seconds
+        fetching.whole = fetching.whole and not done.lost
+        if tier not in self._residency.coming_up(self._block_bytes):
+            del self._fetching[tier]
+            if fetching.whole:
+                self.costs.copies.observe_wait(tier, now - fetching.since - fetching.copying)
 
     # --- what is, and would be ------------------------------------------------------------------------------------
 

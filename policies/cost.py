@@ -7,8 +7,10 @@ Pure arithmetic on samples that the core is told of, so a replay fits the same f
 What they are for: coming back the cheapest way (design §5).
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from policies.fitting import Fit
 
@@ -21,6 +23,9 @@ STEP_PRIOR = (1e-3, 5e-5, 4e-8, 1e-4, 2.5e-7)
 MEMORY_PRIOR = (2e-5, 1 / 5e9)
 DISK_PRIOR = (2e-4, 1 / 1e9)
 """Seconds a copy, and a byte."""
+
+WAITS_KEPT = 9
+"""Of a tier: loads whose waiting is remembered. What they wait for is not of one kind, so their median counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ class CopyCost:
 
     def __init__(self) -> None:
         self._routes: dict[tuple[str, str], Fit] = {}
+        self._waits: dict[str, deque[float]] = {}
 
     def observe(self, sample: CopySample) -> None:
         """Learns from a copy; one of which nothing arrived teaches nothing."""
@@ -115,6 +121,15 @@ class CopyCost:
                 fit = self._routes[route] = Fit(_copy_prior(*route))
             fit.observe((sample.bytes.bit_length() + 1) // 2, (1.0, sample.bytes), sample.seconds)
 
+    def observe_wait(self, source: str, seconds: float) -> None:
+        """Learns from loads: so much longer than copying did they take. Less than 0: copies overlapped."""
+        self._waits.setdefault(source, deque(maxlen=WAITS_KEPT)).append(seconds)
+
+    def wait_seconds(self, source: str) -> float:
+        """What a load waits beside copying: for threads to wake and for the loop to hear of it; 0 before the first."""
+        waits = self._waits.get(source)
+        return median(waits) if waits else 0.0
+
     def seconds(self, source: str, target: str, size: int) -> float:
         """From the moment a thread takes it up: latency + bytes ÷ bandwidth."""
         return self._copies_seconds(source, target, copies=1, size=size)
@@ -122,7 +137,8 @@ class CopyCost:
     def reload_seconds(self, source: str, size: int, copy_bytes: int, ahead_bytes: int = 0) -> float:
         """To the device, in copies of `copy_bytes`, behind `ahead_bytes` already queued on that route."""
         copies = -(-size // copy_bytes) + -(-ahead_bytes // copy_bytes)
-        return self._copies_seconds(source, DEVICE, copies, size + ahead_bytes)
+        copying = self._copies_seconds(source, DEVICE, copies, size + ahead_bytes)
+        return max(0.0, copying + self.wait_seconds(source))
 
     def bandwidth(self, source: str, target: str) -> float:
         """Bytes a second of an endless copy."""

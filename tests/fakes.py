@@ -50,6 +50,7 @@ class ScriptedRunner:
 
     def __init__(self, script: Script, *, block_size: int, max_sequences: int) -> None:
         self.computed_positions = 0
+        self.seconds = 0.001  # that a step says to have taken
         self.plans: list[Plan] = []
         self._script = script
         self._block_size = block_size
@@ -72,7 +73,9 @@ class ScriptedRunner:
             for row in plan.rows
             if row.samples
         )
-        return Done(StepResult(plan.step, tokens, logprobs, seconds=0.001, gil_seconds=0.0005))
+        return Done(
+            StepResult(plan.step, tokens, logprobs, seconds=self.seconds, gil_seconds=self.seconds / 2)
+        )
 
     def _compute(self, row: Row) -> int | None:
         table = self._tables[row.slot]

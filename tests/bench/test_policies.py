@@ -34,7 +34,7 @@ def test_tax_is_what_was_computed_again_of_all_that_was_computed() -> None:
     outcome.resumed = [("reload host", 0.9, 1.0, 0.5), ("reload host", 1.5, 1.0, None)]
     told = figures(outcome)
     assert told["tax"] == 0.1
-    assert told["resume_error"] == pytest.approx(0.3)
+    assert told["resume_errors"] == {"reload host": (2, pytest.approx(0.3))}
     assert told["regret_seconds"] == 0.5
     assert told["tokens_per_second"] == 5.0
 
@@ -43,7 +43,7 @@ def test_a_report_is_bad_when_an_answer_differed(tmp_path: Path) -> None:
     row = (
         '{"trace": "t", "model": "m", "share": 0.4, "system": "ours", "void": false, "same": %s, "tax": 0.0,'
         ' "preemptions": 1, "mean": 1.0, "p99": 1.0, "ttft": 1.0, "tokens_per_second": 1.0,'
-        ' "resume_error": null}\n'
+        ' "resume_errors": {"reload host": [1, 0.1]}}\n'
     )
     rows = tmp_path / "rows.jsonl"
     rows.write_text(row % "true")

@@ -29,7 +29,7 @@ from engine.plan import Launched, Sampling
 from engine.policy_set import Catalog, PolicyConfig
 from engine.request import Delta, Finished, FinishReason, Request, ServiceClass, Stopping
 from engine.scheduler import SchedulerConfig
-from kvstore.copies import DISK, Copy, Drop, Loss, Place, TierDown, TierUp
+from kvstore.copies import DISK, Copy, CopyDone, Drop, Loss, Place, TierDown, TierUp
 from kvstore.residency import ResidencyConfig
 from policies.cost import CopySample, StepSample
 from tests.fakes import Script, ScriptedRunner, ScriptedStore, hashed
@@ -101,6 +101,7 @@ class Driver:
     """
 
     prompt_copies = True
+    tick = 1.0  # seconds that pass before each event; steps and copies take what they say besides
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class Driver:
         return self.deltas[request_id, choice][-1].finish_reason
 
     def _feed(self, event: Event) -> None:
-        self.now += 1.0
+        self.now += self.tick + _seconds(event)
         for instruction in self.core.handle(event, self.now):
             self._carry_out(instruction)
         self.core.check()
@@ -220,3 +221,14 @@ class Driver:
                 self.resumed.append(instruction)
             case PolicyFailed():
                 self.failed.append(instruction)
+
+
+def _seconds(event: Event) -> float:
+    """What an event says to have taken."""
+    match event:
+        case StepDone(result):
+            return result.seconds
+        case CopyDone():
+            return event.seconds
+        case _:
+            return 0.0

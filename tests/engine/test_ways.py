@@ -160,6 +160,7 @@ def test_the_cheapest_way_is_taken(load: float, step: float, way: str) -> None:
 def test_decisions_turn_when_a_tier_becomes_slow_and_turn_back() -> None:
     """A dozen copies that take long are enough to compute instead; a dozen quick ones to load again."""
     made = driver("cheapest", load_seconds=1e-3, step_seconds=0.01)
+    made.tick, made.runner.seconds, made.prompt_copies = 1e-6, 0.05, True
     chosen = []
     for round, seconds in enumerate([1e-3] * 3 + [60.0] * 14 + [1e-3] * 30):
         made.store.seconds = seconds

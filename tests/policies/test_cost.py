@@ -234,6 +234,25 @@ def test_a_reload_waits_for_what_is_queued_and_pays_the_latency_of_each_copy() -
     assert cost.reload_seconds("disk", 0, 1000) == 0
 
 
+def test_a_reload_waits_as_the_last_loads_of_its_tier_did() -> None:
+    """The median of nine: once slow is forgotten at once, slow for long is learned, and so is its end."""
+    cost = CopyCost()
+    plain = cost.reload_seconds("host", 4000, 1000)
+    for waited in (0.002, 0.002, 5.0, 0.002):
+        cost.observe_wait("host", waited)
+    assert cost.reload_seconds("host", 4000, 1000) == pytest.approx(plain + 0.002)
+    assert cost.wait_seconds("disk") == 0.0
+    for waited in [5.0] * 5 + [0.001] * 5:
+        cost.observe_wait("host", waited)
+    assert cost.wait_seconds("host") == 0.001
+
+
+def test_copies_that_overlap_shorten_a_reload_but_never_below_nothing() -> None:
+    cost = CopyCost()
+    cost.observe_wait("host", -1.0)
+    assert cost.reload_seconds("host", 4000, 1000) == 0.0
+
+
 def test_a_route_never_taken_goes_by_the_other_direction_and_else_by_its_kind() -> None:
     cost = CopyCost()
     assert cost.bandwidth("host", "device") == pytest.approx(5e9)
