@@ -137,11 +137,13 @@ class Valuation:
     def situation(self, beside: Iterable[Sequence]) -> Situation:
         """For a sequence that comes to, or leaves, those that run `beside` it."""
         rows = context = 0
-        weight = 0.0
+        weight = prompts = 0.0
         for sequence in beside:
             rows += 1
             context += sequence.computed
             weight += sequence.weight
+            if sequence.remaining > 1:
+                prompts += self.costs.steps.added_seconds(sequence.scheduled, sequence.remaining)
         return Situation(
             steps=self.costs.steps,
             copies=self.costs.copies,
@@ -151,6 +153,7 @@ class Valuation:
             chunk=max(1, self._max_batch_tokens - rows),
             decode_rows=rows,
             decode_context=context,
+            prompts_seconds=prompts,
             running_weight=weight,
             ahead_bytes=self._residency.flights.bytes_up(self._block_bytes),
         )

@@ -51,6 +51,7 @@ class Situation:
     chunk: int  # tokens that a step has for it
     decode_rows: int = 0
     decode_context: int = 0
+    prompts_seconds: float = 0.0  # what prompts under way add to the steps to come: it shares those with them
     running_weight: float = 0.0  # of all that run beside it
     ahead_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier: what is queued to come from there
 
@@ -98,7 +99,7 @@ def ways(standing: Standing, weight: float, situation: Situation, enabled: Seque
 
 
 def recompute(standing: Standing, weight: float, situation: Situation) -> Way:
-    seconds, device = _computing(standing.device_tokens, standing.total, situation)
+    seconds, device = _computing_beside(standing.device_tokens, standing.total, situation)
     return Way(RECOMPUTE, standing.below_blocks, seconds, device, _price(seconds, device, weight, situation))
 
 
@@ -136,7 +137,13 @@ def _split_at(standing: Standing, blocks: int, weight: float, situation: Situati
 
 def _head(standing: Standing, blocks: int, situation: Situation) -> tuple[float, float]:
     end = standing.device_tokens + blocks * situation.block_tokens
-    return _computing(standing.device_tokens, end, situation)
+    return _computing_beside(standing.device_tokens, end, situation)
+
+
+def _computing_beside(start: int, end: int, situation: Situation) -> tuple[float, float]:
+    """As `_computing`, from now on: prompts under way are in those steps too."""
+    seconds, device = _computing(start, end, situation)
+    return (seconds + situation.prompts_seconds if device else seconds), device
 
 
 def _computing(start: int, end: int, situation: Situation) -> tuple[float, float]:

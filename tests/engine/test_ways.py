@@ -3,6 +3,8 @@
 A scripted runner's tokens are right only if every position of every block that it reads is (tests/fakes.py).
 """
 
+from dataclasses import replace
+
 import pytest
 
 from engine.events import Resumed
@@ -12,6 +14,7 @@ from kvstore.copies import DEVICE, DISK, HOST, Loss
 from kvstore.residency import ResidencyConfig
 from policies.cost import CopySample, StepSample
 from policies.decisions import Kind
+from policies.pricing import RECOMPUTE, RELOAD, Standing, ways
 from tests.engine.driving import UNFORESEEN, Driver, core_config, request
 from tests.engine.test_core import expected_tokens
 
@@ -190,3 +193,25 @@ def test_the_victim_is_whose_way_back_costs_least() -> None:
     prices = {each.name: each.price for each in victim.decision.alternatives}
     assert prices[victim.request_id] == min(prices.values())
     made.finish()
+
+
+def test_prompts_under_way_delay_what_is_computed_again_but_not_what_is_loaded() -> None:
+    made = driver("cheapest", max_batch_tokens=16)
+    valuation, running = made.core.scheduler.valuation, made.core.scheduler.running
+    made.arrive(request("a", range(60), max_tokens=2))
+    while running[0].computed < 16:
+        made.step()
+    situation = valuation.situation(running)
+    assert situation.prompts_seconds == valuation.costs.steps.added_seconds(
+        running[0].scheduled, running[0].remaining
+    )
+    standing = Standing(device_tokens=4, below=((HOST, 9),), below_tokens=36, total=40)
+    alone = replace(situation, prompts_seconds=0.0)
+    beside, without = (
+        {way.name: way.seconds for way in ways(standing, 1.0, each, (RECOMPUTE, RELOAD))}
+        for each in (situation, alone)
+    )
+    assert beside[RECOMPUTE] == pytest.approx(without[RECOMPUTE] + situation.prompts_seconds)
+    assert beside[RELOAD] == without[RELOAD]
+    made.finish()
+    assert valuation.situation(running).prompts_seconds == 0.0
