@@ -127,7 +127,7 @@ class Valuation:
         fetching = self._fetching[tier]
         fetching.copying += done.seconds
         fetching.whole = fetching.whole and not done.lost
-        if tier not in self._residency.coming_up(self._block_bytes):
+        if tier not in self._residency.flights.bytes_up(self._block_bytes):
             del self._fetching[tier]
             if fetching.whole:
                 self.costs.copies.observe_wait(tier, now - fetching.since - fetching.copying)
