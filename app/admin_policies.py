@@ -14,6 +14,7 @@ from app.config_sources import did_you_mean, nearest
 from app.errors import ApiError, bad_request
 from app.served import SERVED, Served
 from engine.policy_set import FAMILIES
+from engine.state import policies
 
 log = get_logger(__name__)
 
@@ -36,7 +37,7 @@ async def change(http: web.Request) -> web.Response:
     _check(served, names)
     if served.engine.failure is not None:
         raise ApiError(409, "the engine has died; nothing decides any more", code="engine_dead")
-    before = served.engine.policies()
+    before = policies(served.engine.core)
     served.engine.use_policies(names)
     for family, name in names.items():
         if before[family] != name:
@@ -45,7 +46,7 @@ async def change(http: web.Request) -> web.Response:
 
 
 def _check(served: Served, names: dict[str, str]) -> None:
-    in_force, available = served.engine.policies(), _available(served)
+    in_force, available = policies(served.engine.core), _available(served)
     for family, name in names.items():
         if family not in in_force:
             hint = did_you_mean(nearest(family, available))
@@ -68,7 +69,7 @@ def _available(served: Served) -> dict[str, list[str]]:
 
 def _state(served: Served) -> dict[str, Any]:
     return {
-        "policies": served.engine.policies(),
+        "policies": policies(served.engine.core),
         "available": _available(served),
         "parameters": served.engine.core.scheduler.policy_config.parameters,
     }

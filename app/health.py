@@ -8,6 +8,7 @@ from app.errors import ApiError, draining
 from app.metrics import METRICS
 from app.served import SERVED, Served
 from engine.request import EngineDead
+from engine.state import policies, tier_bytes
 
 
 async def livez(http: web.Request) -> web.Response:
@@ -61,8 +62,8 @@ def _model(served: Served) -> dict[str, Any]:
 async def metrics(http: web.Request) -> web.Response:
     engine = http.app[SERVED].engine
     scheduler = engine.core.scheduler
-    http.app[METRICS].observe_tiers(engine.tier_bytes())
-    http.app[METRICS].policies.show(engine.policies())
+    http.app[METRICS].observe_tiers(tier_bytes(engine.core, engine.block_bytes))
+    http.app[METRICS].policies.show(policies(engine.core))
     body, content_type = http.app[METRICS].exposition(
         running=len(scheduler.running),
         waiting=scheduler.waiting,

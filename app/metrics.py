@@ -16,8 +16,7 @@ from app.config import KVStoreSection
 from app.http_metrics import HttpMetrics
 from app.policy_metrics import PolicyMetrics
 from app.service_classes import ClassTable
-from engine.engine import StepRecord
-from engine.records import CopyRecord
+from engine.records import CopyRecord, StepRecord
 from engine.request import Finished, FinishReason, Request
 from kvstore.copies import DEVICE, DISK, HOST, Loss
 

@@ -6,8 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from app.attainment import TPOT, TTFT, judged, refused
 from app.service_classes import ClassTable
-from engine.engine import StepRecord
 from engine.events import PolicyFailed, Resumed
+from engine.records import StepRecord
 from engine.request import Finished
 from kvstore.copies import DEVICE, DISK, HOST
 

@@ -38,9 +38,10 @@ from app.workload.prompts import Prompts
 from app.workload.trace import TraceRequest
 from bench.report import console
 from bench.systems import SYSTEMS
-from engine.engine import Engine, StepRecord
+from engine.engine import Engine
 from engine.events import Resumed
 from engine.plan import Launched, Plan, Runner, Sampling, StepResult
+from engine.records import StepRecord
 from engine.request import Finished, Request, Stopping
 from engine.stream import Stream
 from engine.worker import QueueWorker

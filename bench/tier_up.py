@@ -17,10 +17,11 @@ from rich.table import Table
 
 from bench.report import console
 from engine.core import Core, CoreConfig
-from engine.engine import RECORDS_AT_ONCE, Engine
+from engine.engine import Engine
 from engine.events import Event, Instruction
 from engine.plan import Plan
 from engine.scheduler import SchedulerConfig
+from engine.tiers_below import RECORDS_AT_ONCE
 from engine.worker import Report
 from kvstore.copies import DISK, Copy, CopyDone, Drop, Place, TierDown, TierUp
 from kvstore.residency import ResidencyConfig

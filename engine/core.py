@@ -1,7 +1,7 @@
 """The pure core: `handle(event, now)` → instructions. It alone changes sequences and slots (design §3).
 
 No torch, no await, no clock, no I/O: the same events give the same instructions, byte for byte. What a step computes
-is decided in scheduler.py; here tokens become text, ends and accounts.
+is decided in scheduler.py, what becomes of a sequence in lifecycle.py; here tokens become text, ends and accounts.
 """
 
 from collections import deque
@@ -68,6 +68,7 @@ class Core:
     ) -> None:
         self.config = config
         self.scheduler = Scheduler(config.scheduler, catalog)
+        self._life = self.scheduler.life
         self.sequences: dict[str, list[Sequence]] = {}  # unfinished ones, by request
         self._vocabulary = vocabulary
         self._outstanding: deque[Outstanding] = deque()
@@ -89,15 +90,15 @@ class Core:
                 self._preempted(request_id, now)
             case Reprioritised(request_id, priority, service):
                 for sequence in self.sequences.get(request_id, ()):
-                    self.scheduler.reprioritise(sequence, priority, service)
+                    self._life.reprioritise(sequence, priority, service)
             case Pruned(tier, blocks):
                 self._pruned(tier, blocks, now)
             case Damaged(tier, keys):
                 self.scheduler.residency.damaged(tier, keys)
             case CopyDone():
-                self.scheduler.copied(event, now)
+                self._life.copied(event, now)
             case TierDown(tier):
-                self.scheduler.tier_down(tier, now)
+                self._life.tier_down(tier, now)
             case TierUp():
                 self.scheduler.residency.tier_up(event, now)
             case PoliciesChanged(names):
@@ -116,7 +117,7 @@ class Core:
             self._new_sequence(request, choice, root, list(keys), now) for choice in range(request.n)
         ]
         for sequence in self.sequences[request.id]:
-            self.scheduler.enqueue(sequence, now)
+            self._life.enqueue(sequence, now)
         return []
 
     def _refusal(self, request: Request) -> Reject | None:
@@ -166,7 +167,7 @@ class Core:
     def _preempted(self, request_id: str, now: float) -> None:
         for sequence in self.sequences.get(request_id, ()):
             if sequence.state is State.RUNNING:
-                self.scheduler.preempt(sequence, now, by="operator")
+                self._life.preempt(sequence, now, by="operator")
 
     def _pruned(self, tier: str, blocks: int, now: float) -> None:
         if tier == DEVICE:
@@ -190,7 +191,7 @@ class Core:
     def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
         """Commits a step row by row. Rows of sequences that lost their place meanwhile are void."""
         step = self._outstanding.popleft()
-        self.scheduler.step_done(step.scheduled, now - max(step.told, self._step_ended))
+        self.scheduler.valuation.step_done(step.scheduled.work, now - max(step.told, self._step_ended))
         self._step_ended = now
         news: list[Instruction] = []
         kept = 0
@@ -204,7 +205,7 @@ class Core:
                 sequence.tokens.append(token)
                 sequence.pending -= 1
                 kept += 1
-            self.scheduler.computed(sequence, row.start + len(row.tokens), now)
+            self._life.computed(sequence, row.start + len(row.tokens), now)
             if token is not None:
                 self._drawn(sequence, token, logprob, now, news)
         assert next(drawn, None) is None, "more tokens drawn than rows sampled"
@@ -217,7 +218,7 @@ class Core:
         request = sequence.request
         stopping, output_tokens = request.stopping, len(sequence.tokens) - sequence.prompt_tokens
         sequence.token_times.append(now)
-        self.scheduler.drawn(sequence, output_tokens)
+        self._life.drawn(sequence, output_tokens)
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
         if token in stopping.stop_token_ids or (
@@ -244,7 +245,7 @@ class Core:
 
     def _retire(self, sequence: Sequence, reason: FinishReason, now: float) -> list[Instruction]:
         by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
-        self.scheduler.retire(sequence, now, by_itself=by_itself)
+        self._life.retire(sequence, now, by_itself=by_itself)
         siblings = self.sequences[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:

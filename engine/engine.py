@@ -1,15 +1,13 @@
 """The shell around the core: feeds it events, carries its instructions out. Lives on the event-loop thread.
 
-It decides nothing: what to compute is scheduler.py's, how is the runner's, on which thread is worker.py's, and how
-bytes are moved is the store's (kvstore/store.py).
+It decides nothing: what to compute is scheduler.py's, how is the runner's, on which thread is worker.py's. What goes to
+the store and comes from it passes tiers_below.py; what operators see of the core is state.py's.
 """
 
 import asyncio
 import contextlib
-import gc
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from engine.core import Core
@@ -34,64 +32,19 @@ from engine.events import (
     StepDone,
 )
 from engine.plan import StepResult
-from engine.policy_set import FAMILIES
-from engine.records import CopyRecord
+from engine.records import CopyRecord, StepAccounts, StepRecord
 from engine.request import EngineDead, Finished, QueueFull, Refused, Request, ServiceClass
-from engine.sequence import Sequence, State
+from engine.sequence import State
+from engine.state import core_state, summary
 from engine.stream import Stream
+from engine.tiers_below import Store, TiersBelow
 from engine.timeline import Timelines
 from engine.worker import Worker
-from kvstore.copies import DEVICE, Copy, CopyDone, Drop, TierDown, TierUp
-
-RECORDS_AT_ONCE = 1000
-"""Of a tier that comes up, in one event: a few milliseconds (`python -m bench.tier_up`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """A finished step and the state it left, for observers. Counts are since the previous record."""
-
-    step: int
-    rows: int
-    prefill_tokens: int
-    decode_tokens: int
-    computed_tokens: int
-    recomputed_tokens: int
-    sampled_tokens: int
-    prompt_tokens: int  # of requests first admitted
-    preemptions: int
-    preemptions_by: Mapping[str, int]  # by the victim policy, or "displaced", "operator"
-    promotions: Mapping[str, int]  # by reason
-    resumptions: Mapping[tuple[str, str], int]  # by way, and the lowest tier that they took from
-    prefix_queries: int  # tokens looked up in all tiers
-    prefix_hits: int  # tokens found there
-    hit_tokens: Mapping[str, int]  # by tier, at every admission
-    dropped_blocks: int  # not saved below the device: no room, or too much on its way
-    running: int
-    waiting: int
-    kv_used_blocks: int
-    kv_blocks: int
-    seconds: float
-    gil_seconds: float
+from kvstore.copies import DEVICE, Copy, Drop
 
 
 class Recorder(Protocol):
     def record(self, now: float, event: Event, instructions: list[Instruction]) -> None: ...
-
-
-class Store(Protocol):
-    """What the engine needs of the tiers (kvstore/store.py has the real one).
-
-    `report` may be called on any thread. `submit` and `drop` never block.
-    """
-
-    def start(self, report: Callable[[CopyDone | TierDown | TierUp], None]) -> None: ...
-
-    def submit(self, copy: Copy) -> None: ...
-
-    def drop(self, drop: Drop) -> None: ...
-
-    def block_bytes(self, tier: str) -> int: ...
 
 
 class Engine:
@@ -118,10 +71,6 @@ class Engine:
         self.on_tier: list[Callable[[str, bool, str], None]] = []  # (tier, up, reason)
         self.draining = False
         self._worker = worker
-        self._store = store
-        self._copies: dict[int, Copy] = {}  # told, and not done
-        self._held_copies: list[Copy] = []  # these wait for a step to end
-        self._loading: dict[str, Iterator[TierUp]] = {}  # what tiers hold, as far as not fed yet
         self._clock = clock
         self._now = clock()  # of the event being handled
         self._recorder = recorder
@@ -133,12 +82,12 @@ class Engine:
         self._quiet = asyncio.Event()  # idle, and nothing is on its way between tiers
         self._quiet.set()
         self._kv_peak_blocks = 0
-        self._counted = core.scheduler.counts.copy()  # as told to observers so far
-        self._counted_drops = 0
-        self._last_step_done = 0
+        self._accounts = StepAccounts(core.scheduler)
+        self.block_bytes = store.block_bytes(DEVICE) if store else 0
+        self._tiers: TiersBelow | None = None
         worker.start(self._report)
         if store is not None:
-            store.start(self._report_copy)
+            self._tiers = TiersBelow(store, self._feed_if_alive, self.on_copy, self.on_tier)
 
     # --- for clients ----------------------------------------------------------------------------------------------
 
@@ -238,58 +187,16 @@ class Engine:
         return self.dead.result() if self.dead.done() else None
 
     def state(self) -> dict[str, object]:
-        scheduler = self.core.scheduler
         return {
             "exact": self.exact,
             "alive": self.failure is None,
             "draining": self.draining,
-            "context": self.core.config.context,
-            "block_size": scheduler.config.block_size,
-            "kv_blocks": scheduler.pool.blocks,
-            "kv_used_blocks": scheduler.pool.held,
-            "kv_peak_blocks": self._kv_peak_blocks,  # held after any step so far: demand, where there was no pressure
-            "kv_cached_blocks": scheduler.pool.cached,
-            "running": len(scheduler.running),
-            "waiting": scheduler.waiting,
-            "preemptions": scheduler.counts.preemptions,
-            "tiers": self._tiers(),
-            "copies": len(scheduler.residency.flights),
-            "policies": self.policies(),
+            **core_state(self.core, self._kv_peak_blocks, self.block_bytes),
         }
-
-    def policies(self) -> dict[str, str]:
-        """The names in force, by family."""
-        scheduler = self.core.scheduler
-        return {family: getattr(scheduler.policy_config, family) for family in FAMILIES}
-
-    def _tiers(self) -> dict[str, object]:
-        residency = self.core.scheduler.residency
-        return {
-            shelf.name: {
-                "up": shelf.up,
-                "blocks": len(shelf),
-                "capacity_blocks": shelf.capacity,
-                "pinned_blocks": shelf.pinned,
-                "block_bytes": self._store.block_bytes(DEVICE) if self._store else 0,
-            }
-            for shelf in (residency.host, residency.disk)
-        }
-
-    def tier_bytes(self) -> dict[str, tuple[bool, int, int]]:
-        """By tier: whether it is in use, the bytes it may hold, and those it holds."""
-        if self._store is None:
-            return {}
-        pool, residency = self.core.scheduler.pool, self.core.scheduler.residency
-        size = self._store.block_bytes(DEVICE)
-        below = {
-            shelf.name: (shelf.up, shelf.capacity * size, len(shelf) * size)
-            for shelf in (residency.host, residency.disk)
-        }
-        return {DEVICE: (True, pool.blocks * size, (pool.held + pool.idle) * size), **below}
 
     def requests(self) -> list[dict[str, object]]:
         """One entry a request; a request's state is that of its choice that is furthest on."""
-        return [_summary(sequences) for sequences in self.core.sequences.values()]
+        return [summary(sequences) for sequences in self.core.sequences.values()]
 
     # --- events in, instructions out ------------------------------------------------------------------------------
 
@@ -304,6 +211,13 @@ class Engine:
             self._die(error)
             raise
         return instructions
+
+    def _feed_if_alive(self, event: Event) -> bool:
+        """Of the tiers' news: False when nobody is left to hear them."""
+        if self.failure is not None:
+            return False
+        self._feed(event)
+        return True
 
     def _handle(self, event: Event, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
@@ -335,29 +249,14 @@ class Engine:
                 for observe_failure in self.on_policy_failed:
                     observe_failure(instruction)
             case Copy():
-                self._start_copy(instruction)
+                self._tiers_below.submit(instruction)
             case Drop():
                 self._tiers_below.drop(instruction)
 
     @property
-    def _tiers_below(self) -> Store:
-        assert self._store is not None, "the core has tiers that the engine has not"
-        return self._store
-
-    def _start_copy(self, copy: Copy) -> None:
-        self._copies[copy.id] = copy
-        if copy.after > self._last_step_done:
-            self._held_copies.append(copy)
-        else:
-            self._tiers_below.submit(copy)
-
-    def _step_ended(self, step: int) -> None:
-        """Copies that waited for the step may begin."""
-        self._last_step_done = step
-        ready = [copy for copy in self._held_copies if copy.after <= step]
-        self._held_copies = [copy for copy in self._held_copies if copy.after > step]
-        for copy in ready:
-            self._tiers_below.submit(copy)
+    def _tiers_below(self) -> TiersBelow:
+        assert self._tiers is not None, "the core has tiers that the engine has not"
+        return self._tiers
 
     def _settle(self, finished: Finished) -> None:
         stream = self._streams[finished.request]
@@ -371,39 +270,9 @@ class Engine:
     def _account(self, account: Account) -> None:
         self._kv_peak_blocks = max(self._kv_peak_blocks, self.core.scheduler.pool.held)
         if self.on_step:
-            record = self._record(account)
+            record = self._accounts.record(account)
             for observe in self.on_step:
                 observe(record)
-
-    def _record(self, account: Account) -> StepRecord:
-        scheduler, before = self.core.scheduler, self._counted
-        now, dropped = scheduler.counts, scheduler.residency.dropped_blocks
-        self._counted = now.copy()
-        dropped_since, self._counted_drops = dropped - self._counted_drops, dropped
-        return StepRecord(
-            step=account.step,
-            rows=account.rows,
-            prefill_tokens=account.prefill_tokens,
-            decode_tokens=account.decode_tokens,
-            computed_tokens=account.prefill_tokens + account.decode_tokens,
-            recomputed_tokens=account.recomputed_tokens,
-            sampled_tokens=account.sampled_tokens,
-            prompt_tokens=now.prompt_tokens - before.prompt_tokens,
-            preemptions=now.preemptions - before.preemptions,
-            preemptions_by=now.preemptions_by - before.preemptions_by,
-            promotions=now.promotions - before.promotions,
-            resumptions=now.resumptions - before.resumptions,
-            prefix_queries=now.prefix_queries - before.prefix_queries,
-            prefix_hits=now.prefix_hits - before.prefix_hits,
-            hit_tokens=now.hit_tokens - before.hit_tokens,
-            dropped_blocks=dropped_since,
-            running=len(scheduler.running),
-            waiting=scheduler.waiting,
-            kv_used_blocks=scheduler.pool.held,
-            kv_blocks=scheduler.pool.blocks,
-            seconds=account.seconds,
-            gil_seconds=account.gil_seconds,
-        )
 
     def _note_idleness(self) -> None:
         idle = self.core.idle
@@ -426,74 +295,12 @@ class Engine:
         if isinstance(result, BaseException):
             self._die(result)
         elif self.failure is None:
-            self._step_ended(result.step)
+            if self._tiers is not None:
+                self._tiers.step_ended(result.step)
             self._feed(StepDone(result))
-
-    def _report_copy(self, event: CopyDone | TierDown | TierUp) -> None:
-        """Called on the store's threads."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(self._reported_copy, event)
-
-    def _reported_copy(self, event: CopyDone | TierDown | TierUp) -> None:
-        if self.failure is not None:
-            return
-        if isinstance(event, TierUp):
-            self._loading[event.tier] = parts = event.parts(RECORDS_AT_ONCE)
-            self._load(parts, len(event.records))
-            return
-        self._feed(event)
-        match event:
-            case CopyDone():
-                record = CopyRecord.of(
-                    self._copies.pop(event.id), event, self._tiers_below.block_bytes(DEVICE)
-                )
-                for observe_copy in self.on_copy:
-                    observe_copy(record)
-            case TierDown(tier, reason):
-                self._loading.pop(tier, None)
-                self._tell_tier(tier, False, reason)
-
-    def _load(self, parts: Iterator[TierUp], records: int) -> None:
-        """Feeds one part, and the next in the loop's next turn, so that others come between; none if it went down."""
-        part = next(parts)
-        if self.failure is not None or self._loading.get(part.tier) is not parts:
-            return
-        self._feed(part)
-        if part.more:
-            gc.freeze()  # else the collector looks through all of a million entries again and again, 0.3 s each time
-            self._loop.call_soon(self._load, parts, records)
-        else:
-            self._tell_tier(part.tier, True, f"{records} records")
-
-    def _tell_tier(self, tier: str, up: bool, reason: str) -> None:
-        for observe in self.on_tier:
-            observe(tier, up, reason)
 
     def _die(self, failure: BaseException) -> None:
         if self.failure is None:
             self.dead.set_result(failure)
             for stream in self._streams.values():
                 stream.fail(failure)
-
-
-def _summary(sequences: list[Sequence]) -> dict[str, object]:
-    first = sequences[0]
-    states = {sequence.state.value for sequence in sequences}
-    return {
-        "id": first.request.id,
-        "state": next(state for state in ("running", "loading", "waiting") if state in states),
-        "replica": 0,
-        "choices": len(sequences),
-        "priority": first.request.priority,
-        "class": first.class_name,
-        "tenant": first.tenant,
-        "arrived": first.arrived,
-        "prompt_tokens": first.prompt_tokens,
-        "cached_tokens": first.cached_tokens,
-        "output_tokens": sum(sequence.output_tokens for sequence in sequences),
-        "preemptions": sum(sequence.preemptions for sequence in sequences),
-        "promotions": sum(sequence.promotions for sequence in sequences),
-        "recomputed_tokens": sum(sequence.recomputed_tokens for sequence in sequences),
-        "reloaded_tokens": sum(sequence.reloaded_tokens for sequence in sequences),
-        "kv_blocks": sum(sequence.held_blocks for sequence in sequences),
-    }

@@ -1,9 +1,11 @@
-"""What observers are told of the store's work: one record a copy. (Of steps: engine.py's StepRecord.)"""
+"""What observers are told of finished work: one record a step, one a copy."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engine.events import Account
+from engine.scheduler import Scheduler
 from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, Loss
 
 
@@ -28,3 +30,72 @@ class CopyRecord:
     def failed_tier(self) -> str:
         """Where losses of this copy happen: of two tiers the one farther from the device."""
         return max(self.source, self.target, key=(DEVICE, HOST, DISK).index)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A finished step and the state it left, for observers. Counts are since the previous record."""
+
+    step: int
+    rows: int
+    prefill_tokens: int
+    decode_tokens: int
+    computed_tokens: int
+    recomputed_tokens: int
+    sampled_tokens: int
+    prompt_tokens: int  # of requests first admitted
+    preemptions: int
+    preemptions_by: Mapping[str, int]  # by the victim policy, or "displaced", "operator"
+    promotions: Mapping[str, int]  # by reason
+    resumptions: Mapping[tuple[str, str], int]  # by way, and the lowest tier that they took from
+    saved_ahead_blocks: int  # of those who were likely to be preempted
+    prefix_queries: int  # tokens looked up in all tiers
+    prefix_hits: int  # tokens found there
+    hit_tokens: Mapping[str, int]  # by tier, at every admission
+    dropped_blocks: int  # not saved below the device: no room, or too much on its way
+    running: int
+    waiting: int
+    kv_used_blocks: int
+    kv_blocks: int
+    seconds: float
+    gil_seconds: float
+
+
+class StepAccounts:
+    """What each step adds to a scheduler's counts."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._counted = scheduler.counts.copy()  # as told so far
+        self._counted_drops = scheduler.residency.dropped_blocks
+
+    def record(self, account: Account) -> StepRecord:
+        scheduler, before = self._scheduler, self._counted
+        now, dropped = scheduler.counts, scheduler.residency.dropped_blocks
+        self._counted = now.copy()
+        dropped_since, self._counted_drops = dropped - self._counted_drops, dropped
+        return StepRecord(
+            step=account.step,
+            rows=account.rows,
+            prefill_tokens=account.prefill_tokens,
+            decode_tokens=account.decode_tokens,
+            computed_tokens=account.prefill_tokens + account.decode_tokens,
+            recomputed_tokens=account.recomputed_tokens,
+            sampled_tokens=account.sampled_tokens,
+            prompt_tokens=now.prompt_tokens - before.prompt_tokens,
+            preemptions=now.preemptions - before.preemptions,
+            preemptions_by=now.preemptions_by - before.preemptions_by,
+            promotions=now.promotions - before.promotions,
+            resumptions=now.resumptions - before.resumptions,
+            saved_ahead_blocks=now.saved_ahead_blocks - before.saved_ahead_blocks,
+            prefix_queries=now.prefix_queries - before.prefix_queries,
+            prefix_hits=now.prefix_hits - before.prefix_hits,
+            hit_tokens=now.hit_tokens - before.hit_tokens,
+            dropped_blocks=dropped_since,
+            running=len(scheduler.running),
+            waiting=scheduler.waiting,
+            kv_used_blocks=scheduler.pool.held,
+            kv_blocks=scheduler.pool.blocks,
+            seconds=account.seconds,
+            gil_seconds=account.gil_seconds,
+        )

@@ -1,43 +1,35 @@
 """Who computes what in the next step: grow → preempt → admit → build. Pure; no clock but the `now` it is given.
 
-Asks the policies in force; owns the running list and the runner's slots. How a waiter's KV is found and comes in is
-intake.py's; where blocks are, and what is copied, is the residency's; the line of waiters is waiting.py's; who
-gives way is victims.py's; the rows are draft.py's; what happens to tokens is core.py's.
+Asks the policies in force. Who has a place is places.py's; how a waiter's KV is found and comes in is intake.py's;
+where blocks are, and what is copied, is the residency's; the line of waiters is waiting.py's; who gives way is
+victims.py's; the rows are draft.py's; what becomes of a sequence afterwards is lifecycle.py's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from engine.checkpoint import CheckpointConfig, Checkpoints
+from engine.checkpoint import CheckpointConfig
 from engine.counts import Counts
 from engine.draft import Draft, Scheduled, build
 from engine.events import Decided, PolicyFailed, Resumed
-from engine.intake import Intake
+from engine.lifecycle import Lifecycle
 from engine.places import Places
 from engine.policy_set import Catalog, PolicyConfig
-from engine.request import ServiceClass
-from engine.resumption import Match, lowest_tier
+from engine.resumption import Match
 from engine.sequence import Sequence, State
-from engine.tenants import Tenants
 from engine.valuation import Valuation
 from engine.victims import Victims
-from engine.waiting import WaitingLine
-from kvstore.copies import CopyDone
 from kvstore.device import DevicePool
 from kvstore.residency import Residency, ResidencyConfig
 from policies.admission import Room
 from policies.cost import CopySample, CostModel, StepSample
 from policies.decisions import Decision, Kind
-from policies.pricing import Way
 
 PASSED_OVER = 32
 """Waiters that one step passes over, at most, because their next block is being computed: each costs a look-up."""
 
 PREFETCHED = 4
 """Waiters at the head of the line that are looked up anew, and whose blocks are brought up from the disk meanwhile."""
-
-PREDICTED_ANEW = 16
-"""Tokens after which a running sequence's remaining length is predicted again; between, each token is one less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +49,6 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, catalog: Catalog | None = None) -> None:
         self.config = config
         self.policy_config = config.policies
-        self.counts = Counts()
         self._news: list[Decided | PolicyFailed] = []
         self._places = Places(config.blocks, config.max_sequences, config.block_size)
         self.catalog = catalog or Catalog()
@@ -72,15 +63,19 @@ class Scheduler:
             block_bytes=config.block_bytes,
             max_batch_tokens=config.max_batch_tokens,
         )
-        self._intake = Intake(self._places, self.residency, self.valuation, self._decide)
-        self._checkpoints = Checkpoints(self.residency, config.block_size, config.checkpoint)
-        self._intake.use(self._policies.resume, config.policies.resume)
+        self.life = Lifecycle(
+            self._places,
+            self.residency,
+            self.valuation,
+            config.checkpoint,
+            self._policies,
+            config.policies,
+            self._decide,
+        )
+        self.counts: Counts = self.life.counts
+        self._intake, self._line = self.life.intake, self.life.line
         self._victims = Victims(self._policies, config.policies, self.valuation)
-        self._line = WaitingLine(self._policies.order, self._policies.promotion)
-        self._tenants = Tenants()
-        self._admissions = 0
         self._steps_ahead = 0  # until it is looked who may be preempted
-        self._served = 0  # tokens computed for anybody
 
     @property
     def pool(self) -> DevicePool:
@@ -101,8 +96,7 @@ class Scheduler:
         self._policies = self.catalog.change(self._policies, self.policy_config, config, self._policy_failed)
         self.policy_config = config
         self._victims = Victims(self._policies, config, self.valuation)
-        self._intake.use(self._policies.resume, config.resume)
-        self._line.use(self._policies.order, self._policies.promotion)
+        self.life.use(self._policies, config)
         self.residency.use(self._policies.eviction, self._policies.placement)
 
     # --- one step -------------------------------------------------------------------------------------------------
@@ -114,8 +108,8 @@ class Scheduler:
         """
         draft = Draft(self.config.max_batch_tokens)
         self._victims.new_step()
-        for sequence in self._line.promote(now, self._served):
-            self._promoted(sequence, now)
+        for sequence in self._line.promote(now, self.life.tenants.served):
+            self.life.promoted(sequence, now)
         self._grow(draft, now)
         self._start_loaded(draft, now)
         self._admit(draft, outstanding_step, now)
@@ -133,7 +127,7 @@ class Scheduler:
         growth = len(self.running) * steps // self.config.block_size
         missing = growth - self.pool.available
         for sequence in self._victims.likely(missing, self.running) if missing > 0 else ():
-            if saved := self._checkpoints.ahead(sequence, now):
+            if saved := self.life.checkpoints.ahead(sequence, now):
                 self.counts.saved_ahead_blocks += saved
                 reason = f"{missing} blocks will be missing in {steps} steps: {saved} of its blocks are saved"
                 self._decide(sequence, Decision(Kind.SAVED_AHEAD, self.policy_config.victim, "save", reason))
@@ -143,16 +137,8 @@ class Scheduler:
         for sequence, row in zip(scheduled.sequences, scheduled.rows, strict=True):
             request, count = sequence.request, len(row.tokens)
             output = count == 1 and row.samples
-            self._tenants.serve(request.tenant, count, request.service.weight, output=output)
-        self._served += sum(draft.shares.values())
+            self.life.tenants.serve(request.tenant, count, request.service.weight, output=output)
         return scheduled
-
-    def _promoted(self, sequence: Sequence, now: float) -> None:
-        self.counts.promotions[sequence.promoted] += 1
-        sequence.promotions += 1
-        waited = now - sequence.waiting_since
-        reason = f"{waited:.3f} s and {self._served - sequence.served_before} tokens of service waited"
-        self._decide(sequence, Decision(Kind.PROMOTED, "promotion", sequence.promoted, reason, waited))
 
     # --- grow, and preempt ----------------------------------------------------------------------------------------
 
@@ -222,38 +208,16 @@ class Scheduler:
     def _preempt_for(self, sequence: Sequence, missing: int, now: float) -> Sequence:
         victim, decision = self._victims.for_blocks(sequence, missing, self.running)
         self._decide(victim, decision)
-        self.preempt(victim, now, by=self.policy_config.victim)
+        self.life.preempt(victim, now, by=self.policy_config.victim)
         return victim
-
-    def preempt(self, sequence: Sequence, now: float, by: str) -> None:
-        """A running sequence gives up its place: nothing of it stays but its snapshot, and it waits again.
-
-        `by`: the victim policy, or what else wanted it.
-        """
-        sequence.preemptions += 1
-        self.counts.preemptions += 1
-        self.counts.preemptions_by[by] += 1
-        self._give_up(sequence, now)
-
-    def _give_up(self, sequence: Sequence, now: float) -> None:
-        computed_in_the_end = sequence.scheduled  # void or not, the rows under way are computed
-        sequence.computed_before = max(sequence.computed_before, computed_in_the_end)
-        snapshot = sequence.take_snapshot(self.config.block_size)
-        if self._intake.saves:
-            self._checkpoints.save_snapshot(sequence, snapshot, now)
-            tail = (snapshot.tail.key,) if snapshot.tail else ()
-            sequence.pins = self.residency.pin((*snapshot.keys, *tail))
-        sequence.resume_seconds = self.valuation.resume_seconds(sequence)
-        self._places.leave(sequence)
-        sequence.restore(snapshot)
-        self.enqueue(sequence, now)
 
     # --- admit ----------------------------------------------------------------------------------------------------
 
     def _start_loaded(self, draft: Draft, now: float) -> None:
         """Those whose fetches are over run now, as far as the budget goes."""
         while draft.budget > 0 and (load := self._intake.ready()):
-            self._started(load.sequence, load.match, load.way, draft, now)
+            self.life.started(load.sequence, load.match, load.way, now)
+            self._place(load.sequence, draft)
 
     def _admit(self, draft: Draft, outstanding_step: int, now: float) -> None:
         """Takes waiters in while the budget, the slots and the pool have room for all their tokens."""
@@ -277,7 +241,8 @@ class Scheduler:
             self._room(draft).add(sequence, self._places.known_blocks(sequence))
             way = self._intake.take(sequence, match, outstanding_step, now)
             if sequence.state is State.RUNNING:
-                self._started(sequence, match, way, draft, now)
+                self.life.started(sequence, match, way, now)
+                self._place(sequence, draft)
         for sequence in set_aside:
             self._line.put_back(sequence)
 
@@ -296,7 +261,7 @@ class Scheduler:
             return False
         victim, decision = found
         self._decide(victim, decision)
-        self.preempt(victim, now, by="displaced")
+        self.life.preempt(victim, now, by="displaced")
         draft.take_back(victim)
         draft.room = None
         return True
@@ -321,35 +286,10 @@ class Scheduler:
             draft.room = policies.admission.room(taken, policies.prediction, self.config.block_size, blocks)
         return draft.room
 
-    def _started(self, sequence: Sequence, match: Match, way: Way, draft: Draft, now: float) -> None:
-        """It runs: the books of an admission, and its first tokens."""
-        tiers = match.tokens_by_tier(way.first_fetched, self.config.block_size)
-        if sequence.admissions == 0:
-            found = sum(tiers.values())
-            sequence.admitted, sequence.cached_tokens = now, found
-            self.counts.prefix_queries += len(sequence.tokens)
-            self.counts.prefix_hits += found
-            self.counts.prompt_tokens += sequence.prompt_tokens if sequence.choice == 0 else 0
-        elif sequence.snapshot is not None:
-            self.counts.resumptions[way.name, lowest_tier(tiers)] += 1
-        self.counts.hit_tokens.update(tiers)
-        self.residency.hit(sequence.keys[: match.full], now)
-        self._settle_snapshot(sequence)
-        sequence.admissions += 1
-        sequence.queued_seconds += now - sequence.waiting_since
-        sequence.admitted_as = self._admissions
-        self._admissions += 1
-        sequence.saved, sequence.saved_at, sequence.held_back = 0, now, False
+    def _place(self, sequence: Sequence, draft: Draft) -> None:
+        """It is new on the device, and has its first tokens."""
         draft.give(sequence, min(sequence.remaining, draft.budget))
         draft.placed.append(sequence)
-
-    def _settle_snapshot(self, sequence: Sequence) -> None:
-        """Its snapshot is used up, or nobody will come back to it: the tail is no use to anybody else."""
-        self.residency.unpin(sequence.pins)
-        sequence.pins = []
-        if sequence.snapshot and sequence.snapshot.tail:
-            self.residency.discard(sequence.snapshot.tail.key)
-        sequence.snapshot = None
 
     def _prefetch(self, now: float) -> None:
         """Brings up from the disk what those need who could not be taken in."""
@@ -358,107 +298,9 @@ class Scheduler:
                 sequence.prefetched = True
                 self.residency.prefetch(sequence.block_keys(self.config.block_size), now)
 
-    # --- positions computed, sequences gone -----------------------------------------------------------------------
-
-    def computed(self, sequence: Sequence, positions: int, now: float) -> None:
-        """KV of the first `positions` tokens is on the device: caches the blocks that are full and known."""
-        sequence.computed = positions
-        if positions > sequence.computed_before:
-            sequence.computed_before = positions
-        full = positions // self.config.block_size
-        if full != sequence.published:
-            sequence.block_keys(self.config.block_size)
-            for index in range(sequence.published, full):
-                self._places.cache(sequence, index)
-            sequence.published = full
-            self._checkpoints.grown(sequence, now)
-        if sequence.way_back or sequence.head_end:
-            self._intake.computed(sequence, now)
-
-    def drawn(self, sequence: Sequence, output_tokens: int) -> None:
-        """It has one more token, the `output_tokens`th: one less is expected."""
-        if output_tokens % PREDICTED_ANEW:
-            left = sequence.expected_remaining_tokens - 1.0
-            sequence.expected_remaining_tokens = left if left > 1.0 else 1.0
-        else:
-            sequence.expected_remaining_tokens = self._policies.prediction.remaining(sequence)
-
-    def retire(self, sequence: Sequence, now: float, *, by_itself: bool) -> None:
-        """A sequence has ended, wherever it stands: nothing of it stays but its cached blocks.
-
-        `by_itself`: not from outside, so that its length is one to learn from.
-        """
-        if by_itself:
-            self._policies.prediction.observe(sequence)
-        if sequence.state is State.RUNNING:
-            self._checkpoints.save(sequence, now)
-        else:
-            sequence.queued_seconds += now - sequence.waiting_since
-        self._tenants.leave(sequence.tenant)
-        before, sequence.state = sequence.state, State.FINISHED
-        if before is State.WAITING:
-            self._line.left()
-        else:
-            self._places.leave(sequence)
-        self._settle_snapshot(sequence)
-
-    # --- copies end, tiers come and go ----------------------------------------------------------------------------
-
-    def step_done(self, scheduled: Scheduled, seconds: float) -> None:
-        """A step has ended, `seconds` after it could begin."""
-        self.valuation.step_done(scheduled.work, seconds)
-
-    def copied(self, done: CopyDone, now: float) -> None:
-        """A copy has ended: perhaps a sequence has all its blocks, or must look again for what it lacks."""
-        lacking = self._intake.copied(done, now)
-        self.valuation.copied(self.residency.copied(done, now), done, now)
-        if lacking is not None:
-            self._look_again(lacking, now)
-
-    def _look_again(self, sequence: Sequence, now: float) -> None:
-        """What a tier promised has not come: back into the line, where the next match knows better."""
-        sequence.reload_failures += 1
-        self.counts.reload_failures += 1
-        reason = "what a tier below the device had promised did not come"
-        self._decide(sequence, Decision(Kind.LOAD_FAILED, "", "wait", reason))
-        if sequence.state is State.RUNNING:  # a split, with copies that may still write to its blocks
-            self._give_up(sequence, now)
-            return
-        self._places.leave(sequence)
-        sequence.state = State.WAITING
-        self._line.go_on(sequence)
-
-    def tier_down(self, tier: str, now: float) -> None:
-        """A tier is out of use: whoever waits for it looks again, without it."""
-        for sequence in self._intake.touching(self.residency.tier_down(tier)):
-            self._look_again(sequence, now)
-
-    # --- the queue ------------------------------------------------------------------------------------------------
-
     @property
     def waiting(self) -> int:
         return len(self._line) + len(self.loading)
-
-    def enqueue(self, sequence: Sequence, now: float) -> None:
-        """It begins to wait, for the first time or after a preemption."""
-        sequence.state, sequence.prefetched, sequence.service = State.WAITING, False, self._tenants.service
-        if not (sequence.admissions or sequence.preemptions):
-            self._tenants.arrive(sequence.tenant)
-        sequence.expected_remaining_tokens = self._policies.prediction.remaining(sequence)
-        self._intake.match(sequence)
-        if self._line.enter(sequence, now, self._served):
-            self._promoted(sequence, now)
-
-    def reprioritise(self, sequence: Sequence, priority: int, service: ServiceClass) -> None:
-        """A sequence is as urgent as this from now on; one that waits has its new place in the line at once."""
-        before = sequence.priority
-        sequence.reprioritise(priority, service)
-        self._line.look_again(sequence)
-        reason = f"an operator changed the priority from {before} to {priority}"
-        self._decide(sequence, Decision(Kind.REPRIORITISED, "", service.name, reason))
-
-    def waiters(self) -> Iterator[Sequence]:
-        return iter(self._line)
 
     # --- what is told ---------------------------------------------------------------------------------------------
 
@@ -478,4 +320,4 @@ class Scheduler:
         """Asserts that sequences, slots, blocks and positions agree."""
         self._places.check()
         self.residency.check([sequence.table for sequence in self._places.taken])
-        assert sum(1 for _ in self.waiters()) == len(self._line)
+        assert sum(1 for _ in self._line) == len(self._line)

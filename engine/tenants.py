@@ -15,6 +15,7 @@ KEPT = 10_000
 
 class Tenants:
     def __init__(self) -> None:
+        self.served = 0  # tokens computed for anybody
         self.service: dict[str, float] = {}  # sequences look here for their own tenant's
         self._active: Counter[str] = Counter()  # sequences not finished
 
@@ -34,6 +35,7 @@ class Tenants:
                 self._forget()
 
     def serve(self, tenant: str, tokens: int, weight: float, *, output: bool) -> None:
+        self.served += tokens
         self.service[tenant] += tokens * (OUTPUT_WEIGHT if output else 1.0) / weight
 
     def _forget(self) -> None:

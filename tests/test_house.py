@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "engine": {"engine", "kvstore", "policies"},
     "app": {"app", "engine", "kvstore", "policies"},
 }
-PURE = ["engine/core.py", "engine/scheduler.py", "engine/sequence.py", "engine/events.py", "engine/plan.py",
+PURE = ["engine/core.py", "engine/scheduler.py", "engine/lifecycle.py", "engine/sequence.py",
+        "engine/events.py", "engine/plan.py", "engine/state.py",
         "engine/request.py", "engine/text.py", "kvstore/block.py", "kvstore/device.py",
         "engine/snapshot.py", "engine/waiting.py", "engine/checkpoint.py", "engine/resumption.py",
         "engine/intake.py", "engine/places.py", "engine/policy_set.py", "engine/tenants.py", "engine/timeline.py",

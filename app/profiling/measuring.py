@@ -21,9 +21,10 @@ from app.profiling.fitting import Error, Sample, errors, fit_line, fit_steps, fi
 from app.profiling.grid import Limits, cells
 from app.serving import Parts
 from app.tiers import device_tier
-from engine.engine import Engine, StepRecord
+from engine.engine import Engine
 from engine.plan import Sampling
 from engine.profile import Between, Profile, Transfer
+from engine.records import StepRecord
 from engine.request import Request, Stopping
 from engine.runner import ModelRunner
 from engine.runner_cuda import CudaRunner

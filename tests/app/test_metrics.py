@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.state import tier_bytes
 from tests.app.lives import Served, configuration, served
 from tests.app.rig import Rig, rig
 
@@ -164,7 +165,7 @@ async def test_tier_metrics_tell_what_was_saved_found_and_copied(tmp_path: Path)
         await server.asked(prompt=PROMPT)
         await until_quiet(server)
         blocks = len(server.engine.core.scheduler.residency.disk)
-        size = server.engine.tier_bytes()["disk"][2]
+        size = tier_bytes(server.engine.core, server.engine.block_bytes)["disk"][2]
         for kind in ("used", "capacity"):
             assert await server.metric("sluice:kv_tier_bytes", tier="device", kind=kind) >= size
             assert await server.metric("sluice:kv_tier_bytes", tier="host", kind=kind) >= size

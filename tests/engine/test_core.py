@@ -217,7 +217,7 @@ def test_waiters_that_left_do_not_pile_up_behind_one_that_cannot_move() -> None:
     for i in range(10 * STALE):
         driver.core.handle(Arrived(request(f"r{i}", [i])), driver.now)
         driver.core.handle(Cancelled(f"r{i}"), driver.now)
-    assert len(driver.core.scheduler._line._heap) <= STALE + 3
+    assert len(driver.core.scheduler.life.line._heap) <= STALE + 3
     driver.finish()
     assert driver.tokens("b") == expected_tokens(request("b", [2]))
 

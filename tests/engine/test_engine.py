@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from engine.core import Core
-from engine.engine import Engine, StepRecord, Store
+from engine.engine import Engine
 from engine.events import Cancelled
 from engine.plan import Launched, Plan, StepResult
 from engine.recording import Difference, FileRecorder, RecordingError, header, replay
+from engine.records import StepRecord
 from engine.request import EngineDead, Finished, FinishReason, QueueFull, Refused
 from engine.stream import Stream
+from engine.tiers_below import Store
 from engine.worker import QueueWorker, ThreadWorker
 from kvstore.copies import DISK, Copy, CopyDone, Drop, Loss, Place, TierDown, TierUp
 from kvstore.residency import ResidencyConfig
@@ -249,7 +251,7 @@ async def test_a_large_tier_comes_up_in_parts_between_which_others_come_and_repl
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told, gone before all of it was known, told again: in the end all of it is known, once."""
-    monkeypatch.setattr("engine.engine.RECORDS_AT_ONCE", 2)
+    monkeypatch.setattr("engine.tiers_below.RECORDS_AT_ONCE", 2)
     keys = [bytes([number]) * 32 for number in range(7)]
     places = [Place(key, -1, keys[n - 1] if n else b"", n, 4) for n, key in enumerate(keys)]
     path, store, news = tmp_path / "run.jsonl", Reporting(), asyncio.Queue[tuple[str, bool, str]]()

@@ -17,11 +17,12 @@ import pytest
 
 from engine.checkpoint import CheckpointConfig
 from engine.core import Core, CoreConfig
-from engine.engine import Engine, StepRecord
+from engine.engine import Engine
 from engine.model.loading import Loaded
 from engine.plan import Sampling
 from engine.policy_set import PolicyConfig
 from engine.recording import FileRecorder, replay
+from engine.records import StepRecord
 from engine.request import Finished, Request, Stopping
 from engine.runner import ModelRunner
 from engine.scheduler import SchedulerConfig

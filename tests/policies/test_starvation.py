@@ -55,7 +55,7 @@ class Watched(Driver):
         served = [(who[row.slot], len(row.tokens)) for row in run.plan.rows]
         for sequence, _ in served:
             self.started.setdefault(sequence.request.id, run.plan.step)
-        for waiter in scheduler.waiters():
+        for waiter in scheduler.life.line:
             later = sum(tokens for sequence, tokens in served if sequence.number > waiter.number)
             spell = waiter.request.id, waiter.preemptions
             self.passed_by[spell] = self.passed_by.get(spell, 0) + later
