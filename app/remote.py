@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
+from ipaddress import IPv4Address, ip_address
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
@@ -15,7 +16,6 @@ from app.credentials import API_KEY, authorization
 TIMEOUT_SECONDS = 60.0
 """Without a byte from the server."""
 
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 (where to reach who listens so)
 HINT = "is it running (sluice serve), and there (--url, server.host, server.port)?"
 
 
@@ -29,8 +29,19 @@ class ServerRefuses(Exception):
 
 def url_of(server: ServerSection) -> str:
     """Where a server of this configuration is reached from this machine."""
-    host = ANYWHERE.get(server.host, server.host)
+    host = _reached_at(server.host)
     return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+
+
+def _reached_at(host: str) -> str:
+    """Who listens on all addresses ("" is all of IPv4) is reached at this machine's own."""
+    try:
+        address = ip_address(host or IPv4Address(0))
+    except ValueError:
+        return host  # a name
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"
 
 
 class Remote:
@@ -57,7 +68,7 @@ class Remote:
 
     @contextmanager
     def _opened(self, method: str, path: str, body: object) -> Iterator[HTTPResponse]:
-        request = Request(  # noqa: S310 (the scheme was looked at)
+        request = Request(  # noqa: S310 (the constructor lets http and https alone pass)
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
             headers=self._headers,

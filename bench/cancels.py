@@ -7,7 +7,6 @@ held or pinned, no copy is on its way, no tier was ever over its quota, and answ
 
 import asyncio
 import random
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -173,10 +172,11 @@ def _files_bytes(store: Path) -> int:
 
 async def _settled(outcome: Outcome, http: ClientSession) -> None:
     """All returns to zero by itself."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while (left := _left(await server.state(http))) and time.monotonic() < deadline:  # noqa: ASYNC110 (another process)
+    for _ in range(round(SETTLE_SECONDS / LOOK_SECONDS)):
+        if not _left(await server.state(http)):
+            return
         await asyncio.sleep(LOOK_SECONDS)
-    outcome.problems += left
+    outcome.problems += _left(await server.state(http))
 
 
 def _left(state: dict[str, Any]) -> list[str]:

@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.errors import InvalidSchema
 from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Err, Result
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi import checks
 
@@ -59,9 +61,11 @@ def fuzz(url: str, examples: int, *, repeatable: bool) -> tuple[Counts, list[str
     return counts, problems
 
 
-def _kinds(found: Iterator[object]) -> Iterator[tuple[Operation, GenerationMode]]:
+def _kinds(found: Iterator[Result[Operation, InvalidSchema]]) -> Iterator[tuple[Operation, GenerationMode]]:
     for result in found:
-        operation: Operation = result.ok()  # type: ignore[attr-defined] # its Result type is not exported
+        if isinstance(result, Err):
+            raise result.err()
+        operation = result.ok()
         yield operation, GenerationMode.POSITIVE
         if operation.body:  # there is hardly another way to call one wrongly
             yield operation, GenerationMode.NEGATIVE

@@ -23,8 +23,8 @@ class CudaTier:
     def __init__(self, pool: Tensor) -> None:
         self._blocks = pool.view(torch.uint8).view(len(pool), -1)
         self._device = pool.device
-        self._down = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-        self._up = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+        self._down = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]  # torch's omission
+        self._up = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]  # torch's omission
 
     @property
     def block_bytes(self) -> int:
@@ -63,6 +63,6 @@ class CudaTier:
 
 def _wait(stream: torch.cuda.Stream) -> None:
     """Until all that is queued on it is done. The thread sleeps: else it would turn on a core that others need."""
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's omission
     event.record(stream)
     event.synchronize()

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore.block import Key
 from kvstore.copies import DEVICE, HOST, Loss, Place
-from kvstore.native import memcpy
+from kvstore.native import compiled, memcpy
 from kvstore.tier import Buffer, TierStats, TierUnusable
 
 
@@ -75,7 +74,7 @@ def _slots(places: Sequence[Place]) -> NDArray[np.int64]:
     return np.array([place.slot for place in places], dtype=np.int64)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _copy_slots(
     source: NDArray[np.uint8], those: NDArray[np.int64], target: NDArray[np.uint8], there: NDArray[np.int64]
 ) -> bool:
@@ -120,7 +119,7 @@ def host_tier(blocks: int, block_bytes: int, *, pinned: bool) -> MemoryTier:
 
 def _pin(tier: MemoryTier, arena: Tensor) -> None:
     """In place: torch's own pinned memory would be a second arena, its size rounded up to a power of two."""
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's omission
     if status := int(runtime.cudaHostRegister(arena.data_ptr(), arena.nbytes, 0)):
         tier.notice = (
             f"the host tier could not be pinned, so copies are slower: CUDA error {status} (see ulimit -l)"

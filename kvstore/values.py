@@ -10,12 +10,11 @@ from enum import IntEnum
 from typing import Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from kvstore import xxh3
 from kvstore.format import HEADER_BYTES, PAGE_HEADER_BYTES, TOKENS_AT
-from kvstore.native import memcpy, preadv
+from kvstore.native import compiled, memcpy, preadv
 
 HASHED_HEADER: Final = HEADER_BYTES - 8  # all but the checksum itself
 SPLIT: Final = -HASHED_HEADER % xxh3.STRIPE  # bytes of the payload in the stripe where the header ends
@@ -45,7 +44,7 @@ def read_values(
     return outcomes
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _read_values(
     file: int, ends: NDArray[np.int64], headers: NDArray[np.uint8], block_bytes: int
 ) -> NDArray[np.int8]:
@@ -57,7 +56,7 @@ def _read_values(
     return outcomes
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _read_value(file: int, offset: int, target: int, header: NDArray[np.uint8], block_bytes: int) -> int:
     head = np.empty(PAGE_HEADER_BYTES + HEADER_BYTES, np.uint8)
     parts = np.empty(4, np.int64)
@@ -76,7 +75,7 @@ def _read_value(file: int, offset: int, target: int, header: NDArray[np.uint8], 
     return _WHOLE
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _same(header: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> bool:
     others = 0
     for at in range(len(wanted)):
@@ -85,7 +84,7 @@ def _same(header: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> bool:
     return others == 0
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def stamp(value: NDArray[np.uint8], payload: int, size: int) -> None:
     """Completes a data value whose header is in place: copies the payload from an address, and writes the checksum."""
     target = value.ctypes.data + HEADER_BYTES
@@ -93,7 +92,7 @@ def stamp(value: NDArray[np.uint8], payload: int, size: int) -> None:
     value[:8].view(np.uint64)[0] = _hash(value[:HEADER_BYTES], target, size)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _hash(header: NDArray[np.uint8], payload: int, size: int) -> np.uint64:
     """The checksum of a header, but for the checksum in it, and of the payload at an address."""
     joint = np.empty(HASHED_HEADER + SPLIT, np.uint8)

@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from kvstore.native import compiled, emitted
 
 SHORT: Final = 240
 STRIPE: Final = 64
@@ -66,7 +67,7 @@ def _store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, _EIGHT.as_pointer())).align = 1
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@emitted
 def _accumulate(context: Any, sums: Any, data: Any, secret: Any, stripes: Any) -> tuple[Any, Any]:
     """Takes in stripes of one block, between addresses: LLVM makes no vectors of the same loop over numbers."""
 
@@ -85,7 +86,7 @@ def _accumulate(context: Any, sums: Any, data: Any, secret: Any, stripes: Any) -
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@emitted
 def _scramble(context: Any, sums: Any, secret: Any) -> tuple[Any, Any]:
     def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         total = _load(builder, values[0])
@@ -96,7 +97,7 @@ def _scramble(context: Any, sums: Any, secret: Any) -> tuple[Any, Any]:
     return types.void(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@emitted
 def _folded_product(context: Any, left: Any, right: Any) -> tuple[Any, Any]:
     """The upper half of the 128 bits of a product, xor the lower."""
 
@@ -109,13 +110,13 @@ def _folded_product(context: Any, left: Any, right: Any) -> tuple[Any, Any]:
     return types.uint64(types.uint64, types.uint64), codegen
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def start() -> NDArray[np.uint64]:
     """The sums before any input."""
     return _START.copy()
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def take_in(sums: NDArray[np.uint64], before: int, address: int, stripes: int) -> None:
     """Takes in so many stripes from `address` on; `before`: how many have been taken in already."""
     secret, at = _SECRET.ctypes.data, before % STRIPES
@@ -128,7 +129,7 @@ def take_in(sums: NDArray[np.uint64], before: int, address: int, stripes: int) -
             at = 0
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def finish(sums: NDArray[np.uint64], last: int, length: int) -> np.uint64:
     """The hash of an input of `length` bytes, more than SHORT, all of whose stripes but the last have been taken in.
 

@@ -114,7 +114,7 @@ class Trainer:
     def step(self, ids: Tensor, weights: Tensor) -> float:
         """One update from a batch [B, C+1]; returns its loss in nats."""
         loss = self.loss(ids, weights)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's omission
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         peaks = {"muon": self.settings.muon_rate, "adam": self.settings.adam_rate}
         for name, (optimizer, _) in self.optimizers.items():

@@ -9,9 +9,10 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from app.config import Config
 from app.load import charts, generator
@@ -108,7 +109,7 @@ async def _measure(
                         asking,
                         run=1 + number % 62,
                         warmup=options.warmup,
-                        watch=lambda progress, task=task: _update(bar, task, progress),  # type: ignore[misc]  # a default
+                        watch=partial(_update, bar, task),
                         interruptible=True,
                     )
                 found = figures(samples, objectives)
@@ -124,10 +125,10 @@ def _bar() -> Progress:
     )
 
 
-def _update(bar: Progress, task: object, progress: generator.Progress) -> None:
+def _update(bar: Progress, task: TaskID, progress: generator.Progress) -> None:
     done = progress.answered + progress.failed
     state = f"{progress.running} under way, {progress.failed} failed"
-    bar.update(task, completed=done, state=state)  # type: ignore[arg-type]  # a TaskID
+    bar.update(task, completed=done, state=state)
 
 
 def _tell(results: Sequence[Result], targets: Sequence[Target], options: argparse.Namespace) -> None:

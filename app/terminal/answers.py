@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class Answer:
     first_seconds: float | None = None
     seconds: float = 0.0
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         """Raises NoServer, ServerRefuses. Left early, it hangs up, which ends the request."""
         begun = time.perf_counter()
         try:

@@ -86,7 +86,7 @@ class Session:
         answer = Answer(self._remote, self._talk.asking(text))
         stopped = False
         try:
-            with closing(iter(answer)) as pieces:  # type: ignore[type-var]  # a generator, which can be closed
+            with closing(iter(answer)) as pieces:
                 for piece in pieces:
                     self._console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ class Drawing:
 
     def random(self, *what: object) -> Random:
         """A generator of its own for each purpose, so that drawing more of one does not change the others."""
-        return Random(" ".join(map(str, (self.seed, *what))))  # noqa: S311 (nothing secret)
+        return Random(" ".join(map(str, (self.seed, *what))))  # noqa: S311 (the same again for the same seed is what it is for)
 
 
 def poisson(random: Random, rate: float) -> Iterator[float]:

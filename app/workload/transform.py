@@ -5,7 +5,6 @@ A lower rate is fewer sessions, never slower ones: stretching would change burst
 
 from collections.abc import Iterable
 from dataclasses import replace
-from random import Random
 
 from app.workload.drawing import Drawing, poisson
 from app.workload.trace import Trace, TraceRequest, in_order, openings
@@ -18,7 +17,8 @@ class CannotTransform(Exception):
 
 def thin(trace: Trace, share: float, seed: int = 0) -> list[TraceRequest]:
     """Keeps about `share` (0 … 1) of the sessions, each whole. A smaller share keeps a part of a larger one's."""
-    return [each for each in trace if Random(f"{seed} thin {each.session}").random() < share]  # noqa: S311 (no secret)
+    drawing = Drawing(seed)
+    return [each for each in trace if drawing.random("thin", each.session).random() < share]
 
 
 def at_rate(trace: Trace, rate: float, seed: int = 0) -> list[TraceRequest]:

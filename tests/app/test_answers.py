@@ -265,7 +265,7 @@ async def test_message_content_may_be_text_parts() -> None:
     assert bytes(given[0].prompt) == b"user: good day\nassistant: \nassistant: "
 
 
-async def test_a_long_prompt_is_tokenised_off_the_event_loop() -> None:
+async def test_a_long_prompt_is_tokenised_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer notes its thread: the loop's own for a short text, another for a long one."""
     import threading
 
@@ -278,7 +278,7 @@ async def test_a_long_prompt_is_tokenised_off_the_event_loop() -> None:
             threads.append(threading.current_thread())
             return encode(text, add_special_tokens)
 
-        server.served.model.tokenizer.encode = noted  # type: ignore[method-assign]
+        monkeypatch.setattr(server.served.model.tokenizer, "encode", noted)
         for length in (10, 5000):
             for path, body in (
                 (TEXT, {"prompt": "x" * length}),

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import structlog
 
 from app.config import LogSection
@@ -73,14 +74,14 @@ async def test_a_refused_request_has_no_line() -> None:
     assert lines(stream, "request_finished") == []
 
 
-async def test_a_bug_of_ours_is_logged_and_answered_with_500() -> None:
+async def test_a_bug_of_ours_is_logged_and_answered_with_500(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     async with logged(stream), rig() as server:
 
         def broken(text: str, add_special_tokens: bool = True) -> list[int]:
             raise AssertionError("a bug")
 
-        server.served.model.tokenizer.encode = broken  # type: ignore[method-assign]
+        monkeypatch.setattr(server.served.model.tokenizer, "encode", broken)
         status, answer = await server.post(TEXT, prompt="x")
     assert (status, answer["error"]["code"]) == (500, "internal_error")
     assert "a bug" not in answer["error"]["message"]

@@ -72,7 +72,7 @@ async def test_another_model_dtype_or_block_size_finds_nothing_and_answers_right
     async with served(changed(None)) as fresh:
         truth = await fresh.asked(prompt=PROMPT)
     async with served(changed(store)) as after:
-        assert after.engine.state()["tiers"]["disk"]["up"]  # type: ignore[index]
+        assert after.engine.core.scheduler.residency.disk.up
         answer, cached = await after.cached(prompt=PROMPT)
         assert (answer.tokens, cached) == (truth.tokens, 0)
         assert await after.metric("sluice:kv_tier_hit_tokens_total", tier="disk") == 0

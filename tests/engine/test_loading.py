@@ -24,7 +24,7 @@ from engine.model.random_weights import llama_config, random_tensors, write_rand
 from engine.model.weights import Checkpoint, Weights
 from tests.engine.models import CPU, KERNELS, SHAPES, driver_for, load, write_shape
 
-LLAMA_3_1 = {
+LLAMA_3_1: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -80,7 +80,7 @@ class TestConfig:
 
     def test_both_spellings_of_rope_are_the_same(self) -> None:
         """`rope_parameters` of transformers 5 reads as `rope_scaling` and `rope_theta` of before."""
-        scaling: dict[str, Any] = LLAMA_3_1["rope_scaling"]  # type: ignore[assignment]  # one dict of many types
+        scaling: dict[str, Any] = LLAMA_3_1["rope_scaling"]
         old_style = {name: value for name, value in scaling.items() if name != "rope_type"} | {
             "type": "llama3"
         }
@@ -126,7 +126,7 @@ class TestConfig:
         [
             ({"num_key_value_heads": 3}, "multiple"),
             ({"head_dim": 17}, "head_dim"),
-            ({"rope_scaling": LLAMA_3_1["rope_scaling"] | {"low_freq_factor": 9.0}}, "low_freq"),  # type: ignore[operator]  # one dict of many types
+            ({"rope_scaling": LLAMA_3_1["rope_scaling"] | {"low_freq_factor": 9.0}}, "low_freq"),
         ],
     )
     def test_numbers_that_cannot_go_together_are_refused(self, changes: dict[str, Any], word: str) -> None:

@@ -6,6 +6,7 @@ copy's target until the copy ends. So equal tokens mean that each reloaded block
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -28,14 +29,14 @@ from tests.engine.test_core import expected_tokens
 PROMPT = range(1, 42)  # ten full blocks of four, and one token
 
 
-def driver_with(host: int = 64, disk: int = 64, blocks: int = 64, **more: object) -> Driver:
+def driver_with(host: int = 64, disk: int = 64, blocks: int = 64, **more: Any) -> Driver:
     """A driver whose tiers have these many blocks; a disk is up at once."""
     config = {key: more.pop(key) for key in ("pinned_share", "spilling_blocks") if key in more}
     chosen = {key: more.pop(key) for key in ("placement", "eviction", "resume") if key in more}
     if chosen and "policies" not in more:
-        more["policies"] = PolicyConfig(parameters=UNFORESEEN, **chosen)  # type: ignore[arg-type]
-    residency = ResidencyConfig(host_blocks=host, disk_blocks=disk, transaction_blocks=4, **config)  # type: ignore[arg-type]
-    driver = Driver(core_config(blocks, residency=residency, **more))  # type: ignore[arg-type]
+        more["policies"] = PolicyConfig(parameters=UNFORESEEN, **chosen)
+    residency = ResidencyConfig(host_blocks=host, disk_blocks=disk, transaction_blocks=4, **config)
+    driver = Driver(core_config(blocks, residency=residency, **more))
     if disk:
         driver.tier_up()
     return driver

@@ -4,6 +4,7 @@ A scripted runner's tokens are right only if every position of every block that 
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -22,12 +23,12 @@ PROMPT = range(1, 42)  # ten full blocks of four, and one token
 QUICK, SLOW = 1e-6, 10.0
 
 
-def driver(resume: str, *, load_seconds: float = 1e-3, step_seconds: float = 1e-3, **more: int) -> Driver:
+def driver(resume: str, *, load_seconds: float = 1e-3, step_seconds: float = 1e-3, **more: Any) -> Driver:
     """Tiers of 64 blocks, of which one copy has four; samples say how long copies and prefill steps take."""
     residency = ResidencyConfig(host_blocks=64, disk_blocks=64, transaction_blocks=4, copy_blocks=4)
     policies = PolicyConfig(victim="cheapest_resume", resume=resume, parameters=UNFORESEEN)
     made = Driver(
-        core_config(residency=residency, policies=policies, **more),  # type: ignore[arg-type]
+        core_config(residency=residency, policies=policies, **more),
         calibration=(
             *(StepSample(n, n * n / 2, 0, 0, step_seconds * n) for n in (4, 8, 16) for _ in range(8)),
             *(StepSample(0, 0.0, n, 40 * n, step_seconds) for n in (1, 2, 4) for _ in range(8)),

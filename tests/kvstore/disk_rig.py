@@ -33,9 +33,14 @@ def block_of(number: int, size: int = BLOCK_BYTES) -> Buffer:
     return np.frombuffer(Random(number).randbytes(size), np.uint8)
 
 
-def open_tier(path: Path, **changes: object) -> DiskTier:
-    wanted = {"quota_bytes": QUOTA_BYTES, "block_bytes": BLOCK_BYTES, "fingerprint": "model"} | changes
-    return DiskTier.open(path, **wanted)  # type: ignore[arg-type]  # as given
+def open_tier(
+    path: Path,
+    *,
+    quota_bytes: int = QUOTA_BYTES,
+    block_bytes: int = BLOCK_BYTES,
+    fingerprint: str = "model",
+) -> DiskTier:
+    return DiskTier.open(path, quota_bytes=quota_bytes, block_bytes=block_bytes, fingerprint=fingerprint)
 
 
 def write(tier: DiskTier, numbers: Iterable[int], drops: Iterable[int] = ()) -> list[Loss | None]:

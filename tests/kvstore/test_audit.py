@@ -57,7 +57,7 @@ def pages(path: Path, kind: int) -> list[int]:
 
 def second_opinion(path: Path) -> list[str]:
     """What py-lmdb's own verifier objects to: another's reading of the same format."""
-    return list(independent.verify(str(path)))  # type: ignore[no-untyped-call]
+    return list(independent.verify(str(path)))  # type: ignore[no-untyped-call]  # py-lmdb types its tools not
 
 
 def flip(path: Path, byte: int, mask: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,8 @@ def test_a_slot_that_is_not_there_is_our_bug(source: int, target: int) -> None:
 
 def test_warming_up_compiles_what_copies() -> None:
     memory.warm_up()
-    assert memory._copy_slots.signatures
+    compiled: Any = memory._copy_slots
+    assert compiled.signatures
 
 
 def test_an_arena_that_cannot_be_allocated_makes_the_tier_unusable() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -220,14 +221,17 @@ def test_each_copy_ends_just_once(copies: list[tuple[tuple[str, str], list[int]]
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
+def _logged_drop(rig: Rig, key: Key, _task: Task) -> None:
+    rig.disk.log.append(("drop", (key,)))
+
+
 def test_writes_and_drops_of_a_tier_keep_their_order(rig: Rig) -> None:
     rig.disk.gate.clear()
     wanted = []
     for number in range(6):
         key = key_of(number)
         rig.submit(number, HOST, DISK, [number])
-        drop = Task(lambda task, key=key: rig.disk.log.append(("drop", (key,))))  # type: ignore[misc]
-        rig.transfers.put_write(DISK, drop)
+        rig.transfers.put_write(DISK, Task(partial(_logged_drop, rig, key)))
         wanted += [("write", (key,)), ("drop", (key,))]
     rig.disk.gate.set()
     assert [rig.heard().id for _ in range(6)] == list(range(6))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from kvstore import xxh3
 from kvstore.format import HEADER_BYTES, PAGE_HEADER_BYTES, About, header, value_bytes
+from kvstore.native import compiled
 from kvstore.values import LEAST_PAYLOAD, Outcome, read_values, stamp
 from tests.kvstore.disk_rig import block_of
 
@@ -21,16 +21,15 @@ KEY = bytes(range(32))
 MODEL = About.of(300, "model")
 
 
-@njit  # type: ignore[untyped-decorator]
-def hashed(data: NDArray[np.uint8], first: int) -> int:
+@compiled
+def hashed(data: NDArray[np.uint8], first: int) -> np.uint64:
     """Of all of it, taken in by two calls: `first` stripes, then the others."""
     sums, stripes = xxh3.start(), (len(data) - 1) // xxh3.STRIPE
     first = min(first, stripes)
     xxh3.take_in(sums, 0, data.ctypes.data, first)
     xxh3.take_in(sums, first, data.ctypes.data + first * xxh3.STRIPE, stripes - first)
     last = data.ctypes.data + len(data) - xxh3.STRIPE
-    found: int = xxh3.finish(sums, last, len(data))
-    return found
+    return xxh3.finish(sums, last, len(data))
 
 
 @settings(deadline=None)

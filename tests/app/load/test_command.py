@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from aiohttp import web
@@ -58,14 +59,17 @@ async def test_rates_on_one_server_give_tables_rows_charts_and_a_capacity(
     }  # fmt: skip
 
 
+def _ignored(*_: object) -> None:
+    pass
+
+
 def _outside_of_signals(measure: Any) -> Any:
     """Signals are the main thread's; a test that runs the command on another has none."""
 
     async def measured(*arguments: Any) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign]
-        loop.remove_signal_handler = lambda *_: True  # type: ignore[method-assign]
-        await measure(*arguments)
+        with patch.multiple(loop, add_signal_handler=_ignored, remove_signal_handler=_ignored):
+            await measure(*arguments)
 
     return measured
 
