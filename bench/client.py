@@ -1,12 +1,12 @@
 """A small client of the completions API over aiohttp: one request, streamed or not, and what came of it."""
 
-import json
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import ClientResponse, ClientSession
+
+from app.load.payloads import BrokenOff, payloads
 
 
 class Incomplete(Exception):
@@ -62,20 +62,12 @@ async def stream(session: ClientSession, body: dict[str, Any]) -> Answer:
     async with session.post("/v1/completions", json=body | streamed) as response:
         await _refuse_errors(response)
         answer = Answer()
-        async for payload in _events(response):
-            answer.take(payload, time.perf_counter() - begun)
+        try:
+            async for payload in payloads(response):
+                answer.take(payload, time.perf_counter() - begun)
+        except BrokenOff as error:
+            raise Incomplete(str(error)) from error
     return answer
-
-
-async def _events(response: ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.content:
-        name, _, data = line.strip().partition(b":")
-        if name != b"data":  # a blank line, or a comment that keeps the connection alive
-            continue
-        if data.strip() == b"[DONE]":
-            return
-        yield json.loads(data)
-    raise Incomplete("the stream ended without [DONE]")
 
 
 async def _refuse_errors(response: ClientResponse) -> None:

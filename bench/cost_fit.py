@@ -12,14 +12,12 @@ import asyncio
 import json
 import math
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from threading import Thread
 from typing import Any
 
 from rich.table import Table
@@ -137,23 +135,7 @@ def measured(options: argparse.Namespace) -> tuple[list[Sample], list[Sample], C
     counts = Counter({"calibration_ms": round((time.perf_counter() - begun) * 1e3)})
     samples: list[Sample] = []
     worker = QueueWorker(WatchedRunner(runner, samples.append))
-    failures: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            counts.update(asyncio.run(_serve(parts, worker, options, samples)))
-        except BaseException as error:
-            failures.append(error)
-            raise
-        finally:
-            worker.stop()
-
-    loop = Thread(target=serve, name="event loop")
-    loop.start()
-    worker.run_forever()
-    loop.join()
-    if failures:
-        sys.exit(f"the workload failed: {failures[0]!r}")
+    counts.update(worker.run_beside(lambda: asyncio.run(_serve(parts, worker, options, samples))))
     return before, samples, counts
 
 

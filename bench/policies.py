@@ -24,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, quantiles
-from threading import Thread
 from typing import Any
 
 from rich.table import Table
@@ -151,17 +150,7 @@ def play(run: Run) -> Outcome:
     ending = Ending(parts.worker.runner, parts.core.config.eos_token_ids[0])
     parts = replace(parts, worker=QueueWorker(ending))
     outcome = Outcome()
-
-    def answer() -> None:
-        try:
-            asyncio.run(Live(parts, ending, outcome).play(workload(run), run.cap))
-        finally:  # an error must not leave the main thread waiting for plans
-            parts.worker.stop()
-
-    thread = Thread(target=answer, name="event loop")
-    thread.start()
-    parts.worker.run_forever()
-    thread.join()
+    parts.worker.run_beside(lambda: asyncio.run(Live(parts, ending, outcome).play(workload(run), run.cap)))
     if parts.store:
         parts.store.stop(10.0)
     return outcome

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import median
-from threading import Thread
 from typing import Any
 
 from rich.table import Table
@@ -174,18 +173,8 @@ async def _read(stream: Stream) -> None:
 def play(traces: Sequence[Sequence[TraceRequest]]) -> tuple[list[Played], float]:
     """What the live engine made of them, and the median of its submissions' lateness. On the main thread."""
     parts = load(Config.model_validate(CONFIG))
-    live, found = Live(parts), list[Played]()
-
-    def answer() -> None:
-        try:
-            found.extend(asyncio.run(live.play(traces)))
-        finally:  # an error must not leave the main thread waiting for plans
-            parts.worker.stop()
-
-    thread = Thread(target=answer, name="event loop")
-    thread.start()
-    parts.worker.run_forever()
-    thread.join()
+    live = Live(parts)
+    found = parts.worker.run_beside(lambda: asyncio.run(live.play(traces)))
     return found, live.late
 
 

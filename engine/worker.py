@@ -5,12 +5,14 @@ next plan is launched while its predecessor still runs.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from engine.plan import Launched, Plan, Runner, StepResult
 
+T = TypeVar("T")
 Report = Callable[[StepResult | BaseException], None]
 
 
@@ -61,6 +63,23 @@ class QueueWorker:
             if self._launched and collector:
                 self._launched.put(None)
                 collector.join()
+
+    def run_beside(self, work: Callable[[], T]) -> T:
+        """As `run_forever`, while `work` (an event loop's, say) runs on another thread, and until that has ended.
+
+        Returns what it returned, raises what it raised.
+        """
+
+        def to_its_end() -> T:
+            try:
+                return work()
+            finally:  # an error must not leave this thread waiting for plans
+                self.stop()
+
+        with ThreadPoolExecutor(1, thread_name_prefix="event loop") as other:
+            ended = other.submit(to_its_end)
+            self.run_forever()
+        return ended.result()
 
     def _hand_on(self, launched: Launched) -> None:
         if self._launched:

@@ -6,11 +6,14 @@ says; a server that sends none is counted by the token ids it tells, else by its
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import ClientError, ClientPayloadError, ClientResponse, ClientSession
+
+from app.load.payloads import BrokenOff, payloads
 
 LONGEST_LINE_BYTES = 2**22
 MOST_DETAIL = 300
@@ -112,21 +115,13 @@ class Client:
         async with self._http.post(self._endpoint, data=body, headers=headers) as response:
             if response.status != 200:
                 raise Failed(f"http_{response.status}", await _words(response))
-            async for payload in _events(response):
-                reply.take(payload, self._clock())
+            with suppress(
+                BrokenOff
+            ):  # not every server says [DONE]: whether it was whole, its finish_reason tells
+                async for payload in payloads(response):
+                    reply.take(payload, self._clock())
         if reply.finish_reason is None:
             raise Failed("broken_off", "the stream ended without a finish_reason")
-
-
-async def _events(response: ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each event, to [DONE] or the end of the stream."""
-    async for line in response.content:
-        name, _, data = line.strip().partition(b":")
-        if name != b"data":  # a blank line, or a comment that keeps the connection alive
-            continue
-        if data.strip() == b"[DONE]":
-            return
-        yield json.loads(data)
 
 
 async def _words(response: ClientResponse) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from threading import Thread
 
 import numpy as np
 
@@ -151,18 +150,7 @@ def _buffers(tier: Tier, places: Sequence[Place]) -> list[Buffer]:
 def _between(parts: Parts, step_seconds: Timer, note: Note) -> Between:
     """A live engine decodes: what a step takes in it beyond the step alone, between steps or because of what goes on
     beside them."""
-    gaps: list[tuple[float, float]] = []
-
-    def answer() -> None:
-        try:
-            gaps.extend(asyncio.run(_gaps(parts, step_seconds, note)))
-        finally:  # an error must not leave the main thread waiting for plans
-            parts.worker.stop()
-
-    thread = Thread(target=answer, name="event loop")
-    thread.start()
-    parts.worker.run_forever()
-    thread.join()
+    gaps = parts.worker.run_beside(lambda: asyncio.run(_gaps(parts, step_seconds, note)))
     if parts.store:
         parts.store.stop(STORE_STOP_SECONDS)
     return Between(*fit_line(gaps))

@@ -9,7 +9,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from threading import Thread
 from typing import Any
 
 import torch
@@ -95,16 +94,7 @@ def main() -> None:
     def peer(setup: Setup) -> Peer:
         return InProcess(parts)
 
-    def answer() -> None:
-        try:
-            serve(peer, answers)
-        finally:  # an error must not leave the main thread waiting for plans
-            parts.worker.stop()
-
-    answering = Thread(target=answer, name="event loop")
-    answering.start()
-    parts.worker.run_forever()
-    answering.join()
+    parts.worker.run_beside(lambda: serve(peer, answers))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def test_a_key_without_limits_has_none() -> None:
     allowance = Allowance(key(), 0.0)
     for _ in range(1000):
         allowance.take(0.0)
+    assert allowance.running == 1000
 
 
 def test_calls_at_once_are_limited_and_one_that_ends_makes_room() -> None:

@@ -32,3 +32,8 @@ async def test_who_leaves_while_it_waits_holds_nobody_up() -> None:
     waiting[0].cancel()
     waiting[1].cancel()
     await asyncio.wait_for(waiting[2], 5)
+    assert [each.cancelled() for each in waiting] == [True, True, False]
+    next_one = asyncio.ensure_future(turns.take())
+    await asyncio.sleep(0)
+    assert not next_one.done(), "it has its turn after the loop's"
+    await asyncio.wait_for(next_one, 5)

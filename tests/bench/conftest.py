@@ -9,18 +9,6 @@ import pytest
 from bench.peers.wire import Setup
 from tests.bench import fakes
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 100,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-
 
 @pytest.fixture
 def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fakes.Peers:
@@ -33,7 +21,7 @@ def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fakes.Peers:
 def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(TINY))
+    (directory / "config.json").write_text(json.dumps(fakes.TINY))
     (directory / "model.safetensors").write_bytes(b"")
     return directory
 

@@ -1,10 +1,24 @@
 """Peers that load no model: real processes that speak the bench's protocol, with times that are made up."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.process import Program
+
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+"""A model's config.json."""
 
 PEER = """
 import os, sys

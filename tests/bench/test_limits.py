@@ -8,20 +8,9 @@ from bench.cells import Cell, Kind
 from bench.limits import Work, matrix_shapes, work
 from bench.models import RANDOM_100M, find
 from engine.model.config import ModelConfig, parse_config
+from tests.bench import fakes
 
-TINY = parse_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 100,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
-)
+TINY = parse_config(fakes.TINY)
 LAYERS = 2 * (32 * 16 + 16 * 16 + 48 * 16 + 16 * 24)  # q, k and v; o; gate and up; down
 HEAD = 100 * 16
 KV = 2 * 2 * 2 * 4  # numbers of a position: K and V, layers, KV heads, of 4 each

@@ -155,6 +155,26 @@ def test_a_worker_ends_when_a_result_cannot_be_collected() -> None:
     assert [str(report) for report in reports] == ["the device is gone"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_beside_a_worker_is_waited_for_and_its_failure_is_ours(fails: bool) -> None:
+    worker = QueueWorker(ScriptedRunner(hashed(98), block_size=4, max_sequences=8))
+    reports: list[StepResult | BaseException] = []
+    worker.start(reports.append)
+
+    def work() -> str:
+        worker.submit(Plan(1, (), ()))
+        if fails:
+            raise ValueError("no such workload")
+        return threading.current_thread().name
+
+    if fails:
+        with pytest.raises(ValueError, match="no such workload"):
+            worker.run_beside(work)
+    else:
+        assert worker.run_beside(work).startswith("event loop")
+    assert [isinstance(report, StepResult) for report in reports] == [True], "what was submitted is done"
+
+
 def test_a_step_may_end_after_its_loop_has_closed() -> None:
     """A drain that ran out of time leaves a step under way; the worker then still ends in peace."""
     runner = Held(hashed(98), block_size=4, max_sequences=8)

@@ -28,6 +28,16 @@ from tests.engine.test_core import expected_tokens
 
 PROMPT = range(1, 42)  # ten full blocks of four, and one token
 
+SWITCHED = {
+    "order": sorted(ORDERS),
+    "victim": sorted(VICTIMS),
+    "resume": sorted(RESUMES),
+    "prediction": ["max_tokens", "histogram", "hint"],
+    "eviction": sorted(EVICTIONS),
+    "placement": sorted(PLACEMENTS),
+}
+"""Policies that change while they decide."""
+
 
 def driver_with(host: int = 64, disk: int = 64, blocks: int = 64, **more: Any) -> Driver:
     """A driver whose tiers have these many blocks; a disk is up at once."""
@@ -395,15 +405,8 @@ class Store(RuleBasedStateMachine):
     def preempt(self, data: st.DataObject) -> None:
         self.driver.preempt(data.draw(st.sampled_from(sorted(self.asked))))
 
-    @rule(
-        order=st.sampled_from(sorted(ORDERS)),
-        victim=st.sampled_from(sorted(VICTIMS)),
-        resume=st.sampled_from(sorted(RESUMES)),
-        prediction=st.sampled_from(["max_tokens", "histogram", "hint"]),
-        eviction=st.sampled_from(sorted(EVICTIONS)),
-        placement=st.sampled_from(sorted(PLACEMENTS)),
-    )
-    def switch(self, **names: str) -> None:
+    @rule(names=st.fixed_dictionaries({family: st.sampled_from(each) for family, each in SWITCHED.items()}))
+    def switch(self, names: dict[str, str]) -> None:
         self.driver.use_policies(**names)
 
     @rule(steps=st.integers(1, 10))
@@ -499,14 +502,7 @@ def _one_event(machine: Store, choose: Random) -> None:
         machine.cancelled.add(id)
         driver.cancel(id)
     elif dice < 0.20:
-        machine.switch(
-            order=choose.choice(sorted(ORDERS)),
-            victim=choose.choice(sorted(VICTIMS)),
-            resume=choose.choice(sorted(RESUMES)),
-            prediction=choose.choice(["max_tokens", "histogram", "hint"]),
-            eviction=choose.choice(sorted(EVICTIONS)),
-            placement=choose.choice(sorted(PLACEMENTS)),
-        )
+        machine.switch({family: choose.choice(names) for family, names in SWITCHED.items()})
     elif dice < 0.25 and driver.core.sequences:
         driver.preempt(choose.choice(sorted(driver.core.sequences)))
     elif dice < 0.60:

@@ -118,10 +118,6 @@ class Conformance:
             assert len(numbers) <= stats.blocks
             assert len(numbers) * tier.block_bytes <= stats.used_bytes <= stats.capacity_bytes
 
-    def test_closing_twice_is_closing(self, tier: Tier) -> None:
-        tier.close()
-        tier.close()
-
 
 class MemoryConformance(Conformance):
     """Of tiers that lend their slots."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from mmap import PAGESIZE
 from pathlib import Path
@@ -64,6 +65,15 @@ def test_what_is_written_is_read_and_read_again_after_a_restart(tier: DiskTier, 
     assert tier.notice == ""
     assert losses(tier, range(20)) == [None] * 20
     tier.close()
+
+
+def test_closing_twice_takes_nothing_from_who_has_opened_it_since(tier: DiskTier, tmp_path: Path) -> None:
+    write(tier, range(5))
+    tier.close()
+    with closing(open_tier(tmp_path)) as other:
+        tier.close()
+        assert losses(other, range(5)) == [None] * 5
+        assert write(other, [5]) == [None]
 
 
 def test_drops_leave_with_the_write_that_names_them(tier: DiskTier) -> None:

@@ -128,6 +128,8 @@ def test_an_arena_is_pinned_in_place_until_it_is_closed(monkeypatch: pytest.Monk
     assert cuda.pinned == {tier.buffer(0).ctypes.data: 3 * 512}
     tier.close()
     assert not cuda.pinned
+    tier.close()  # nothing is unpinned twice: that would raise
+    assert not cuda.pinned
 
 
 def test_an_arena_that_fits_is_as_large_as_wanted() -> None:
