@@ -71,6 +71,12 @@ class PolicyMetrics:
             "way",
             "tier",
         )
+        self._saved_ahead = Counter(
+            "sluice:saved_ahead_blocks",
+            "Blocks saved of running sequences that were likely to be preempted soon.",
+            self._names(),
+            registry=self._registry,
+        ).labels(**self._labels)
         self._failures = self._counter(
             "sluice:policy_failures", "Plug-ins that raised or returned nonsense.", "family", "policy"
         )
@@ -113,6 +119,8 @@ class PolicyMetrics:
             self._promotions.labels(**self._labels, reason=reason).inc(count)
         for (way, tier), count in step.resumptions.items():
             self._resumptions.labels(**self._labels, way=way, tier=tier).inc(count)
+
+        self._saved_ahead.inc(step.saved_ahead_blocks)
 
     def observe_resumed(self, back: Resumed) -> None:
         labels = self._labels | {"way": back.way, "tier": back.tier}

@@ -24,7 +24,7 @@ Failed = Callable[[str, str, str], None]
 """(family, policy, what it did)"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
     """Names by family, and the parameters of those that have some, by the policy's name."""
 

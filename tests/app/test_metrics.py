@@ -26,7 +26,7 @@ NAMES = [
     "sluice:gil_held_seconds_bucket", "vllm:request_params_n_bucket", "vllm:request_params_max_tokens_bucket",
     "vllm:request_prefill_time_seconds_bucket", "vllm:request_decode_time_seconds_bucket",
     "vllm:request_inference_time_seconds_bucket", "sluice:promotions_total", "sluice:slow_readers_total",
-    "sluice:connections_refused_total",
+    "sluice:connections_refused_total", "sluice:saved_ahead_blocks_total",
 ]  # fmt: skip
 
 

@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from app.policy_metrics import PolicyMetrics
 from engine.policy_set import PolicyConfig
+from engine.records import StepAccounts
 from engine.sequence import State
 from kvstore.copies import DEVICE, DISK, HOST
 from kvstore.residency import ResidencyConfig
@@ -61,6 +64,17 @@ def test_tokens_are_those_without_pressure(victim: str, blocks: int) -> None:
     finish(made)
     assert made.core.scheduler.counts.preemptions > 0
     assert made.core.scheduler.counts.saved_ahead_blocks > 0
+
+
+def test_what_is_saved_ahead_is_told_with_each_step_and_counted_in_metrics() -> None:
+    made, registry = driver(8), CollectorRegistry()
+    accounts, metrics = StepAccounts(made.core.scheduler), PolicyMetrics(registry, {"engine": "0"}, (), {})
+    made.arrive(*REQUESTS)
+    while made.step():
+        metrics.observe_step(accounts.record(made.accounts[-1]))
+    saved = made.core.scheduler.counts.saved_ahead_blocks
+    assert saved > 0
+    assert registry.get_sample_value("sluice:saved_ahead_blocks_total", {"engine": "0"}) == saved
 
 
 def test_a_preemption_owes_less() -> None:
