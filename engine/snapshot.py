@@ -1,6 +1,6 @@
 """All that a sequence is, as plain data: what it needs to live later, or elsewhere.
 
-Taken in one place, when a sequence gives up its blocks (scheduler.py). The KV itself is in the store, under the keys of
+Taken in one place, when a sequence gives up its blocks (lifecycle.py). The KV itself is in the store, under the keys of
 its full blocks and of its partial tail; noise is a function of (seed, choice, position, token id) and what penalties
 count is `tokens`, so a sampler has no state beyond `sampling`. What of the KV the store has lost by then is computed
 again.

@@ -1,6 +1,6 @@
 """Who gives its place up: for blocks that are missing, by the victim policy; for a waiter, by the order policy.
 
-Nothing is changed here: what becomes of a victim is scheduler.py's. Prices are valuation.py's.
+Nothing is changed here: what becomes of a victim is lifecycle.py's. Prices are valuation.py's.
 """
 
 from collections.abc import Sequence as List

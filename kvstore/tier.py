@@ -1,8 +1,8 @@
 """The protocol of a tier: a place that keeps blocks' bytes. Conformance: tests/kvstore/conformance.py.
 
 A tier moves bytes and knows nothing of why. Which slot holds which block, who may be evicted, what is being copied:
-that is residency.py, which alone decides. So a tier is never asked to read what it was not given, but it must survive
-it: records vanish, disks fill, bits flip. It answers with a Loss, and never with wrong bytes.
+that is residency.py and its parts, which alone decide. So a tier is never asked to read what it was not given, but it
+must survive it: records vanish, disks fill, bits flip. It answers with a Loss, and never with wrong bytes.
 
 Tiers that are memory (device on a CPU, host) lend their slots as buffers, and a copy is then one tier reading into, or
 writing from, the other's buffer. Tiers that are not (disk, remote, a CUDA device) are copied through them.
