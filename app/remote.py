@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
-from ipaddress import IPv4Address, ip_address
+from ipaddress import ip_address
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
@@ -34,9 +34,9 @@ def url_of(server: ServerSection) -> str:
 
 
 def _reached_at(host: str) -> str:
-    """Who listens on all addresses ("" is all of IPv4) is reached at this machine's own."""
+    """Who listens on all addresses is reached at this machine's own."""
     try:
-        address = ip_address(host or IPv4Address(0))
+        address = ip_address(host)
     except ValueError:
         return host  # a name
     if not address.is_unspecified:
