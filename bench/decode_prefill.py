@@ -64,6 +64,7 @@ def arguments() -> argparse.Namespace:
         help="of all prompts of a prefill; more streams are thinned",
     )
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--neighbours", type=int, default=0, help="busy processes beside whoever is measured")
     add("--vllm-python", default="", help="the Python of an environment with vllm; without it vLLM is absent")
     add("--transformers-python", default=sys.executable)
     add("--model-cache", type=Path, default=Path(".bench"), help="where random models are written")
@@ -103,8 +104,9 @@ class Bench:
             self._write(
                 {"model": setup.model, "dtype": dtype, "setup": asdict(setup), "peers": session.facts}
             )
-            for cell in self._cells:
-                self._measure(session, cell)
+            with machine.neighbours(self._options.neighbours):
+                for cell in self._cells:
+                    self._measure(session, cell)
         finally:
             session.close()
         for peer, reason in session.absent.items():

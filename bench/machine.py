@@ -2,8 +2,11 @@
 
 import os
 import platform
+import subprocess
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -74,3 +77,13 @@ def resident_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NoSuchProcess(f"no process {pid} here") from error
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Meanwhile so many other processes want a core each, all the time."""
+    with ExitStack() as undo:
+        for _ in range(count):
+            busy = undo.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            undo.callback(busy.kill)
+        yield

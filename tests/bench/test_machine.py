@@ -44,3 +44,10 @@ def test_a_process_is_of_its_own_family_and_so_are_its_children() -> None:
         assert {os.getpid(), child.pid} <= set(machine.family(os.getpid()))
         assert machine.family(child.pid) == [child.pid]
         child.communicate(b"\n")
+
+
+def test_neighbours_are_there_for_as_long_as_they_are_wanted() -> None:
+    before = len(machine.family(os.getpid()))
+    with machine.neighbours(2):
+        assert len(machine.family(os.getpid())) == before + 2
+    assert len(machine.family(os.getpid())) == before
