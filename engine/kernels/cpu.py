@@ -63,7 +63,12 @@ class CpuKernels:
 
     def warm_up(self) -> None:
         """Compiles every kernel this dtype may need, or loads it from the cache: call before serving."""
-        rows = (cpu_rowwise.embed_rows, cpu_rowwise.norm_rows, cpu_rowwise.gate_rows)
+        rows = (
+            cpu_rowwise.embed_rows,
+            cpu_rowwise.norm_rows,
+            cpu_rowwise.head_rows,
+            cpu_rowwise.gate_rows,
+        )
         shared = (cpu_attention.cut_segments, cpu_attention.store_segments)
         lanes = (cpu_attention.attend_lanes, cpu_linear.linear_lanes)
         for kernel in (
@@ -155,6 +160,20 @@ class CpuKernels:
         self._over_rows(cpu_rowwise.norm_rows, rows, width)
         return out
 
+    def head_norm(self, qkv: Tensor, weights: Tensor, shape: AttentionShape, eps: float) -> None:
+        arguments = cpu_rowwise.HeadArguments(
+            rows=len(qkv),
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            element=self._element,
+            qkv=qkv.data_ptr(),
+            weights=weights.data_ptr(),
+            epsilon=eps,
+        )
+        arguments.counters = ctypes.addressof(arguments)
+        self._run(cpu_rowwise.head_rows, arguments, qkv.numel() <= _ALONE_NUMBERS)
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, width = gate_up.shape
         out = self._new((rows, width // 2), self.dtype)
@@ -173,7 +192,7 @@ class CpuKernels:
     def attend(
         self, pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch
     ) -> Tensor:
-        work = batch.scratch.get("attention") or self._prepare(pool, rope, shape, batch)
+        work = batch.scratch.get(shape.window) or self._prepare(pool, rope, shape, batch)
         out = self._new((len(qkv), shape.heads * shape.head_dim), self.dtype)
         arguments = work.arguments
         arguments.pool = work.pool + layer * work.layer_bytes
@@ -187,14 +206,14 @@ class CpuKernels:
         return out
 
     def _prepare(self, pool: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch) -> "_Attention":
-        """What is the same in all layers of a step."""
+        """What is the same in all layers of a step that have one window."""
         share = shape.heads // shape.kv_heads
         tokens = min(cpu_attention.tile_tokens(share), batch.longest_row)
         room = cpu_attention.scratch_bytes(tokens * share, shape.head_dim)
         self._reserve(room)
         tiles = self._amx and amx_fits(shape.head_dim)
         kernel = attend_tiles if tiles else cpu_attention.attend_lanes
-        work = batch.scratch["attention"] = _Attention(kernel, pool, rope, shape, batch, tokens)
+        work = batch.scratch[shape.window] = _Attention(kernel, pool, rope, shape, batch, tokens)
         work.arguments.scratch = self._scratch.data_ptr()
         work.arguments.scratch_bytes = room
         work.arguments.threads = threads()
@@ -226,6 +245,7 @@ class _Attention:
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             element=element,
+            window=shape.window or cpu_attention.NO_WINDOW,
             scale=shape.scale * cpu_attention.LOG2_E,
         )
         self.arguments.counters = ctypes.addressof(self.arguments)

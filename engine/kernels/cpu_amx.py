@@ -20,6 +20,7 @@ from engine.kernels.cpu_attention import (
     rotate,
     soften,
     store_token,
+    window_start,
 )
 from engine.kernels.cpu_lanes import (
     LANES,
@@ -136,7 +137,7 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
     _queries(a, token, rows, head, q)
     position = get_i32(a.positions + 4 * token)
     end = position + tokens
-    for start in range(0, end, UNIT):
+    for start in range(window_start(a, position), end, UNIT):
         keys = min(UNIT, end - start)
         groups = (keys + LANES - 1) // LANES
         key_panels(a, table, head, start, groups, panels)
@@ -146,7 +147,8 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, q: int)
             seen = position + row // share + 1 - start
             at = scores + row * 4 * UNIT
             to = weights + row * 2 * UNIT
-            factor = soften(at, groups, seen, a.scale, states + row * STATE_BYTES, to, 2)
+            state = states + row * STATE_BYTES
+            factor = soften(at, groups, seen - a.window, seen, a.scale, state, to, 2)
             rescale(sums + row * width, a.head_dim, factor)
             if groups % 2:
                 clear(to + 32 * groups, 32)  # half of what an instruction takes

@@ -4,7 +4,8 @@ Work is cut into *segments*, runs of one row's tokens, times KV heads; threads c
 query rows: its tokens times the heads that share the KV head. Keys are taken 64 at a time from position 0 up, with a
 running maximum and sum (Milakov and Gimelshein 2018), so a query's order of reduction depends on its position alone:
 decode, prefill and any chunking give the same bits. Keys that a query may not see weigh exactly 0, and
-adding 0 changes nothing (the last step maps -0 to 0).
+adding 0 changes nothing (the last step maps -0 to 0). With a window a tile begins at the unit of the first key that its
+first query sees; to a later query that sees none of it, such a unit is nothing at all.
 
 Inside a block, one KV head's keys are panels of 16: [block / 16][head_dim][16] in float32,
 [block / 16][head_dim / 2][16][2] in bf16, so a load is 16 keys' scores to be and no sum runs across lanes; its
@@ -23,6 +24,7 @@ from engine.kernels.cpu_lanes import (
     as_bf16,
     claim,
     clear,
+    except_first,
     exp2,
     first,
     fma,
@@ -59,6 +61,7 @@ from engine.kernels.cpu_product import (
 
 UNIT = 128  # keys between two updates of the running maximum
 STATE_BYTES = 128  # of a query: its maximum, then its sum's lanes from byte 64
+NO_WINDOW = 1 << 40  # positions: more than there are
 _FEW = 8  # query rows that compute less than they read
 LOG2_E = math.log2(math.e)
 _LOWEST = np.float32(-np.inf)
@@ -90,6 +93,7 @@ AttendArguments = structure(
     kv_heads=_i64,
     head_dim=_i64,
     element=_i64,  # bytes of a number of the model's dtype
+    window=_i64,  # positions that a token sees, its own included
     threads=_i64,
     scratch=_i64,
     scratch_bytes=_i64,  # of one thread
@@ -191,12 +195,34 @@ def store_segments(arguments: Any) -> None:
 
 
 @inner
-def soften(scores: int, groups: int, seen: int, scale: Any, state: int, weights: int, element: int) -> Any:
-    """Weighs one query's keys: 2**(scale * (score - maximum)), written to `weights`; keys from `seen` on weigh 0.
+def window_start(a: Any, position: int) -> int:
+    """The unit that holds the first key which the token at `position` sees."""
+    first_key: int = max(0, position + 1 - a.window)
+    return first_key // UNIT * UNIT
 
+
+@inner
+def _put_weight(weights: int, group: int, weight: Any, element: int) -> None:
+    if element == 2:
+        store_bf16(weights + 32 * group, weight)
+    else:
+        store(weights + 64 * group, weight)
+
+
+@inner
+def soften(
+    scores: int, groups: int, hidden: int, seen: int, scale: Any, state: int, weights: int, element: int
+) -> Any:
+    """Weighs one query's keys: 2**(scale * (score - maximum)), written to `weights`.
+
+    Keys below `hidden`, and from `seen` on, weigh 0; if that is all of them, the state stays as it is.
     state: the highest score (float32), then, at 64 bytes, 16 lanes of the running sum; both are brought up to date.
     `weights` (of `element` bytes) may be `scores`. Returns the factor for what was summed before.
     """
+    if hidden >= LANES * groups:
+        for group in range(groups):
+            _put_weight(weights, group, splat(_ZERO), element)
+        return _ONE
     before = get_f32(state)
     highest = splat(_LOWEST)
     for group in range(groups):
@@ -204,6 +230,9 @@ def soften(scores: int, groups: int, seen: int, scale: Any, state: int, weights:
         score = load(at)
         if seen < LANES * (group + 1):
             score = only_first(score, seen - LANES * group)
+            store(at, score)
+        if hidden > LANES * group:
+            score = except_first(score, hidden - LANES * group)
             store(at, score)
         highest = greater(score, highest)
     now = max(before, greatest(highest))
@@ -215,10 +244,7 @@ def soften(scores: int, groups: int, seen: int, scale: Any, state: int, weights:
     for group in range(groups):
         weight = exp2(fma(load(scores + 64 * group), splat(scale), shift))
         summed = summed + weight
-        if element == 2:
-            store_bf16(weights + 32 * group, weight)
-        else:
-            store(weights + 64 * group, weight)
+        _put_weight(weights, group, weight, element)
     put_f32(state, now)
     store(state + 64, summed)
     return factor
@@ -257,11 +283,11 @@ def key_panels(a: Any, table: int, head: int, start: int, groups: int, panels: i
 def later_panels(a: Any, table: int, head: int, start: int, end: int, following: Any, panels: int) -> None:
     """What to ask for during the unit at `start`, in the form of `key_panels`: the keys of the same piece a unit on.
 
-    Behind its last keys come the first of the piece that follows: its table, head and end. So a piece finds its
+    Behind its last keys come the first of the piece that follows: its table, head, start and end. So a piece finds its
     first unit asked for.
     """
     own = (end + LANES - 1) // LANES
-    next_table, next_head, next_end = following
+    next_table, next_head, next_start, next_end = following
     last = (next_end - 1) // LANES
     first = start // LANES + min(own, UNIT // LANES)
     for group in range(UNIT // LANES):
@@ -270,7 +296,8 @@ def later_panels(a: Any, table: int, head: int, start: int, end: int, following:
         if wanted < own:
             key_panels(a, table, head, LANES * wanted, 1, at)
         else:
-            key_panels(a, next_table, next_head, LANES * min(wanted - own, last), 1, at)
+            panel = min(next_start // LANES + wanted - own, last)
+            key_panels(a, next_table, next_head, LANES * panel, 1, at)
 
 
 @inner
@@ -349,7 +376,7 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, followi
         source = (t * (a.heads + 2 * a.kv_heads) + head * share + row % share) * a.head_dim * a.element
         rope = a.rope + get_i32(a.positions + 4 * t) * width
         rotate(a.qkv + source, rope, q + row * q_width, a.head_dim, a.element, operand(a))
-    for start in range(0, end, UNIT):
+    for start in range(window_start(a, position), end, UNIT):
         if a.stores and start + UNIT >= end:  # only now has the memory that it writes to come near
             store_token(a, token, table, head, key)
         keys = min(UNIT, end - start)
@@ -366,7 +393,8 @@ def _attend_tile(a: Any, token: int, tokens: int, head: int, table: int, followi
         for row in range(rows):
             seen = position + row // share + 1 - start
             at = scores + row * 4 * UNIT
-            factor = soften(at, groups, seen, a.scale, states + row * STATE_BYTES, at, operand(a))
+            state = states + row * STATE_BYTES
+            factor = soften(at, groups, seen - a.window, seen, a.scale, state, at, operand(a))
             rescale(sums + row * width, a.head_dim, factor)
         for row in range(0, rows, 8):
             height = tile_height(rows - row)
@@ -390,13 +418,13 @@ def _piece(a: Any, piece: int) -> tuple[int, int, int]:
 
 
 @inner
-def _following(a: Any, piece: int) -> tuple[int, int, int]:
-    """Table, head and end of the piece that this thread will likely claim after `piece`; else of this one."""
+def _following(a: Any, piece: int) -> tuple[int, int, int, int]:
+    """Table, head, start and end of the piece that this thread will likely claim after `piece`; else of this one."""
     if piece + a.threads < a.pieces * a.kv_heads:
         piece += a.threads
     segment, head, table = _piece(a, piece)
-    token = get_i32(segment + 4)
-    return table, head, get_i32(a.positions + 4 * token) + get_i32(segment + 8)
+    position = get_i32(a.positions + 4 * get_i32(segment + 4))
+    return table, head, window_start(a, position), position + get_i32(segment + 8)
 
 
 @native(AttendArguments)

@@ -375,6 +375,12 @@ def only_first(builder: Any, value: Any, count: Any) -> Any:
     return builder.select(_mask(builder, count), value, ir.Constant(F32_VECTOR, [float("-inf")] * LANES))
 
 
+@emitted(Lanes, Lanes, types.int64)
+def except_first(builder: Any, value: Any, count: Any) -> Any:
+    """Minus infinity in the first `count` lanes, the others as they are."""
+    return builder.select(_mask(builder, count), ir.Constant(F32_VECTOR, [float("-inf")] * LANES), value)
+
+
 def _halve(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """Reduces 16 lanes to one by a tree: lane i with i + 8, then + 4, + 2, + 1."""
     width = LANES

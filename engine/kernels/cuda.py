@@ -82,6 +82,9 @@ class CudaKernels:
     def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         return triton_rowwise.add_norm(residual, delta, weight, eps)
 
+    def head_norm(self, qkv: Tensor, weights: Tensor, shape: AttentionShape, eps: float) -> None:
+        triton_rowwise.head_norm(qkv, weights, shape, eps)
+
     def attend(
         self, pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch
     ) -> Tensor:

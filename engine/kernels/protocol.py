@@ -43,6 +43,7 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     scale: float  # multiplies q·k
+    window: int = 0  # the last positions that a token attends to, its own included; 0: all of them
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Batch:
     Row r owns the tokens row_starts[r]:row_starts[r + 1].
     `tables` is persistent, [max_sequences, max_blocks_per_sequence]; row r's block table is tables[slots[r]].
     Token t sits at positions[t]; its KV goes to block tables[slot][position // block_size], offset
-    position % block_size, and it attends to positions 0 … positions[t] of its row.
+    position % block_size, and it attends to positions 0 … positions[t] of its row, or to the last of these (a window).
     """
 
     tokens: Tensor  # int64 [T]
@@ -63,7 +64,7 @@ class Batch:
     longest_row: int  # tokens of the longest row: 1 is a pure decode step
     longest_context: int  # highest position + 1
     scratch: dict[
-        str, Any
+        object, Any
     ]  # per-step memo of the kernels (views, launch grids), cleared by the runner each step
 
 
@@ -91,6 +92,12 @@ class Kernels(Protocol):
 
     def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Adds delta to residual *in place*, returns RMS-norm(residual) * weight in the model's dtype."""
+
+    def head_norm(self, qkv: Tensor, weights: Tensor, shape: AttentionShape, eps: float) -> None:
+        """RMS-normalises every head of q and k alone, *in place*.
+
+        qkv: as `attend` takes it; weights: [2, head_dim], of q's heads and of k's.
+        """
 
     def attend(
         self, pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch

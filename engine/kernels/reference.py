@@ -45,6 +45,14 @@ class ReferenceKernels:
         normed = _each_row(lambda row: F.rms_norm(row, row.shape[-1:], weight.float(), eps), residual)
         return normed.to(self.dtype)
 
+    def head_norm(self, qkv: Tensor, weights: Tensor, shape: AttentionShape, eps: float) -> None:
+        normed = qkv.view(len(qkv), -1, shape.head_dim)[:, : shape.heads + shape.kv_heads]
+        gains = torch.cat(
+            [weights[:1].expand(shape.heads, -1), weights[1:].expand(shape.kv_heads, -1)]
+        ).float()
+        wide = _each_row(lambda row: F.rms_norm(row.float(), row.shape[-1:], None, eps) * gains, normed)
+        normed.copy_(wide.to(self.dtype))
+
     def attend(
         self, pool: Tensor, layer: int, qkv: Tensor, rope: Tensor, shape: AttentionShape, batch: Batch
     ) -> Tensor:
@@ -59,7 +67,7 @@ class ReferenceKernels:
             positions = batch.positions[first:end].tolist()
             keys, values = _store(pool, layer, batch.tables[slot], positions, k[first:end], v[first:end])
             for token, position in zip(range(first, end), positions, strict=True):
-                seen = slice(0, position + 1)
+                seen = slice(max(0, position + 1 - shape.window) if shape.window else 0, position + 1)
                 out[token] = _attend_one(q[token], keys[:, seen], values[:, seen], shape.scale)
         return out.to(self.dtype).flatten(1)
 

@@ -7,7 +7,8 @@ absolute position. A split is reduced tile by tile from its first key with an on
 `_attend_splits` spreads the splits of a single-token row over programs, and `_merge_splits` merges what they
 left: for decode. They share `_reduce_split` and `_merge`, tile shapes and warps, so a position's bits are the
 same in either, and neither the batch nor the chunk changes them: a tile wholly above a query's position adds
-exact zeros.
+exact zeros. With a window, whoever reduces begins at the split of the first key that its first query sees; a tile or
+split wholly below a query's window adds exact zeros too.
 
 A tile's M dimension packs positions × the query heads of one KV head. Everything that varies from step to
 step is read from device memory, so both can be captured in a CUDA graph.
@@ -35,6 +36,10 @@ SPLIT = 256
 
 WANTED_PROGRAMS = 512
 """Enough programs to fill a large card (132 processors) about four times, when a decode batch is small."""
+
+
+NO_WINDOW = 1 << 30
+"""Positions: more than there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
 def _reduce_split(
     q, position, highest, begin, keys_at, values_at, table, slab, scale_log2,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Keys begin … begin + SPLIT - 1 for a tile of queries.
 
@@ -85,7 +90,8 @@ def _reduce_split(
         inside = known[:, None] & (dim < DIM)
         k = tl.load(keys_at + at, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=1))
         pivot = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - pivot[:, None])
@@ -97,6 +103,12 @@ def _reduce_split(
         )
         maximum = higher
     return maximum, total, accumulator
+
+
+@triton.jit
+def _first_split(position, SPLIT: tl.constexpr, WINDOW: tl.constexpr):
+    """Of the keys that the token at `position` sees."""
+    return tl.maximum(position + 1 - WINDOW, 0) // SPLIT
 
 
 @triton.jit
@@ -137,7 +149,7 @@ def _attend_tiles(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program a (tile of queries, KV head) of the rows of two tokens and more.
 
@@ -165,13 +177,14 @@ def _attend_tiles(
     keys_at = pool + layer_at + kv_head * BLOCK * DIM
     values_at = keys_at + KV_HEADS * BLOCK * DIM
     highest = tl.max(position, axis=0)
+    lowest = tl.load(positions + start + first // GROUP)
     maximum = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     accumulator = tl.zeros([QUERIES, DIM_PAD], tl.float32)
-    for begin in range(0, highest + 1, SPLIT):
+    for begin in range(_first_split(lowest, SPLIT, WINDOW) * SPLIT, highest + 1, SPLIT):
         maximum2, total2, accumulator2 = _reduce_split(
             q, position, highest, begin, keys_at, values_at, table, slab, scale_log2,
-            DIM, DIM_PAD, BLOCK, SPLIT, QUERIES, KEYS, PRECISION,
+            DIM, DIM_PAD, BLOCK, SPLIT, QUERIES, KEYS, PRECISION, WINDOW,
         )  # fmt: skip
         maximum, total, accumulator = _merge(maximum, total, accumulator, maximum2, total2, accumulator2)
     total = tl.where(position < 0, 1.0, total)  # beyond the row: nothing was seen, nothing is stored
@@ -185,8 +198,9 @@ def _attend_splits(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head, z) of a single-token row leaves partials of splits z, z + grid_z, …
+    """Program (row, KV head, z) of a single-token row leaves partials of every grid_z-th split from its z-th on.
 
     partials: fp32 [rows, heads, splits, DIM_PAD]; extremes: fp32 [rows, heads, splits, 2] (maximum, sum).
     """
@@ -208,10 +222,11 @@ def _attend_splits(
         )
         member = packed + tl.arange(0, QUERIES)
         head = row.to(tl.int64) * HEADS + kv_head * GROUP + member
-        for split in range(tl.program_id(2), highest // SPLIT + 1, tl.num_programs(2)):
+        first = _first_split(highest, SPLIT, WINDOW)
+        for split in range(first + tl.program_id(2), highest // SPLIT + 1, tl.num_programs(2)):
             maximum, total, accumulator = _reduce_split(
                 q, position, highest, split * SPLIT, keys_at, values_at, table, slab, scale_log2,
-                DIM, DIM_PAD, BLOCK, SPLIT, QUERIES, KEYS, PRECISION,
+                DIM, DIM_PAD, BLOCK, SPLIT, QUERIES, KEYS, PRECISION, WINDOW,
             )  # fmt: skip
             at = head * splits + split
             tl.store(partials + at[:, None] * DIM_PAD + dim, accumulator, mask=(member < GROUP)[:, None])
@@ -222,7 +237,7 @@ def _attend_splits(
 @triton.jit(do_not_specialize=["splits", "tokens"], do_not_specialize_on_alignment=STEP_ARRAYS[:2])
 def _merge_splits(
     partials, extremes, out, positions, row_starts, splits, tokens,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLIT: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Program (row, head) of a single-token row merges its splits from the first to the last.
 
@@ -243,7 +258,8 @@ def _merge_splits(
     total = tl.zeros([1], tl.float32)
     accumulator = tl.zeros([1, DIM_PAD], tl.float32)
     first = (row.to(tl.int64) * HEADS + head) * splits
-    for split in range(tl.load(positions + token) // SPLIT + 1):
+    position = tl.load(positions + token)
+    for split in range(_first_split(position, SPLIT, WINDOW), position // SPLIT + 1):
         at = first + split
         maximum2 = tl.load(extremes + at * 2 + one)
         total2 = tl.load(extremes + at * 2 + 1 + one)
@@ -295,7 +311,7 @@ def _launch_splits(
     _merge_splits[(rows, shape.heads)](
         partials, extremes, out, batch.positions, batch.row_starts, splits, queries.shape[0],
         HEADS=shape.heads, DIM=shape.head_dim, DIM_PAD=dim, SPLIT=SPLIT,
-        num_warps=1, enable_fp_fusion=False,
+        WINDOW=shape.window or NO_WINDOW, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -319,6 +335,7 @@ def _constants(pool: Tensor, shape: AttentionShape, tile: Tile) -> dict[str, int
         "QUERIES": tile.queries,
         "KEYS": tile.keys,
         "PRECISION": "ieee",
+        "WINDOW": shape.window or NO_WINDOW,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": False,

@@ -1,4 +1,5 @@
-"""Triton kernels that work on one token at a time: add + RMS norm, silu * mul, rotary embedding + KV store.
+"""Triton kernels that work on one token at a time: add + RMS norm, RMS norm of heads, silu * mul, rotary embedding +
+KV store.
 
 Each program reads one token's row and reduces it in one fixed order, so a token's bits never depend on its
 batch. Proven in Triton's interpreter and compiled for sm_90; not yet run on a card.
@@ -39,6 +40,21 @@ def _add_norm(residual, delta, weight, out, hidden, eps, HAS_DELTA: tl.constexpr
     inverse_rms = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, (x * inverse_rms * w).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _head_norm(
+    qkv, weights, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One program a (token, head of q or k)."""
+    head = tl.program_id(1)
+    column = tl.arange(0, WIDTH)
+    inside = column < DIM
+    at = (tl.program_id(0).to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * DIM + column
+    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, axis=0) / DIM + eps)
+    w = tl.load(weights + (head >= HEADS).to(tl.int32) * DIM + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(qkv + at, (x * inverse_rms * w).to(qkv.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -112,6 +128,15 @@ def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float)
         num_warps=min(max(width // 512, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+def head_norm(qkv: Tensor, weights: Tensor, shape: AttentionShape, eps: float) -> None:
+    """See Kernels.head_norm."""
+    _head_norm[(qkv.shape[0], shape.heads + shape.kv_heads)](
+        qkv, weights, eps,
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, DIM=shape.head_dim,
+        WIDTH=triton.next_power_of_2(shape.head_dim), num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

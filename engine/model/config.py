@@ -108,6 +108,4 @@ def _misfits(config: ModelConfig) -> list[str]:
         )
     if config.head_dim % 2:
         problems.append(f"head_dim is {config.head_dim}; supported: even numbers (positions turn pairs)")
-    if config.traits.windows:
-        problems.append("sliding_window is in use; supported: attention over the whole context")
     return [*problems, *misfits(config.rope, config.head_dim)]

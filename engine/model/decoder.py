@@ -15,6 +15,11 @@ from engine.model.weights import Weights
 
 IGNORED = (".rotary_emb.inv_freq",)  # old checkpoints carry what config.json says already
 
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+FUSED_QKV, FUSED_GATE_UP = ("self_attn.qkv_proj",), ("mlp.gate_up_proj",)
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
 
 def wanted_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, name -> shape."""
@@ -30,6 +35,8 @@ def wanted_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             layer + "input_layernorm.weight": (hidden,),
             layer + "post_attention_layernorm.weight": (hidden,),
         }
+        if config.traits.head_norm:
+            shapes |= {f"{layer}{name}.weight": (config.head_dim,) for name in HEAD_NORMS}
     return shapes if config.tied else shapes | {"lm_head.weight": (config.vocab_size, hidden)}
 
 
@@ -37,13 +44,13 @@ def _linears(config: ModelConfig) -> dict[str, tuple[tuple[int, int], bool]]:
     """A layer's linears, name -> shape of the weight, and whether there is a bias."""
     traits, hidden, inter = config.traits, config.hidden_size, config.intermediate_size
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    qkv, gate_up = dict(zip(QKV, (q, kv, kv), strict=True)), dict.fromkeys(GATE_UP, inter)
+    if traits.fused:
+        qkv, gate_up = dict.fromkeys(FUSED_QKV, q + 2 * kv), dict.fromkeys(FUSED_GATE_UP, 2 * inter)
     return {
-        "self_attn.q_proj": ((q, hidden), traits.qkv_bias),
-        "self_attn.k_proj": ((kv, hidden), traits.qkv_bias),
-        "self_attn.v_proj": ((kv, hidden), traits.qkv_bias),
+        **{name: ((rows, hidden), traits.qkv_bias) for name, rows in qkv.items()},
         "self_attn.o_proj": ((hidden, q), traits.out_bias),
-        "mlp.gate_proj": ((inter, hidden), traits.mlp_bias),
-        "mlp.up_proj": ((inter, hidden), traits.mlp_bias),
+        **{name: ((rows, hidden), traits.mlp_bias) for name, rows in gate_up.items()},
         "mlp.down_proj": ((hidden, inter), traits.mlp_bias),
     }
 
@@ -53,12 +60,20 @@ def ignored_tensors(config: ModelConfig) -> tuple[str, ...]:
     return (*IGNORED, "lm_head.weight") if config.tied else IGNORED
 
 
+def _windows(config: ModelConfig) -> tuple[int, ...]:
+    """By layer; one as long as the context is none."""
+    windows = config.traits.windows or (0,) * config.layers
+    return tuple(window if window < config.max_positions else 0 for window in windows)
+
+
 class Layer:
     """One decoder layer: packed weights, and norms' gains."""
 
-    __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qkv")
+    __slots__ = ("attention_norm", "down", "gate_up", "head_norm", "mlp_norm", "out", "qkv", "shape")
 
-    def __init__(self, prefix: str, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
+    def __init__(
+        self, prefix: str, config: ModelConfig, window: int, weights: Weights, kernels: Kernels
+    ) -> None:
         linears = _linears(config)
 
         def pack(*parts: str) -> Linear:
@@ -67,11 +82,17 @@ class Layer:
             bias = weights.take(*(f"{prefix}{part}.bias" for part in parts)) if biased else None
             return kernels.linear(weight, bias)
 
+        self.shape = AttentionShape(
+            config.heads, config.kv_heads, config.head_dim, config.head_dim**-0.5, window
+        )
         self.attention_norm = weights.own(f"{prefix}input_layernorm.weight")
-        self.qkv = pack("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.qkv = pack(*(FUSED_QKV if config.traits.fused else QKV))
+        self.head_norm: Tensor | None = None  # [2, head_dim]: of q's heads, and of k's
+        if config.traits.head_norm:
+            self.head_norm = torch.stack([weights.own(f"{prefix}{name}.weight") for name in HEAD_NORMS])
         self.out = pack("self_attn.o_proj")
         self.mlp_norm = weights.own(f"{prefix}post_attention_layernorm.weight")
-        self.gate_up = pack("mlp.gate_proj", "mlp.up_proj")
+        self.gate_up = pack(*(FUSED_GATE_UP if config.traits.fused else GATE_UP))
         self.down = pack("mlp.down_proj")
 
 
@@ -81,11 +102,11 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         self.config = config
         self.kernels = kernels
-        self._shape = AttentionShape(config.heads, config.kv_heads, config.head_dim, config.head_dim**-0.5)
         self._embedding = weights.own("model.embed_tokens.weight")
         self._rope = rope_table(config.rope, config.head_dim, config.max_positions).to(self._embedding.device)
         self._layers = [
-            Layer(f"model.layers.{index}.", config, weights, kernels) for index in range(config.layers)
+            Layer(f"model.layers.{index}.", config, window, weights, kernels)
+            for index, window in enumerate(_windows(config))
         ]
         self._norm = weights.own("model.norm.weight")
         self._head = kernels.linear(self._embedding if config.tied else weights.take("lm_head.weight"), None)
@@ -110,7 +131,9 @@ class Decoder:
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(kernels.add_norm(residual, delta, layer.attention_norm, eps))
-            mixed = kernels.attend(pool, index, qkv, self._rope, self._shape, batch)
+            if layer.head_norm is not None:
+                kernels.head_norm(qkv, layer.head_norm, layer.shape, eps)
+            mixed = kernels.attend(pool, index, qkv, self._rope, layer.shape, batch)
             if index == last and sampled is not None:
                 if not len(sampled):
                     return mixed.new_empty((0, self.config.vocab_size))

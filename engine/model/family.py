@@ -38,17 +38,23 @@ class Family:
     rope_aliases: dict[str, Kind] = field(default_factory=dict)  # its own names of kinds of RoPE
 
 
-def all_or_nothing(window: int, layers: int) -> tuple[int, ...]:
+def window(fields: Fields, default: int) -> int:
+    """The config's `sliding_window`: null is none (0), and what is not there is `default`."""
+    nulled = "sliding_window" in fields.raw and not fields.has("sliding_window")
+    return 0 if nulled else fields.whole("sliding_window", default, least=min(1, default))
+
+
+def all_or_nothing(positions: int, layers: int) -> tuple[int, ...]:
     """The same window in every layer."""
-    return (window,) * layers if window else ()
+    return (positions,) * layers if positions else ()
 
 
-def windows_by_type(fields: Fields, window: int, layers: int, first: int) -> tuple[int, ...]:
+def windows_by_type(fields: Fields, positions: int, layers: int, first: int) -> tuple[int, ...]:
     """Windows where `layer_types` says "sliding_attention"; without it, in the layers from `first` on."""
     kinds = fields.raw.get("layer_types")
     if kinds is None:
-        return _any(tuple(window if index >= first else 0 for index in range(layers)))
-    known = {"full_attention": 0, "sliding_attention": window}
+        return _any(tuple(positions if index >= first else 0 for index in range(layers)))
+    known = {"full_attention": 0, "sliding_attention": positions}
     if (
         not isinstance(kinds, list)
         or len(kinds) != layers
@@ -56,7 +62,7 @@ def windows_by_type(fields: Fields, window: int, layers: int, first: int) -> tup
     ):
         fields.refuse("layer_types", f"{' or '.join(known)} for each of {layers} layers")
         return ()
-    if not window and "sliding_attention" in kinds:
+    if not positions and "sliding_attention" in kinds:
         fields.refuse("layer_types", "sliding_attention only with a sliding_window in use")
     return _any(tuple(known[kind] for kind in kinds))
 

@@ -3,16 +3,15 @@
 A window only where `use_sliding_window` says so, and then in the upper layers alone.
 """
 
-from engine.model.family import Family, Traits, windows_by_type
+from engine.model.family import Family, Traits, window, windows_by_type
 from engine.model.reading import Fields
 
 
 def windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """As Qwen2 and Qwen3 have them; a `sliding_window` that is not used counts for nothing."""
     used = fields.flag("use_sliding_window", False)
-    nulled = "sliding_window" in fields.raw and not fields.has("sliding_window")
-    window = fields.whole("sliding_window", 4096) if used and not nulled else 0
-    return windows_by_type(fields, window, layers, first=fields.whole("max_window_layers", 28, least=0))
+    positions = window(fields, 4096) if used else 0
+    return windows_by_type(fields, positions, layers, first=fields.whole("max_window_layers", 28, least=0))
 
 
 def traits(fields: Fields, layers: int) -> Traits:

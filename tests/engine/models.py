@@ -31,6 +31,11 @@ LLAMA3_ROPE = {
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"type": "linear", "factor": 2.5}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1 + 0.1 * i for i in range(8)],
+    "long_factor": [2 + 0.5 * i for i in range(8)],
+}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.3}
 
 
@@ -42,10 +47,30 @@ def qwen2(**more: Any) -> dict[str, Any]:
     return family("qwen2", "Qwen2ForCausalLM", **more)
 
 
+def qwen3(**more: Any) -> dict[str, Any]:
+    return family("qwen3", "Qwen3ForCausalLM", **{"head_dim": 32, **more})
+
+
+def mistral(**more: Any) -> dict[str, Any]:
+    return family("mistral", "MistralForCausalLM", **more)
+
+
+def phi3(**more: Any) -> dict[str, Any]:
+    """No padding token: its own would be beyond a small vocabulary."""
+    return family("phi3", "Phi3ForCausalLM", pad_token_id=None, original_max_position_embeddings=256, **more)
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": qwen2(),
     "qwen2_tied": qwen2(tie_word_embeddings=True, sliding_window=32),  # a window that is not used
     "qwen2_yarn": qwen2(rope_scaling=YARN, rope_theta=1000000.0, max_position_embeddings=64),
+    "qwen2_window": qwen2(use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    "qwen3": qwen3(),
+    "qwen3_biased": qwen3(attention_bias=True, tie_word_embeddings=True, head_dim=16),
+    "mistral": mistral(sliding_window=None),
+    "mistral_window": mistral(sliding_window=29, head_dim=32),
+    "phi3": phi3(),
+    "phi3_long": phi3(max_position_embeddings=512, rope_scaling=LONGROPE, sliding_window=100),
 }
 """Families beside Llama, the bits of each of which are compared along all ways."""
 

@@ -16,6 +16,7 @@ from engine.runner import flatten
 from tests.engine.models import BLOCK, FAMILIES, Driver, Piece, driver_for, load, random_tokens, runner_for
 
 LENGTH = 80  # five whole blocks
+WINDOWED_LENGTH = 240  # so that a window begins in a later unit of the CPU's attention than the context does
 CASES = [
     ("gqa", "reference", "float32"),  # exact by construction, so one case shows that the tests are right
     ("odd_sizes", "cpu", "float32"),
@@ -34,9 +35,10 @@ class Case:
     def __init__(self, directory: Path, kernels: str, dtype: str) -> None:
         self.loaded = load(directory, kernels, dtype)
         assert self.loaded.model.kernels.exact
-        self.tokens = self.sequence(LENGTH, seed=1)
+        self.length = WINDOWED_LENGTH if self.loaded.config.traits.windows else LENGTH
+        self.tokens = self.sequence(self.length, seed=1)
         alone = driver_for(self.loaded)
-        alone.run(0, self.tokens, chunk=LENGTH)
+        alone.run(0, self.tokens, chunk=self.length)
         self.logits = alone.all_logits(0)
         self.slabs = alone.runner.slabs(0)
 
@@ -85,13 +87,14 @@ def test_a_mixed_batch_changes_no_bit(case: Case, others: int) -> None:
     lengths = [(7 * slot) % 23 + 1 for slot in range(others)]
     driver.step(pieces_of(lengths, case))
     position = 0
-    for step, chunk in enumerate((1, 30, 1, 1, 17, 1, 29)):
+    chunks = (1, 30, 1, 1, 17, 1, 29, *[case.length - LENGTH] * (case.length > LENGTH))
+    for step, chunk in enumerate(chunks):
         beside = [piece for piece in pieces_of([1] * others, case) if (piece.slot + step) % 3]
         mine = Piece(0, case.tokens[position : position + chunk])
         at = (step * 5) % (len(beside) + 1)
         driver.step([*beside[:at], mine, *beside[at:]])
         position += chunk
-    assert position == LENGTH
+    assert position == case.length
     case.check(driver, 0)
 
 
@@ -109,7 +112,7 @@ def test_a_prefix_computed_by_another_changes_no_bit(case: Case) -> None:
     driver.run(5, case.tokens[:48], chunk=48)
     shared = tuple(driver.runner.tables.blocks(5).tolist())
     driver.runner.tables.place(Placement(0, Sampling()))
-    own = tuple(driver.free.pop() for _ in range(2))
+    own = tuple(driver.free.pop() for _ in range(case.length // BLOCK - 3))
     rest = Row(0, 48, tuple(case.tokens[48:]), 0, shared + own, samples=True)
     logits = driver.runner.logits([rest])
     assert torch.equal(raw(logits), raw(case.logits[48:]))
@@ -120,9 +123,9 @@ def test_picking_rows_for_logits_changes_no_bit(case: Case) -> None:
     """The served path, which carries only sampling tokens past the last attention, gives the same logits."""
     runner = runner_for(case.loaded)
     runner.tables.place(Placement(0, Sampling()))
-    row = Row(0, 0, tuple(case.tokens), 0, tuple(range(LENGTH // BLOCK)), samples=True)
+    row = Row(0, 0, tuple(case.tokens), 0, tuple(range(case.length // BLOCK)), samples=True)
     runner.tables.write(row)
-    picked = [3, 40, LENGTH - 1]
+    picked = [3, 40, case.length - 1]
     with torch.inference_mode():
         batch = runner.batch(flatten([row]))
         some = case.loaded.model.forward(batch, runner.pool, torch.tensor(picked))

@@ -85,6 +85,23 @@ def test_rowwise_kernels_agree_with_torch_and_do_not_see_their_neighbours(dtype:
         assert torch.equal(kernels.silu_mul(gate_up[-1:]), gated[-1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "head_dim"), [(1, 64), (5, 50), (90, 128)])
+def test_heads_are_normed_alone_and_values_left_alone(dtype: torch.dtype, rows: int, head_dim: int) -> None:
+    """q's and k's heads by weights of their own, as plain torch has it; a row's bits are its own."""
+    shape = AttentionShape(6, 2, head_dim, 1.0)
+    qkv, weights = torch.randn(rows, 10 * head_dim).to(dtype) * 3, torch.randn(2, head_dim).to(dtype)
+    kernels, reference = CpuKernels(dtype), ReferenceKernels(dtype, torch.device("cpu"))
+    found, wanted, last = qkv.clone(), qkv.clone(), qkv[-1:].clone()
+    kernels.head_norm(found, weights, shape, 1e-6)
+    reference.head_norm(wanted, weights, shape, 1e-6)
+    kernels.head_norm(last, weights, shape, 1e-6)
+    assert near(dtype, found, wanted)
+    assert torch.equal(found[:, 8 * head_dim :], qkv[:, 8 * head_dim :])
+    assert not near(dtype, found[:, : 8 * head_dim], qkv[:, : 8 * head_dim])
+    assert torch.equal(last, found[-1:])
+
+
 def rope_table(positions: int, head_dim: int) -> Tensor:
     frequency = 1 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.arange(positions).float()[:, None] * frequency
@@ -103,18 +120,31 @@ def batch_of(rows: Sequence[tuple[int, int, int]], tables: Tensor) -> Batch:
 
 @pytest.mark.parametrize(("dtype", "amx"), PATHS)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block"),
-    [(4, 2, 64, 16), (12, 4, 64, 32), (4, 4, 32, 16), (8, 1, 128, 32), (6, 2, 80, 16)],
+    ("heads", "kv_heads", "head_dim", "block", "window"),
+    [
+        (4, 2, 64, 16, 0),
+        (12, 4, 64, 32, 0),
+        (4, 4, 32, 16, 0),
+        (8, 1, 128, 32, 0),
+        (6, 2, 80, 16, 0),
+        (4, 2, 64, 16, 1),
+        (4, 2, 64, 16, 33),
+        (8, 1, 128, 32, 48),
+        (6, 2, 80, 16, 130),
+    ],
 )
 def test_attention_has_the_same_bits_in_any_chunks(
-    dtype: torch.dtype, amx: bool, heads: int, kv_heads: int, head_dim: int, block: int
+    dtype: torch.dtype, amx: bool, heads: int, kv_heads: int, head_dim: int, block: int, window: int
 ) -> None:
-    """Two rows at once in one piece; then in pieces of 1 to 40 in the other order: outputs and pool are equal."""
+    """Two rows at once in one piece; then in pieces of 1 to 40 in the other order: outputs and pool are equal.
+
+    With a window too, that ends in one unit of keys or spans two, and leaves whole units out.
+    """
     length, torch_seed = 200, 7
     torch.manual_seed(torch_seed)
     kernels = CpuKernels(dtype, amx=amx)
     shape, kv = (
-        AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5),
+        AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5, window),
         KVShape(2, kv_heads, block, head_dim),
     )
     rope = rope_table(256, head_dim)

@@ -6,10 +6,9 @@ import pytest
 
 from engine.model.config import parse_config
 from engine.model.errors import UnsupportedModel
-from engine.model.qwen2 import traits
+from engine.model.family import Traits
 from engine.model.random_weights import llama_config
-from engine.model.reading import Fields
-from tests.engine.models import DYNAMIC, LINEAR, YARN, qwen2
+from tests.engine.models import DYNAMIC, LINEAR, LONGROPE, YARN, mistral, phi3, qwen2, qwen3
 
 
 def read(shape: dict[str, Any], **more: Any) -> Any:
@@ -49,9 +48,8 @@ def test_qwen2_has_biases_of_q_k_and_v_and_no_others() -> None:
 def test_qwen2s_window_is_in_the_upper_layers_and_only_when_used(
     said: dict[str, Any], windows: tuple[int, ...]
 ) -> None:
-    fields = Fields(qwen2() | said, [])
-    assert traits(fields, 2).windows == windows
-    assert not fields.problems
+    assert read(qwen2(), **said).traits.windows == windows
+    assert read(qwen3(), **said).traits.windows == windows
 
 
 @pytest.mark.parametrize(
@@ -66,6 +64,51 @@ def test_qwen2s_window_is_in_the_upper_layers_and_only_when_used(
 def test_layer_types_that_do_not_fit_are_refused(said: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModel, match="layer_types"):
         read(qwen2(), **said)
+
+
+def test_qwen3_norms_heads_of_a_size_of_its_own() -> None:
+    """128 where the config is silent; biases where it asks."""
+    raw = llama_config(**qwen3())
+    del raw["head_dim"]
+    found = parse_config(raw)
+    assert (found.head_dim, found.traits.head_norm, found.traits.qkv_bias) == (128, True, False)
+    assert read(qwen3(), attention_bias=True).traits.out_bias
+
+
+@pytest.mark.parametrize(
+    ("said", "windows"), [({"sliding_window": None}, ()), ({}, (4096,) * 2), ({"sliding_window": 7}, (7, 7))]
+)
+def test_mistrals_window_is_in_all_layers(said: dict[str, Any], windows: tuple[int, ...]) -> None:
+    """null is none; not to speak of it is 4,096, as transformers takes it."""
+    assert read(mistral(), **said).traits.windows == windows
+
+
+@pytest.mark.parametrize("window", [0, -1, "all", 2.5])
+def test_a_window_that_is_none_is_refused(window: object) -> None:
+    with pytest.raises(UnsupportedModel, match="sliding_window"):
+        read(mistral(), sliding_window=window)
+
+
+def test_mistral_with_windows_by_layer_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="layer_types"):
+        read(mistral(), layer_types=["full_attention", "sliding_attention"])
+
+
+def test_phi3s_tensors_are_fused_and_its_longrope_ends_with_the_first_context() -> None:
+    """By any of its names; the model's own number of first positions goes before its table's."""
+    assert read(phi3()).traits == Traits(fused=True)
+    for name in ("longrope", "su", "yarn"):
+        scaling = LONGROPE | {"type": name, "original_max_position_embeddings": 77}
+        found = read(phi3(), rope_scaling=scaling, max_position_embeddings=1024)
+        assert (found.rope.kind, found.max_positions, found.rope.factor) == ("longrope", 256, 4.0)
+        assert "longrope is served up to its first context of 256" in found.facts[0]
+
+
+def test_a_longrope_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="short_factor has 3 numbers"):
+        read(phi3(), rope_scaling=LONGROPE | {"short_factor": [1, 2, 3]})
+    with pytest.raises(UnsupportedModel, match="short_factor"):
+        read(phi3(), rope_scaling=LONGROPE | {"short_factor": [1] * 7 + ["x"]})
 
 
 def test_llama_with_a_window_is_refused() -> None:

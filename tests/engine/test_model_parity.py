@@ -69,10 +69,13 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_logits_are_those_of_transformers(
     name: str, kernels: str, model_directory: Callable[[str], Path]
 ) -> None:
-    """Every position's logits, in fp32, differ by less than 1e-4 of the largest."""
+    """Every position's logits, in fp32, differ by less than 1e-4 of the largest.
+
+    Where it takes no time, the context is long enough for windows to leave whole units of attention out.
+    """
     directory = model_directory(name)
     loaded = load(directory, kernels, "float32")
-    tokens = random_tokens(90, loaded.config.vocab_size, seed=4)
+    tokens = random_tokens(250 if kernels == "cpu" else 90, loaded.config.vocab_size, seed=4)
     driver = driver_for(loaded)
     driver.run(0, tokens, chunk=50)
     theirs = peer_logits(directory, tokens)
@@ -97,6 +100,7 @@ ROPES = {
     "yarn_mscale": "yarn",
     "qwen2_yarn": "yarn",
     "dynamic": "dynamic",
+    "phi3_long": "longrope",
 }
 
 
@@ -105,7 +109,8 @@ def test_the_rotary_table_is_that_of_transformers(name: str, model_directory: Ca
     """Cosines and sines, bit for bit, at all positions that are served."""
     config = read_config(directory := model_directory(name))
     embedding = peer(directory).model.rotary_emb
-    cos, sin = embedding(torch.zeros(1), torch.arange(config.max_positions)[None])
+    with torch.inference_mode():
+        cos, sin = embedding(torch.zeros(1), torch.arange(config.max_positions)[None])
     ours = rope_table(config.rope, config.head_dim, config.max_positions)
     half = config.head_dim // 2
     assert torch.equal(ours[:, 0], cos[0, :, :half])

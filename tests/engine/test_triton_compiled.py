@@ -56,6 +56,7 @@ def attention(kernel: Any) -> Any:
     tile = triton_attention.tile_for(torch.bfloat16, HEAD_DIM)
     sizes = {"HEADS": 32, "KV_HEADS": 8, "DIM": HEAD_DIM, "DIM_PAD": HEAD_DIM, "BLOCK": 16, "ROWS": 32}
     tiles = {"SPLIT": triton_attention.SPLIT, "QUERIES": tile.queries, "KEYS": tile.keys, "PRECISION": "ieee"}
+    tiles |= {"WINDOW": triton_attention.NO_WINDOW}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     return compiled(kernel, sizes | tiles | options)
 

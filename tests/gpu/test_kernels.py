@@ -27,6 +27,8 @@ SHAPES = {
     "grouped": AttentionShape(8, 2, 64, 0.125),
     "multi-head, odd sizes": AttentionShape(3, 3, 40, 0.2),
     "multi-query": AttentionShape(5, 1, 16, 0.25),
+    "window in a split": AttentionShape(4, 2, 32, 0.2, window=9),
+    "window over splits": AttentionShape(4, 1, 16, 0.25, window=200),
 }
 if not INTERPRETED:
     SHAPES |= {"8B's": AttentionShape(32, 8, 128, 0.088), "wide": AttentionShape(8, 4, 256, 0.0625)}
@@ -39,6 +41,8 @@ if INTERPRETED:
         ("grouped", torch.float16),
         ("multi-head, odd sizes", torch.float32),
         ("multi-query", torch.float16),
+        ("window in a split", torch.float32),
+        ("window over splits", torch.float16),
     ]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -133,6 +137,21 @@ def test_norm_adds_in_place(dtype: torch.dtype, device: torch.device) -> None:
     assert torch.equal(residual, total)
     assert torch.equal(kernels.add_norm(total.clone(), None, weight, 1e-5), found)
     assert torch.equal(kernels.add_norm(total[3:4].clone(), None, weight, 1e-5), found[3:4])
+
+
+@dtypes
+def test_heads_are_normed_alone(dtype: torch.dtype, device: torch.device) -> None:
+    """q's and k's heads in place, by weights of their own; values are left alone, a row's bits are its own."""
+    shape, kernels = AttentionShape(4, 2, 40, 1.0), kernels_for(dtype, device)
+    qkv = torch.randn(5, 8 * 40, device=device).to(dtype)
+    weights = torch.randn(2, 40, device=device).to(dtype)
+    found, wanted, alone = qkv.clone(), qkv.clone(), qkv[3:4].clone()
+    kernels.head_norm(found, weights, shape, 1e-6)
+    ReferenceKernels(dtype, device).head_norm(wanted, weights, shape, 1e-6)
+    kernels.head_norm(alone, weights, shape, 1e-6)
+    assert close(found, wanted)
+    assert torch.equal(found[:, 240:], qkv[:, 240:])
+    assert torch.equal(alone, found[3:4])
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.bfloat16) if INTERPRETED else DTYPES, ids=str)

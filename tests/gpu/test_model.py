@@ -5,6 +5,7 @@ On a card, or on the CPU in Triton's interpreter, like test_kernels.py.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,16 @@ CPU = torch.device("cpu")
 VOCABULARY = 300
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = llama_config(vocab_size=VOCABULARY, max_position_embeddings=64, attention_bias=True)
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "use_sliding_window": True}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama with biases; Qwen3, whose heads are normed, with a window in one of two layers."""
+    more: dict[str, Any] = QWEN3 | {"sliding_window": 6, "max_window_layers": 1}
+    if request.param == "llama":
+        more = {}
+    config = llama_config(vocab_size=VOCABULARY, max_position_embeddings=64, attention_bias=True, **more)
     return write_random_llama(tmp_path_factory.mktemp("model"), config)
 
 
