@@ -36,7 +36,7 @@ from engine.records import CopyRecord, StepAccounts, StepRecord
 from engine.request import EngineDead, Finished, QueueFull, Refused, Request, ServiceClass
 from engine.sequence import State
 from engine.state import core_state, summary
-from engine.stream import Stream
+from engine.stream import Bell, Stream
 from engine.tiers_below import Store, TiersBelow
 from engine.timeline import Timelines
 from engine.worker import Worker
@@ -76,6 +76,7 @@ class Engine:
         self._recorder = recorder
         self._streams: dict[str, Stream] = {}
         self._loop = asyncio.get_running_loop()
+        self._bell = Bell(self._loop)
         self.dead: asyncio.Future[BaseException] = self._loop.create_future()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -97,7 +98,7 @@ class Engine:
             raise EngineDead("the engine has died; the server is shutting down") from self.failure
         if self.draining:
             raise Refused("The server is shutting down.", code="shutting_down")
-        stream = self._streams[request.id] = Stream(request, self.cancel)
+        stream = self._streams[request.id] = Stream(request, self.cancel, self._bell)
         rejection = next((i for i in self._feed(Arrived(request)) if isinstance(i, Reject)), None)
         if rejection is not None:
             del self._streams[request.id]
