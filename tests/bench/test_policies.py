@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.config_sources import load
-from bench.policies import Ending, Outcome, figures, report
+from bench.policies import Ending, Outcome, figures, report, rotated
 from bench.systems import SYSTEMS
 from engine.plan import Placement, Plan, Row, Sampling
 from tests.fakes import ScriptedRunner, saying
@@ -50,3 +50,11 @@ def test_a_report_is_bad_when_an_answer_differed(tmp_path: Path) -> None:
     assert report(rows) == 0
     rows.write_text(row % "false")
     assert report(rows) == 1
+
+
+def test_every_system_is_first_in_its_turn() -> None:
+    systems = list(SYSTEMS)
+    orders = [rotated(systems, repeat) for repeat in range(len(systems) + 1)]
+    assert {order[0] for order in orders} == set(systems)
+    assert all(sorted(order) == sorted(systems) for order in orders)
+    assert orders[-1] == orders[0] == systems
