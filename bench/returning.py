@@ -30,6 +30,7 @@ GOALS = {"host": 10.0, "disk": 5.0, "restart": 5.0}
 MORE_TOKENS = 32
 ANSWER_TOKENS = 32
 VOCABULARY = 4000
+SAVED_SECONDS, LOOK_SECONDS = 120.0, 0.05  # for a conversation to be on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +112,13 @@ class Trial:
             response.raise_for_status()
 
     async def saved(self, blocks: int) -> None:
-        """Waits until the disk has so many blocks."""
+        """Waits until the disk has so many blocks. Raises ServerFailed."""
         assert self._http
-        while (await server.state(self._http))["tiers"]["disk"]["blocks"] < blocks:  # noqa: ASYNC110 (another process)
-            await asyncio.sleep(0.05)
+        for _ in range(round(SAVED_SECONDS / LOOK_SECONDS)):
+            if (await server.state(self._http))["tiers"]["disk"]["blocks"] >= blocks:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+        raise server.ServerFailed(f"the disk has not {blocks} blocks after {SAVED_SECONDS:g} s")
 
     async def row(self, case: str, round: int) -> Row:
         """One conversation of its own: its first turn, what happens to it, and its return."""

@@ -20,13 +20,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 import uvloop
-from numba import njit
 from numpy.typing import NDArray
 from rich.table import Table
 
 from bench import machine
 from bench.transfers_rig import ARENA_BYTES, Model, arenas, batches_of, open_disk, places, transaction_blocks
 from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, TierDown, TierUp
+from kvstore.native import compiled
 from kvstore.store import Store
 
 SECONDS: Final = 8.0
@@ -113,7 +113,7 @@ class Spiller:
         self._store.submit(copy)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]  # numba exports no types
+@compiled
 def _scan(numbers: NDArray[np.float32]) -> float:
     total = 0.0
     for number in numbers:

@@ -1,7 +1,7 @@
 """The CPU's kernels: compiled code of ours on vectors, or on AMX tiles for bfloat16 where the machine has them.
 
-Attention is in cpu_attention.py and cpu_amx.py, what is done row by row in cpu_rowwise.py, the linear layers in
-cpu_linear.py; here is who calls what with which addresses, and what is small enough for one thread.
+Attention is in cpu_keys.py, cpu_attention.py and cpu_amx.py, what is done row by row in cpu_rowwise.py, the linear
+layers in cpu_linear.py; here is who calls what with which addresses, and what is small enough for one thread.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import numba
 import torch
 from torch import Tensor
 
-from engine.kernels import cpu_attention, cpu_linear, cpu_rowwise
+from engine.kernels import cpu_attention, cpu_keys, cpu_linear, cpu_rowwise
 from engine.kernels.cpu_amx import amx_fits, attend_tiles
 from engine.kernels.cpu_lanes import BF16_INSTRUCTIONS
 from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, sources_digest, target, threads
@@ -69,7 +69,7 @@ class CpuKernels:
             cpu_rowwise.head_rows,
             cpu_rowwise.gate_rows,
         )
-        shared = (cpu_attention.cut_segments, cpu_attention.store_segments)
+        shared = (cpu_keys.cut_segments, cpu_keys.store_segments)
         lanes = (cpu_attention.attend_lanes, cpu_linear.linear_lanes)
         for kernel in (
             *rows,
@@ -92,7 +92,7 @@ class CpuKernels:
         return self._clock.seconds
 
     def new_pool(self, blocks: int, shape: KVShape) -> Tensor:
-        """[blocks, layers, 2, kv_heads, head_dim * block_size]; the inside is described in cpu_attention.py."""
+        """[blocks, layers, 2, kv_heads, head_dim * block_size]; the inside is described in cpu_keys.py."""
         if shape.block_size % 16:
             raise UnsupportedOnCpu(f"engine.block_size = {shape.block_size} is not a multiple of 16")
         if shape.head_dim % 16:
@@ -230,7 +230,7 @@ class _Attention:
         block_bytes, self.layer_bytes, values_bytes, head_bytes, _ = (n * element for n in pool.stride())
         decode = batch.longest_row == 1
         self.pool = pool.data_ptr()
-        self.arguments = cpu_attention.AttendArguments(
+        self.arguments = cpu_keys.AttendArguments(
             stores=decode,
             block_bytes=block_bytes,
             values_bytes=values_bytes,
@@ -254,19 +254,19 @@ class _Attention:
         self.small = products < _ALONE_PRODUCTS
         self.phases = [(kernel, *self._cut(batch, tokens))]
         if not decode:
-            self.phases.insert(0, (cpu_attention.store_segments, *self._cut(batch, _STORE_TOKENS)))
+            self.phases.insert(0, (cpu_keys.store_segments, *self._cut(batch, _STORE_TOKENS)))
 
     def _cut(self, batch: Batch, length: int) -> tuple[int, int]:
         """Address and count of the rows' segments of at most `length` tokens."""
         most = len(batch.slots) * 2 + len(batch.positions) // length
         segments = torch.empty((most, 3), dtype=torch.int32)
-        cut = cpu_attention.SegmentArguments(
+        cut = cpu_keys.SegmentArguments(
             row_starts=batch.row_starts.data_ptr(),
             positions=batch.positions.data_ptr(),
             rows=len(batch.slots),
             length=length,
             segments=segments.data_ptr(),
         )
-        cpu_attention.cut_segments.alone(cut)
+        cpu_keys.cut_segments.alone(cut)
         self._kept = (*self._kept, segments)
         return segments.data_ptr(), cut.pieces

@@ -12,16 +12,14 @@ from numba import carray
 from engine.kernels.cpu_attention import (
     STATE_BYTES,
     UNIT,
-    AttendArguments,
     begin,
     finish,
     key_panels,
     rescale,
-    rotate,
     soften,
-    store_token,
     window_start,
 )
+from engine.kernels.cpu_keys import AttendArguments, rotate, store_token
 from engine.kernels.cpu_lanes import (
     LANES,
     claim,
