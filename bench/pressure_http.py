@@ -304,6 +304,8 @@ def main() -> None:
             asyncio.run(_interruptible(options))
         except (CannotLoad, ClientError, ServerFailed, TraceError, OSError) as error:
             sys.exit(f"cannot be measured: {error}")
+        except asyncio.CancelledError:
+            sys.exit("ended from outside; the cells that were measured are in the rows")
     console().print(report([json.loads(line) for line in options.rows.read_text().splitlines()]))
 
 
