@@ -126,3 +126,86 @@ class BlockView(Protocol):
     @property
     def past(self) -> int:
         """What the tier's eviction policy has noted about it."""
+
+
+class ReplicaView(Protocol):
+    """A replica as a policy sees it. Seconds are predicted seconds of its device."""
+
+    @property
+    def number(self) -> int:
+        """Its place in the configuration, unique."""
+
+    @property
+    def role(self) -> str:
+        """Which sizes it is there for: "any", "long" or "burst"."""
+
+    @property
+    def limit_tokens(self) -> int:
+        """Of size classes: prompt and output up to here belong here; 0: no limit."""
+
+    @property
+    def capacity_tokens(self) -> int:
+        """KV positions that its device has."""
+
+    @property
+    def used_tokens(self) -> int:
+        """Of these, what sequences hold now."""
+
+    @property
+    def requests(self) -> int:
+        """Placed here and not released."""
+
+    @property
+    def placed(self) -> int:
+        """Requests ever placed here."""
+
+    @property
+    def charged_seconds(self) -> float:
+        """Sum of what was charged for those here when they were placed; each is released once, exactly."""
+
+    @property
+    def backlog_seconds(self) -> float:
+        """Remaining prefill and expected decode steps of all that are here, given how they batch."""
+
+    @property
+    def forecast_tokens(self) -> float:
+        """KV positions expected in use at the horizon (policies/forecast.py); 0 when nothing is here."""
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait here for room."""
+
+
+class CandidateView(ReplicaView, Protocol):
+    """A replica, as a place for one request. What is said of the request itself is the same for all candidates."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def size_tokens(self) -> float:
+        """Prompt and expected output."""
+
+    @property
+    def urgent(self) -> bool:
+        """Of a class for which headroom is kept."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, what only this replica's device has: shared tiers serve all replicas alike."""
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Of the whole prompt, as if nothing were cached."""
+
+    @property
+    def saved_seconds(self) -> float:
+        """Of these, what the device's cached tokens save."""
+
+    @property
+    def decode_seconds(self) -> float:
+        """Expected decode steps, in this replica's batch and with its KV growing."""
+
+    @property
+    def session_home(self) -> bool:
+        """Whether it served this session's last request."""
