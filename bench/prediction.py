@@ -49,6 +49,9 @@ class Cells:
     def quantile(self, view: SequenceView, q: float, /) -> float:
         return self.remaining(view)
 
+    def survival(self, view: SequenceView, steps: float, /) -> float:
+        return float(self.remaining(view) > steps)
+
     def observe(self, view: SequenceView, /) -> None:
         """It knows already."""
 

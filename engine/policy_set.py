@@ -14,7 +14,7 @@ from policies.admission import Admission
 from policies.eviction import EVICTIONS, Eviction, MakeEviction, Scored, lru
 from policies.order import ORDERS, Order
 from policies.placement import PLACEMENTS, Placement
-from policies.prediction import PREDICTIONS, Predictor
+from policies.prediction import PREDICTIONS, Predictor, survival_by
 from policies.preemption import VICTIMS, Victim
 from policies.promotion import Promotion
 from policies.resume import RECOMPUTE, RELOAD, RESUMES, SPLIT, Resume
@@ -186,6 +186,12 @@ class GuardedPredictor(Guarded):
     def quantile(self, view: Any, q: float) -> float:
         return float(self._ask(lambda policy: policy.quantile(view, q), _is_length))
 
+    def survival(self, view: Any, steps: float) -> float:
+        """From its quantiles where the plug-in does not say."""
+        if not hasattr(self._policy, "survival"):
+            return survival_by(lambda q: self.quantile(view, q), steps)
+        return float(self._ask(lambda policy: policy.survival(view, steps), _is_share))
+
     def observe(self, view: Any) -> None:
         self._ask(lambda policy: policy.observe(view), lambda answer: True)
 
@@ -215,6 +221,10 @@ def _is_bool(answer: Any) -> bool:
 
 def _is_length(answer: Any) -> bool:
     return isinstance(answer, int | float) and isfinite(answer) and answer >= 0
+
+
+def _is_share(answer: Any) -> bool:
+    return _is_length(answer) and answer <= 1
 
 
 def _are_ways(answer: Any) -> bool:

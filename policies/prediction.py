@@ -19,6 +19,9 @@ class Predictor(Protocol):
     def quantile(self, view: SequenceView, q: float, /) -> float:
         """So many or fewer it will still generate, with probability q; between 1 and what its max_tokens leave."""
 
+    def survival(self, view: SequenceView, steps: float, /) -> float:
+        """The probability that more than `steps` tokens are to come; 0 when its max_tokens leave no more."""
+
     def observe(self, view: SequenceView, /) -> None:
         """It has ended by itself: `output_tokens` is its length. Or at its max_tokens: it would have been longer.
 
@@ -39,6 +42,9 @@ class MaxTokens:
 
     def quantile(self, view: SequenceView, q: float, /) -> float:
         return self.remaining(view)
+
+    def survival(self, view: SequenceView, steps: float, /) -> float:
+        return float(self.remaining(view) > steps)
 
     def observe(self, view: SequenceView, /) -> None:
         """Nothing to learn."""
@@ -74,6 +80,9 @@ class Histogram:
 
     def quantile(self, view: SequenceView, q: float, /) -> float:
         return self._curve(view).quantile(view.output_tokens, view.max_tokens, q)
+
+    def survival(self, view: SequenceView, steps: float, /) -> float:
+        return self._curve(view).beyond(view.output_tokens, view.max_tokens, steps)
 
     def observe(self, view: SequenceView, /) -> None:
         ended = view.output_tokens < view.max_tokens
@@ -132,6 +141,12 @@ class Hint:
         left = self._curve(view).quantile(view.output_tokens * unit, view.max_tokens * unit, q) / unit
         return _within(view, left)
 
+    def survival(self, view: SequenceView, steps: float, /) -> float:
+        if not view.expected_output_tokens:
+            return self._histogram.survival(view, steps)
+        unit = self.UNIT / view.expected_output_tokens
+        return self._curve(view).beyond(view.output_tokens * unit, view.max_tokens * unit, steps * unit)
+
     def observe(self, view: SequenceView, /) -> None:
         self._histogram.observe(view)
         if view.expected_output_tokens:
@@ -169,8 +184,20 @@ class Oracle:
     def quantile(self, view: SequenceView, q: float, /) -> float:
         return self.remaining(view)
 
+    def survival(self, view: SequenceView, steps: float, /) -> float:
+        return float(self.remaining(view) > steps)
+
     def observe(self, view: SequenceView, /) -> None:
         """Nothing to learn."""
+
+
+def survival_by(quantile: Callable[[float], float], steps: float) -> float:
+    """The same from a sequence's quantiles, to 1/512: for a predictor that has no more to say. Eight questions."""
+    ended, step = 0.5, 0.25
+    for _ in range(8):
+        ended += step if quantile(ended) <= steps else -step
+        step /= 2
+    return 1.0 - ended
 
 
 PREDICTIONS: dict[str, Callable[..., Predictor]] = {

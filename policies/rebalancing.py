@@ -1,8 +1,8 @@
 """Which sequences move to another replica, decided on a frozen snapshot of all replicas.
 
 A policy returns moves in the order in which they pay; carrying them out, and giving one up, is the fleet's. No
-sequence is in two moves of a round, so rounds end. Only replicas that accept take part. Where requests go at first:
-routing.py.
+sequence is in two moves of a round, so rounds end. The snapshot has all replicas; only those that accept take part.
+Where requests go at first: routing.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -206,7 +206,12 @@ def cache_size(
     """
     books = _Books(loads)
     limit = {load.number: load.limit_tokens or inf for load in loads}
-    crossing = [each for each in movables if not each.crossed and each.tokens > limit[each.replica]]
+    accepting = {load.number for load in loads if load.accepting}
+    crossing = [
+        each
+        for each in movables
+        if not each.crossed and each.tokens > limit[each.replica] and each.replica in accepting
+    ]
     crossing.sort(key=lambda each: (-limit[each.replica], -each.tokens, each.request, each.choice))
     moves: list[Move] = []
     stayed = 0
@@ -216,7 +221,7 @@ def cache_size(
         fitting = [
             load
             for load in above
-            if load.accepting
+            if load.number in accepting
             and limit[load.number] >= min(each.size_tokens, highest)
             and books.has_room(load, each)
         ]

@@ -54,7 +54,7 @@ class Weights:
     session: float = 0.0  # credit: prefill of the whole prompt, where its session was last
     charged: float = 0.0  # what was charged for those there when they were placed
     backlog: float = 0.0  # what all that are there are predicted to take yet
-    wait: float = 0.0  # until those there have given back the positions that it lacks
+    wait: float = 0.0  # the backlog, for as much of the request as lacks room
     misplaced: float = 0.0  # a second where it does not belong by its size
     turns: float = 0.0  # a second for each request ever placed there
 
@@ -213,9 +213,9 @@ def saturated(view: CandidateView, headroom: float) -> bool:
 
 
 def wait_seconds(view: CandidateView, headroom: float) -> float:
-    """Until the positions that it lacks are given back, if what is held there is, evenly over its backlog."""
+    """The backlog, for as much of the request as has no room: what ends sooner is not in the forecast any more."""
     lacking = _lacking(view, headroom)
-    return view.backlog_seconds * min(1.0, lacking / view.forecast_tokens) if lacking else 0.0
+    return view.backlog_seconds * min(1.0, lacking / view.size_tokens) if lacking else 0.0
 
 
 def _lacking(view: CandidateView, headroom: float) -> float:

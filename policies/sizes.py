@@ -75,7 +75,7 @@ class SizeLimits:
         limits: list[int] = []
         for share in self._upto:
             target = share * sums[-1]
-            bucket = max(1, bisect_left(sums, target)) - 1
+            bucket = bisect_left(sums, target) - 1  # the one in which it is reached
             part = (target - sums[bucket]) / self._loads[bucket]
             limit = EDGES[bucket] + part * (EDGES[bucket + 1] - EDGES[bucket]) - 1
             limits.append(max(round(limit), 1, *(each + 1 for each in limits)))
@@ -84,11 +84,11 @@ class SizeLimits:
 
 def load(prompt_tokens: int, output_tokens: int) -> float:
     """KV positions × steps."""
-    return (output_tokens + 1) * (prompt_tokens + output_tokens / 2)
+    return (output_tokens + 1) * max(1.0, prompt_tokens + output_tokens / 2)
 
 
 def _check(fixed: Sequence[int], classes: int) -> None:
     if len(fixed) != classes or fixed[-1] != 0:
         raise ValueError("fixed limits must be one a class, the last 0")
-    if fixed[0] < 0 or any(before >= after for before, after in pairwise(fixed[:-1])):
+    if any(before >= after for before, after in pairwise((0, *fixed[:-1]))):
         raise ValueError("fixed limits must be positive and ascend")

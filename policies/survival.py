@@ -68,6 +68,13 @@ class Curve:
         passed = (target - self.survival[bucket]) / slope if slope else 0.0
         return min(max(1.0, EDGES[bucket] + passed - 1 - so_far), limit - so_far)
 
+    def beyond(self, so_far: float, limit: float, more: float) -> float:
+        """P(length > so_far + more | length > so_far); 0 from the limit on. Beyond the last edge all go on to it."""
+        if so_far + more >= limit:
+            return 0.0
+        alive = self._from(so_far + 1)[0]
+        return self._from(so_far + more + 1)[0] / alive if alive else 1.0
+
     def _from(self, x: float) -> tuple[float, float]:
         """P(length ≥ x), and the sum of that over x, x + 1, …"""
         bucket = bisect_right(EDGES, x) - 1

@@ -13,12 +13,13 @@ import pytest
 from app.config import AlsoSection, Config, ConfigError, ModelSection, PoliciesSection
 from app.config_sources import load
 from app.plugins import PluginError, load_plugin, load_plugins
-from engine.policy_set import PLAINEST, PolicyConfig
+from engine.policy_set import PLAINEST, Catalog, PolicyConfig
 from tests.app.lives import configuration, served
 from tests.app.rig import Rig, rig
 from tests.app.test_logs import lines, logged
 from tests.app.test_metrics import scrape, value
 from tests.engine.driving import UNFORESEEN
+from tests.policies.view import View
 
 TEXT = "/v1/completions"
 
@@ -220,6 +221,27 @@ async def test_who_displaces_whom_is_guarded_too(answer: Callable[[], Any]) -> N
         await pressed(server)
         samples = await scrape(server)
     assert value(samples, "sluice:policy_failures_total", family="order", policy="broken:x") > 0
+
+
+def guarded(plugin: Any, failures: list[str]) -> Any:
+    """As a predictor in force."""
+    catalog = Catalog({"prediction": {"house:x": plugin}})
+    return catalog.make(
+        PolicyConfig(prediction="house:x"), lambda *failed: failures.append(failed[2])
+    ).prediction
+
+
+def test_the_survival_of_a_predictor_that_does_not_say_is_that_of_its_quantiles() -> None:
+    plugin = SimpleNamespace(quantile=lambda view, q: 100.0 * q)
+    failures: list[str] = []
+    view = View(1, max_tokens=100)
+    assert guarded(plugin, failures).survival(view, 30.0) == pytest.approx(0.7, abs=0.01)
+    plugin.survival = lambda view, steps: 0.25
+    assert guarded(plugin, failures).survival(view, 30.0) == 0.25
+    assert not failures
+    plugin.survival = lambda view, steps: 1.5
+    assert guarded(plugin, failures).survival(view, 30.0) == 1.0, "as max_tokens has it"
+    assert failures == ["returned 1.5"]
 
 
 RESUMES = """

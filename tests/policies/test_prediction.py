@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from policies.prediction import PREDICTIONS, Hint, Histogram, MaxTokens, Oracle, Predictor
+from policies.prediction import PREDICTIONS, Hint, Histogram, MaxTokens, Oracle, Predictor, survival_by
 from tests.policies.view import View
 
 LONG = 10**6
@@ -146,6 +146,18 @@ class TestAllPredictors:
             for left in (predictor.remaining(view), predictor.quantile(view, 0.9)):
                 assert left <= room
                 assert isinstance(predictor, Oracle) or left >= min(1, room)
+
+    def test_survival_falls_from_one_to_nothing_at_max_tokens_and_is_what_the_quantiles_say(
+        self, make: type, hint: int | None
+    ) -> None:
+        predictor = make()
+        view = View(1, output_tokens=50, max_tokens=100, expected_output_tokens=hint)
+        shares = [predictor.survival(view, steps) for steps in range(51)]
+        assert shares == sorted(shares, reverse=True)
+        assert (shares[0], shares[50]) == (1.0, 0.0)
+        for steps, share in enumerate(shares[1:49], 1):
+            from_quantiles = survival_by(lambda q: predictor.quantile(view, q), steps)
+            assert from_quantiles == pytest.approx(share, abs=0.01)
 
 
 def test_every_predictor_says_what_it_is_for() -> None:
