@@ -243,15 +243,10 @@ def _reason(scores: Sequence[_Score]) -> str:
     if wanted.total - wanted.forfeited < best.total - best.forfeited:
         return f"replica {wanted.number}, which has its prefix or session, is saturated"
     second = others[0]
-    name, advantage = max(
-        ((part, second.parts[part] - seconds) for part, seconds in best.parts.items()),
-        key=lambda each: each[1],
-    )
-    return (
-        _REASONS[name].format(view=best.view)
-        if advantage > 0 and second.total > best.total
-        else _tie(best, second)
-    )
+    if second.total == best.total:
+        return _tie(best, second)
+    decided = max(best.parts, key=lambda part: second.parts[part] - best.parts[part])
+    return _REASONS[decided].format(view=best.view)
 
 
 _REASONS = {
