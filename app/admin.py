@@ -51,7 +51,7 @@ async def priority(http: web.Request) -> web.Response:
     """A request's priority from now on, and with it its class, unless its API key has one."""
     request_id, served = http.match_info["id"], http.app[SERVED]
     wanted = (await read_json(http, Priorities)).priority
-    sequences = served.engine.core.sequences.get(request_id)
+    sequences = served.engine.fleet.sequences_of(request_id)
     if not sequences:
         raise _unknown(request_id)
     service = served.classes.of(sequences[0].tenant, wanted)

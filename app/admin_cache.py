@@ -56,7 +56,8 @@ def block_bytes(served: Served) -> int | None:
 
 
 def _tier(served: Served, tier: str) -> dict[str, Any]:
-    size, hits = block_bytes(served), served.engine.core.scheduler.counts.hit_tokens
+    size = block_bytes(served)
+    hits = sum(core.scheduler.counts.hit_tokens[tier] for core in served.engine.fleet.cores)
     totals = (served.store.totals() if served.store else {}).get(tier, Totals())
     reason = why_not_in_use(served, tier)
     blocks = _blocks(served.engine, tier)
@@ -66,7 +67,7 @@ def _tier(served: Served, tier: str) -> dict[str, Any]:
         if name != "pinned_blocks"
     }
     moved = {
-        "hit_tokens": hits[tier],
+        "hit_tokens": hits,
         "read_bytes": totals.read_bytes,
         "written_bytes": totals.written_bytes,
         "lost_blocks": {loss.value: count for loss, count in totals.losses.items()},
@@ -76,15 +77,14 @@ def _tier(served: Served, tier: str) -> dict[str, Any]:
 
 def _blocks(engine: Engine, tier: str) -> dict[str, int]:
     """Pinned: on the device, what sequences hold; below it, what snapshots rely on."""
-    scheduler = engine.core.scheduler
     if tier == DEVICE:
-        pool = scheduler.pool
+        pools = [core.scheduler.pool for core in engine.fleet.cores]
         return {
-            "used_blocks": pool.held + pool.idle,
-            "capacity_blocks": pool.blocks,
-            "pinned_blocks": pool.held,
+            "used_blocks": sum(pool.held + pool.idle for pool in pools),
+            "capacity_blocks": sum(pool.blocks for pool in pools),
+            "pinned_blocks": sum(pool.held for pool in pools),
         }
-    shelf = scheduler.residency.shelves.named(tier)
+    shelf = engine.fleet.common.below.shelves.named(tier)
     return {
         "used_blocks": len(shelf),
         "capacity_blocks": shelf.capacity,
@@ -94,7 +94,7 @@ def _blocks(engine: Engine, tier: str) -> dict[str, int]:
 
 def why_not_in_use(served: Served, tier: str) -> str | None:
     """One line; None where it is in use."""
-    if tier == DEVICE or served.engine.core.scheduler.residency.shelves.named(tier).up:
+    if tier == DEVICE or served.engine.fleet.common.below.shelves.named(tier).up:
         return None
     if not {HOST: served.kvstore.host.bytes, DISK: served.kvstore.disk.bytes}[tier]:
         return f"turned off: kvstore.{tier}.bytes is 0"

@@ -37,7 +37,7 @@ async def change(http: web.Request) -> web.Response:
     _check(served, names)
     if served.engine.failure is not None:
         raise ApiError(409, "the engine has died; nothing decides any more", code="engine_dead")
-    before = policies(served.engine.core)
+    before = policies(served.engine.fleet)
     served.engine.use_policies(names)
     for family, name in names.items():
         if before[family] != name:
@@ -46,7 +46,7 @@ async def change(http: web.Request) -> web.Response:
 
 
 def _check(served: Served, names: dict[str, str]) -> None:
-    in_force, available = policies(served.engine.core), _available(served)
+    in_force, available = policies(served.engine.fleet), _available(served)
     for family, name in names.items():
         if family not in in_force:
             hint = did_you_mean(nearest(family, available))
@@ -63,13 +63,13 @@ def _unknown(family: str, name: str, known: list[str]) -> str:
 
 
 def _available(served: Served) -> dict[str, list[str]]:
-    catalog = served.engine.core.scheduler.catalog
+    catalog = served.engine.fleet.common.catalog
     return {family: catalog.names(family) for family in FAMILIES}
 
 
 def _state(served: Served) -> dict[str, Any]:
     return {
-        "policies": policies(served.engine.core),
+        "policies": policies(served.engine.fleet),
         "available": _available(served),
-        "parameters": served.engine.core.scheduler.policy_config.parameters,
+        "parameters": served.engine.fleet.common.config.parameters,
     }

@@ -21,7 +21,8 @@ from app.served import Model
 from app.serving import Parts
 from app.tiers import make_tiers
 from engine.chat_template import ChatTemplateError
-from engine.core import Core, CoreConfig
+from engine.core import CoreConfig
+from engine.fleet import Fleet, FleetConfig
 from engine.kernels.protocol import UnsupportedDevice
 from engine.kernels.select import make_kernels
 from engine.model.errors import ModelError
@@ -85,7 +86,8 @@ def load(config: Config) -> Parts:
     tiers = make_tiers(config, directory, files, loaded, runner)
     scheduler = replace(scheduler, residency=tiers.residency)
     scheduler = replace(scheduler, calibration=calibrate(runner, scheduler, tiers.device, tiers.host))
-    core = Core(core_config(config, loaded, scheduler, tiers.fingerprint), vocabulary, catalog)
+    core = core_config(config, loaded, scheduler, tiers.fingerprint)
+    fleet = Fleet(FleetConfig.of(core), vocabulary, catalog)
     model = Model(
         name=config.model.name or directory.name,
         tokenizer=tokenizer,
@@ -94,9 +96,9 @@ def load(config: Config) -> Parts:
         defaults=loaded.generation,
         created=int(time.time()),
     )
-    _log_loaded(model, loaded, core.config, runner.exact)
+    _log_loaded(model, loaded, core, runner.exact)
     worker = QueueWorker(runner, overlap=_runs_ahead(loaded))
-    return Parts(config, model, core, worker, runner.exact, tiers.store)
+    return Parts(config, model, fleet, [worker], runner.exact, tiers.store)
 
 
 def model_directory(path: str) -> Path:

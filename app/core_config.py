@@ -5,7 +5,7 @@ from app.policy_sections import PARAMETERS
 from engine.checkpoint import CheckpointConfig
 from engine.policy_set import PolicyConfig
 from engine.scheduler import SchedulerConfig
-from kvstore.residency import ResidencyConfig
+from kvstore.below import ResidencyConfig
 
 IN_FLIGHT_BYTES = 64 * 2**20
 IN_FLIGHT_BLOCKS = 256

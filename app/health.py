@@ -61,12 +61,7 @@ def _model(served: Served) -> dict[str, Any]:
 
 async def metrics(http: web.Request) -> web.Response:
     engine = http.app[SERVED].engine
-    scheduler = engine.core.scheduler
-    http.app[METRICS].observe_tiers(tier_bytes(engine.core, engine.block_bytes))
-    http.app[METRICS].policies.show(policies(engine.core))
-    body, content_type = http.app[METRICS].exposition(
-        running=len(scheduler.running),
-        waiting=scheduler.waiting,
-        kv_usage=scheduler.pool.held / scheduler.pool.blocks,
-    )
+    http.app[METRICS].observe_tiers(tier_bytes(engine.fleet, engine.block_bytes))
+    http.app[METRICS].policies.show(policies(engine.fleet))
+    body, content_type = http.app[METRICS].exposition(engine.fleet)
     return web.Response(body=body, headers={"Content-Type": content_type})

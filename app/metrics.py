@@ -16,6 +16,7 @@ from app.config import KVStoreSection
 from app.http_metrics import HttpMetrics
 from app.policy_metrics import PolicyMetrics
 from app.service_classes import ClassTable
+from engine.fleet import Fleet
 from engine.records import CopyRecord, StepRecord
 from engine.request import Finished, FinishReason, Request
 from kvstore.copies import DEVICE, DISK, HOST, Loss
@@ -59,7 +60,7 @@ class Metrics:
         model_name: str,
         *,
         block_size: int,
-        kv_blocks: int,
+        kv_blocks: Sequence[int],
         context: int,
         victims: Iterable[str] = (),
         classes: Mapping[str, ClassTable] | None = None,
@@ -67,7 +68,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": ENGINE}
         self._families: dict[str, Counter] = {}
-        self._make_gauges(block_size, kv_blocks)
+        self._make_gauges(block_size, sum(kv_blocks))
         self._make_counters()
         self._make_histograms()
         self._make_lengths(token_edges(context))
@@ -291,11 +292,12 @@ class Metrics:
         if choice.output_tokens > 1:
             self._tpot.observe((choice.finished - choice.first_token) / (choice.output_tokens - 1))
 
-    def exposition(self, running: int, waiting: int, kv_usage: float) -> tuple[bytes, str]:
+    def exposition(self, fleet: Fleet) -> tuple[bytes, str]:
         """The classic text format and its content type. Gauges are told now, not at the last step."""
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._kv_usage.set(kv_usage)
+        pools = [core.scheduler.pool for core in fleet.cores]
+        self._running.set(sum(len(core.scheduler.running) for core in fleet.cores))
+        self._waiting.set(fleet.waiting)
+        self._kv_usage.set(sum(pool.held for pool in pools) / sum(pool.blocks for pool in pools))
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
 

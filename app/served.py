@@ -52,7 +52,7 @@ class Served:
     @property
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return self.engine.core.config.context
+        return self.engine.fleet.context
 
     @property
     def ready(self) -> bool:

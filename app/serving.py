@@ -1,7 +1,7 @@
 """The composition root, second half: what needs an event loop. Parts → engine, metrics, application."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from app.server import application
 from app.service_classes import Classes
 from app.tier_log import TierLog
 from engine.core import Core
-from engine.engine import Engine
+from engine.engine import Engine, Revive
+from engine.fleet import Fleet
 from engine.recording import FileRecorder
 from engine.worker import QueueWorker
 from kvstore.store import Store
@@ -35,10 +36,21 @@ class Parts:
 
     config: Config
     model: Model
-    core: Core
-    worker: QueueWorker
+    fleet: Fleet
+    workers: Sequence[QueueWorker]  # one a replica; the first is the main thread's
     exact: bool
     store: Store | None = None  # None: no tier below the device
+    revive: Revive | None = None  # None: a replica that is lost stays lost
+
+    @property
+    def core(self) -> Core:
+        """The first replica's."""
+        return self.fleet.cores[0]
+
+    @property
+    def worker(self) -> QueueWorker:
+        """The first replica's."""
+        return self.workers[0]
 
 
 @asynccontextmanager
@@ -48,7 +60,16 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
     At the end the worker stops, the tiers are closed when what is under way has ended, and so is a recording.
     """
     async with _recording(parts) as recorder:
-        engine = Engine(parts.core, parts.worker, exact=parts.exact, recorder=recorder, store=parts.store)
+        engine = Engine(
+            parts.fleet,
+            parts.workers,
+            exact=parts.exact,
+            recorder=recorder,
+            store=parts.store,
+            revive=parts.revive,
+            hung_seconds=300.0,
+            restart_seconds=10.0,
+        )
         engine.on_copy.append(TierLog().observe)
         engine.on_policy_failed.append(PolicyLog().observe)
         try:
@@ -71,13 +92,13 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
 
 
 def _metrics(parts: Parts, classes: Classes) -> Metrics:
-    scheduler = parts.core.config.scheduler
+    fleet = parts.fleet
     return Metrics(
         parts.model.name,
-        block_size=scheduler.block_size,
-        kv_blocks=scheduler.blocks,
-        context=parts.core.config.context,
-        victims=parts.core.scheduler.catalog.names("victim"),
+        block_size=parts.core.config.scheduler.block_size,
+        kv_blocks=[core.config.scheduler.blocks for core in fleet.cores],
+        context=fleet.context,
+        victims=fleet.common.catalog.names("victim"),
         classes=classes.tables,
     )
 
@@ -89,7 +110,7 @@ async def _recording(parts: Parts) -> AsyncIterator[FileRecorder | None]:
         yield None
         return
     recorder = FileRecorder()
-    async with recorder.writing(Path(path), parts.core.config):
+    async with recorder.writing(Path(path), parts.fleet.config):
         yield recorder
     if recorder.failure is not None:
         log.error("recording_incomplete", path=path, reason=str(recorder.failure))

@@ -16,9 +16,9 @@ from engine.model.loading import Loaded
 from engine.runner import ModelRunner
 from engine.runner_cuda import CudaRunner
 from kvstore import memory as memory_tiers
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST, TierUp
 from kvstore.disk import DiskTier
-from kvstore.residency import ResidencyConfig
 from kvstore.store import Opened, Store
 from kvstore.tier import Tier, TierUnusable
 

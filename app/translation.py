@@ -113,7 +113,7 @@ def engine_requests(
 ) -> list[Request]:
     """One engine request a prompt, with ids that begin with the answer's."""
     n = call.n or 1
-    most = min(MAX_CHOICES, served.engine.core.config.max_queue)
+    most = min(MAX_CHOICES, served.engine.fleet.cores[0].config.max_queue)
     if n * len(prompts) > most:
         raise bad_request(f"n: {len(prompts)} prompts of {n} choices are more than the {most} allowed", "n")
     sampling = sampling_of(call, logprobs, served.model)

@@ -27,8 +27,8 @@ from engine.plan import Plan, Sampling, StepResult
 from engine.policy_set import PolicyConfig
 from engine.request import Request, ServiceClass, Stopping
 from engine.scheduler import SchedulerConfig
+from kvstore.below import ResidencyConfig
 from kvstore.copies import Copy, CopyDone
-from kvstore.residency import ResidencyConfig
 from policies.order import ORDERS
 
 GOAL_SECONDS = 1e-3

@@ -142,7 +142,7 @@ def measured(options: argparse.Namespace) -> tuple[list[Sample], list[Sample], C
 async def _serve(
     parts: Parts, worker: QueueWorker, options: argparse.Namespace, samples: list[Sample]
 ) -> Counter[str]:
-    engine = Engine(parts.core, worker, exact=parts.exact, store=parts.store, clock=time.perf_counter)
+    engine = Engine(parts.fleet, [worker], exact=parts.exact, store=parts.store, clock=time.perf_counter)
 
     def observe(copy: CopyRecord) -> None:
         samples.append(CopySample(copy.source, copy.target, copy.bytes, copy.seconds, copy.queued_seconds))

@@ -148,7 +148,7 @@ def play(run: Run) -> Outcome:
     flags += ["engine.max_queue=100000"] + ([f"model.path={run.model}"] if run.model else [])
     parts = load(load_config(flags, {}, cwd=Path("/")).config)
     ending = Ending(parts.worker.runner, parts.core.config.eos_token_ids[0])
-    parts = replace(parts, worker=QueueWorker(ending))
+    parts = replace(parts, workers=[QueueWorker(ending)])
     outcome = Outcome()
     parts.worker.run_beside(lambda: asyncio.run(Live(parts, ending, outcome).play(workload(run), run.cap)))
     if parts.store:
@@ -170,7 +170,7 @@ class Live:
     async def play(self, trace: Sequence[TraceRequest], cap: int) -> None:
         parts = self._parts
         engine = Engine(
-            parts.core, parts.worker, exact=parts.exact, store=parts.store, clock=time.perf_counter
+            parts.fleet, parts.workers, exact=parts.exact, store=parts.store, clock=time.perf_counter
         )
         engine.on_finished.append(lambda finished: self._finished.update({finished.request: finished}))
         engine.on_step.append(self._step)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from app.workload.trace import TraceRequest
 from bench.policies_simulated_report import draw, report
 from bench.report import console
 from bench.systems import SYSTEMS, named
-from engine.events import Decided, Event, Instruction
+from engine.events import Decided, Event
+from engine.fleet import FleetConfig, Told
 from engine.policy_set import Catalog
 from engine.profile import Profile, Transfer, read_profile
 from engine.simulation import Outcome, Recorder, Simulation
@@ -112,7 +113,7 @@ def play(
         peak = max(peak, step.kv_used_blocks)
 
     simulation = Simulation(
-        core, profile, TraceWorkload(trace, core.context, cap=cell.workload.cap, tenants=tenants),
+        FleetConfig.of(core), profile, TraceWorkload(trace, core.context, cap=cell.workload.cap, tenants=tenants),
         catalog=Catalog(load_plugins(config.policies)), on_step=watch, recorder=recorder,
     )  # fmt: skip
     return simulation.run(), peak
@@ -180,8 +181,8 @@ def worst(cell: Cell, count: int) -> None:
     for name, policies in cell.systems.items():
         decided: dict[str, list[tuple[float, Decided]]] = {}
 
-        def record(now: float, event: Event, instructions: list[Instruction], to: Any = decided) -> None:
-            for each in instructions:
+        def record(now: float, event: Event, told: list[Told], to: Any = decided) -> None:
+            for each in chain.from_iterable(instructions for _, instructions in told):
                 if isinstance(each, Decided):
                     to.setdefault(each.request_id, []).append((now, each))
 

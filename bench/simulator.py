@@ -31,6 +31,7 @@ from app.workload.reading import rows as rows_of
 from app.workload.trace import TraceRequest, in_order
 from bench.report import console
 from engine.core import CoreConfig
+from engine.fleet import FleetConfig
 from engine.profile import Profile, read_profile
 from engine.simulation import Outcome, Served, Simulation
 
@@ -184,7 +185,7 @@ def simulate(directory: Path) -> tuple[Outcome, list[float], int]:
     for _ in range(REPEATS):
         begun = time.perf_counter()
         workload = TraceWorkload(trace, core.context, lengths_known=True)
-        outcome = Simulation(core, profile, workload).run()
+        outcome = Simulation(FleetConfig.of(core), profile, workload).run()
         took.append(time.perf_counter() - begun)
     return outcome, took, core.scheduler.blocks
 
@@ -196,7 +197,9 @@ def crowd() -> str:
     core = core_config(config, profile)
     trace = [TraceRequest(number, str(number), 0.0, 1000, 300) for number in range(768)]
     begun = time.perf_counter()
-    simulation = Simulation(core, profile, TraceWorkload(trace, core.context), tick_seconds=0.1)
+    simulation = Simulation(
+        FleetConfig.of(core), profile, TraceWorkload(trace, core.context), tick_seconds=0.1
+    )
     outcome = simulation.run()
     took = time.perf_counter() - begun
     running = median(tick.running for tick in outcome.ticks)

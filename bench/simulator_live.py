@@ -38,6 +38,7 @@ from bench.report import DISTURBED_CORES, console
 from bench.simulator import GOALS, compare
 from engine.core import CoreConfig
 from engine.engine import Engine
+from engine.fleet import FleetConfig
 from engine.plan import Sampling
 from engine.profile import Profile, read_profile
 from engine.request import Finished, Request, Stopping
@@ -82,7 +83,9 @@ def simulated(trace: Sequence[TraceRequest], profile: Profile) -> Outcome:
         max_outstanding=2 if profile.runs_ahead else 1,
         eos_token_ids=(EOS,),
     )
-    return Simulation(core, profile, TraceWorkload(trace, core.context, lengths_known=True)).run()
+    return Simulation(
+        FleetConfig.of(core), profile, TraceWorkload(trace, core.context, lengths_known=True)
+    ).run()
 
 
 def capacity(profile: Profile) -> float:
@@ -111,7 +114,7 @@ class Live:
         """One after the other."""
         parts = self._parts
         engine = Engine(
-            parts.core, parts.worker, exact=parts.exact, store=parts.store, clock=time.perf_counter
+            parts.fleet, parts.workers, exact=parts.exact, store=parts.store, clock=time.perf_counter
         )
         engine.on_finished.append(self._note)
         await self._play(engine, workload(4, 100.0, seed=99), "warm")

@@ -16,15 +16,17 @@ from statistics import median
 from rich.table import Table
 
 from bench.report import console
-from engine.core import Core, CoreConfig
+from engine.core import CoreConfig
 from engine.engine import Engine
-from engine.events import Event, Instruction
+from engine.events import Event
+from engine.fleet import Fleet, FleetConfig, Told
 from engine.plan import Plan
 from engine.scheduler import SchedulerConfig
 from engine.tiers_below import RECORDS_AT_ONCE
 from engine.worker import Report
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DISK, Copy, CopyDone, Drop, Place, TierDown, TierUp
-from kvstore.residency import ResidencyConfig
+from kvstore.tier import Tier
 
 CHAIN = 250  # records: 4,000 tokens
 TICK_SECONDS = 0.001
@@ -38,10 +40,10 @@ def records_of(count: int) -> tuple[Place, ...]:
     )
 
 
-def new_core(records: int) -> Core:
+def new_fleet(records: int) -> Fleet:
     residency = ResidencyConfig(host_blocks=16, disk_blocks=records)
     scheduler = SchedulerConfig(16, 16, max_batch_tokens=64, max_sequences=4, residency=residency)
-    return Core(CoreConfig(scheduler, model_context=256, max_queue=4), ())
+    return Fleet(FleetConfig.of(CoreConfig(scheduler, model_context=256, max_queue=4)), ())
 
 
 class NoWorker:
@@ -56,8 +58,11 @@ class NoWorker:
     def stop(self) -> None:
         pass
 
+    def abandon(self) -> None:
+        pass
 
-class Told:
+
+class Telling:
     """A store that says what it is told to, and how long each of the core's events took."""
 
     report: Callable[[CopyDone | TierDown | TierUp], None]
@@ -71,6 +76,9 @@ class Told:
     def drop(self, drop: Drop) -> None:
         raise AssertionError("all records fit")
 
+    def put_device(self, replica: int, tier: Tier) -> None:
+        raise AssertionError("no replica is started again")
+
     def block_bytes(self, tier: str) -> int:
         return 1
 
@@ -81,14 +89,14 @@ class Ends:
     def __init__(self) -> None:
         self.moments: list[tuple[float, float]] = []
 
-    def record(self, now: float, event: Event, instructions: list[Instruction]) -> None:
+    def record(self, now: float, event: Event, told: list[Told]) -> None:
         self.moments.append((now, time.monotonic()))
 
 
 async def in_parts(records: tuple[Place, ...]) -> tuple[list[float], list[float], float]:
     """Seconds of each part, seconds by which each tick was late, and seconds until the tier was up."""
-    core, store, ends, up = new_core(len(records)), Told(), Ends(), asyncio.Event()
-    engine = Engine(core, NoWorker(), exact=True, store=store, recorder=ends)
+    fleet, store, ends, up = new_fleet(len(records)), Telling(), Ends(), asyncio.Event()
+    engine = Engine(fleet, [NoWorker()], exact=True, store=store, recorder=ends)
     engine.on_tier.append(lambda *_: up.set())
     began = time.monotonic()
     store.report(TierUp(DISK, records))
@@ -96,7 +104,7 @@ async def in_parts(records: tuple[Place, ...]) -> tuple[list[float], list[float]
     while not up.is_set():
         await asyncio.sleep(TICK_SECONDS)
         ticks.append(time.monotonic())
-    assert len(core.scheduler.residency.disk) == len(records)
+    assert len(fleet.common.below.shelves.disk) == len(records)
     late = [after - before - TICK_SECONDS for before, after in pairwise(ticks)]
     return [end - start for start, end in ends.moments], late, ticks[-1] - began
 
@@ -107,8 +115,8 @@ def main() -> None:
     options = parser.parse_args()
     records = records_of(options.records)
     parts, late, seconds = asyncio.run(in_parts(records))
-    core, began = new_core(options.records), time.monotonic()
-    core.handle(TierUp(DISK, records), 0.0)
+    fleet, began = new_fleet(options.records), time.monotonic()
+    fleet.handle(TierUp(DISK, records), 0.0)
     whole = time.monotonic() - began
     shown = Table("", "ms", title=f"{options.records:,} records come up")
     shown.add_row("one event: all at once", f"{whole * 1e3:,.0f}")

@@ -58,6 +58,10 @@ class Checkpoints:
             sequence.saved += self._residency.save(chain, now)
             sequence.saved_at = now
 
+    def save_all(self, sequence: Sequence, now: float) -> None:
+        """Offers all full blocks again: one that was saved may have been evicted since."""
+        self._residency.save(self._full_blocks(sequence, 0), now)
+
     def save_snapshot(self, sequence: Sequence, snapshot: Snapshot, now: float) -> None:
         """Offers all that the snapshot needs, its tail too; what is safe already is only marked as used."""
         chain = list(self._full_blocks(sequence, 0))

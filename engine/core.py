@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from engine.common import Common
 from engine.draft import Scheduled
 from engine.events import (
     Account,
@@ -27,10 +28,10 @@ from engine.events import (
     StepDone,
 )
 from engine.plan import Logprob, Plan, StepResult
-from engine.policy_set import Catalog
 from engine.request import Delta, FinishReason, Request
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence, State
+from engine.snapshot import Snapshot
 from engine.text import OutputText
 from kvstore.block import Key, extend_keys, root_key
 from kvstore.copies import DEVICE, CopyDone, TierDown, TierUp
@@ -61,20 +62,30 @@ class Outstanding:
 
 
 class Core:
-    """`vocabulary`: the bytes of each token id, empty for special tokens. `catalog`: of policies; None: ours alone."""
+    """One replica's. `vocabulary`: the bytes of each token id, empty for special tokens.
+
+    `common`: what it shares with others, among which it is number `replica`; None: it is alone.
+    """
 
     def __init__(
-        self, config: CoreConfig, vocabulary: tuple[bytes, ...], catalog: Catalog | None = None
+        self,
+        config: CoreConfig,
+        vocabulary: tuple[bytes, ...],
+        common: Common | None = None,
+        replica: int = 0,
     ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config.scheduler, catalog)
+        self.replica = replica
+        self.common = common or Common(config.scheduler.policies, config.scheduler.residency)
+        self.scheduler = Scheduler(config.scheduler, self.common, replica)
         self._life = self.scheduler.life
         self.sequences: dict[str, list[Sequence]] = {}  # unfinished ones, by request
         self._vocabulary = vocabulary
         self._outstanding: deque[Outstanding] = deque()
-        self._arrivals = 0
         self._steps = 0
         self._step_ended = float("-inf")
+        self.dead = False  # its device is given up: it computes nothing more
+        self.ended: list[Sequence] = []  # since somebody looked
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Changes the state by one event at time `now` (seconds, never falling). A next step comes first."""
@@ -83,7 +94,7 @@ class Core:
             case StepDone(result):
                 news = self._step_done(result, now)
             case Arrived(request):
-                news = self._arrived(request, now)
+                news = self._arrived(request, self.chain(request), now)
             case Cancelled(request_id):
                 news = self._cancelled(request_id, now)
             case Preempted(request_id):
@@ -103,49 +114,65 @@ class Core:
                 self.scheduler.residency.tier_up(event, now)
             case PoliciesChanged(names):
                 self.scheduler.use(dict(names))
+        return self.go_on(now, news)
+
+    def go_on(self, now: float, news: Iterable[Instruction] = ()) -> list[Instruction]:
+        """What is to be done after its sequences have changed. A next step comes first, then the `news`."""
         steps = list(self._next_steps(now))
         return [*steps, *news, *self.scheduler.residency.take(now), *self.scheduler.take_news()]
 
     # --- requests come and go -------------------------------------------------------------------------------------
 
-    def _arrived(self, request: Request, now: float) -> list[Instruction]:
+    def chain(self, request: Request) -> tuple[Key, list[Key]]:
+        """The parent of its first block's key, and the keys of its prompt's full blocks: the same at all replicas."""
+        root, keys = root_key(self.config.fingerprint, request.salt), list[Key]()
+        extend_keys(keys, root, request.prompt, self.config.scheduler.block_size)
+        return root, keys
+
+    def arrive(self, request: Request, chain: tuple[Key, list[Key]], now: float) -> list[Instruction]:
+        """As Arrived, for who knows its `chain` already."""
+        return self.go_on(now, self._arrived(request, chain, now))
+
+    def _arrived(self, request: Request, chain: tuple[Key, list[Key]], now: float) -> list[Instruction]:
         if refusal := self._refusal(request):
             return [refusal]
-        root, keys = root_key(self.config.fingerprint, request.salt), list[Key]()
-        extend_keys(keys, root, request.prompt, self.config.scheduler.block_size)  # once for all choices
+        root, keys = chain
         self.sequences[request.id] = [
             self._new_sequence(request, choice, root, list(keys), now) for choice in range(request.n)
         ]
         for sequence in self.sequences[request.id]:
-            self._life.enqueue(sequence, now)
+            self._life.arrive(sequence, now)
         return []
 
     def _refusal(self, request: Request) -> Reject | None:
         assert request.id not in self.sequences, f"request id {request.id} is in use"
         assert request.prompt
         assert min(request.stopping.max_tokens, request.n) >= 1
-        wanted = len(request.prompt) + request.stopping.max_tokens
-        if wanted > self.config.context:
-            message = (
-                f"This server's context is {self.config.context} tokens, but {wanted} were asked for: "
-                f"{len(request.prompt)} in the prompt and {request.stopping.max_tokens} to generate. "
-                "Shorten the prompt or lower max_tokens."
-            )
-            return Reject(request.id, "context_length_exceeded", message, "messages")
+        if len(request.prompt) + request.stopping.max_tokens > self.config.context:
+            return self.too_long(request)
         if self.scheduler.waiting + request.n > self.config.max_queue:
             message = f"The queue is full: {self.scheduler.waiting} requests are waiting. Try again later."
             return Reject(request.id, "queue_full", message, None)
         return None
+
+    def too_long(self, request: Request) -> Reject:
+        """What is told of a request that the context has no room for."""
+        wanted = len(request.prompt) + request.stopping.max_tokens
+        message = (
+            f"This server's context is {self.config.context} tokens, but {wanted} were asked for: "
+            f"{len(request.prompt)} in the prompt and {request.stopping.max_tokens} to generate. "
+            "Shorten the prompt or lower max_tokens."
+        )
+        return Reject(request.id, "context_length_exceeded", message, "messages")
 
     def _new_sequence(
         self, request: Request, choice: int, root: Key, keys: list[Key], now: float
     ) -> Sequence:
         stopping = request.stopping
         enders = stopping.stop_token_ids + (() if stopping.ignore_eos else self.config.eos_token_ids)
-        self._arrivals += 1
         return Sequence(
             request=request,
-            number=self._arrivals,
+            number=next(self.common.arrivals),
             sampling=replace(
                 request.sampling,
                 choice=choice,
@@ -180,8 +207,8 @@ class Core:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def _next_steps(self, now: float) -> Iterable[Run]:
-        while len(self._outstanding) < self.config.max_outstanding:
-            scheduled = self.scheduler.schedule(now, self._steps if self._outstanding else 0)
+        while len(self._outstanding) < self.config.max_outstanding and not self.dead:
+            scheduled = self.scheduler.schedule(now, self.outstanding_step)
             if scheduled is None:
                 return
             self._outstanding.append(Outstanding(scheduled, [s.epoch for s in scheduled.sequences], now))
@@ -246,11 +273,70 @@ class Core:
     def _retire(self, sequence: Sequence, reason: FinishReason, now: float) -> list[Instruction]:
         by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
         self._life.retire(sequence, now, by_itself=by_itself)
+        self._forget(sequence)
+        self.ended.append(sequence)
+        return [Report(sequence.accounts(reason, now))]
+
+    def _forget(self, sequence: Sequence) -> None:
         siblings = self.sequences[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
             del self.sequences[sequence.request.id]
-        return [Report(sequence.accounts(reason, now))]
+
+    # --- sequences go on elsewhere, and come from there ------------------------------------------------------------
+
+    @property
+    def steps_told(self) -> int:
+        """Since the start."""
+        return self._steps
+
+    @property
+    def outstanding_step(self) -> int:
+        """The last step told, if it is not done: its rows may still write to blocks given up since. Else 0."""
+        return self._steps if self._outstanding else 0
+
+    def depart(self, sequence: Sequence, now: float) -> Snapshot:
+        """A sequence is to go on elsewhere, from this."""
+        snapshot = self._life.depart(sequence, now)
+        self._forget(sequence)
+        return snapshot
+
+    def preview(self, request: Request) -> Sequence:
+        """A request as a sequence that nobody serves, for predictions about it."""
+        text = OutputText(self._vocabulary, (), False)
+        prompt = request.prompt
+        return Sequence(request, 0, request.sampling, text, b"", 0.0, list(prompt), len(prompt))
+
+    def fail(self, sequence: Sequence, now: float) -> list[Instruction]:
+        """It cannot go on anywhere."""
+        return self._end(sequence, FinishReason.ERROR, now)
+
+    def take_landed(self) -> list[Sequence]:
+        """Twins that run since somebody looked."""
+        if not self._life.landed:
+            return []
+        landed, self._life.landed = self._life.landed, []
+        return landed
+
+    def twin(self, sequence: Sequence, snapshot: Snapshot) -> Sequence:
+        """A sequence of another replica's as it would go on here from a snapshot. Nobody knows it yet."""
+        twin = Sequence.of(snapshot, sequence.number, sequence.root, self._vocabulary)
+        twin.migrated_at, twin.crossed = sequence.migrated_at, sequence.crossed
+        return twin
+
+    def adopt(self, twin: Sequence, now: float) -> None:
+        """It waits here from now on."""
+        self.settle(twin)
+        self._life.arrive(twin, now)
+
+    def settle(self, twin: Sequence) -> None:
+        """It is one of ours."""
+        self.sequences.setdefault(twin.request.id, []).append(twin)
+
+    def give_up(self) -> None:
+        """Its device is lost, and with it the steps under way; sequences are there still, to `depart`."""
+        self.dead = True
+        self._outstanding.clear()
 
     # --- invariants -----------------------------------------------------------------------------------------------
 
@@ -262,9 +348,9 @@ class Core:
     def check(self) -> None:
         """Asserts that the books balance; when idle, that nothing is left (design §4.4)."""
         self.scheduler.check()
-        if self.idle and self.scheduler.residency.quiet:
+        if self.idle and self.scheduler.residency.quiet and not self.scheduler.loading:
             assert self.scheduler.pool.held == 0, f"{self.scheduler.pool.held} blocks leaked"
-            assert not self.scheduler.residency.pinned, "pins leaked"
+            assert not (self.common.below.alone and self.scheduler.residency.pinned), "pins leaked"
 
 
 def _account(scheduled: Scheduled, result: StepResult, kept: int) -> Account:

@@ -1,7 +1,7 @@
 """What the scheduler counts, for metrics. Who reads it: app/metrics.py, simulation.py."""
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(slots=True)
@@ -22,6 +22,12 @@ class Counts:
     resumptions: Counter[tuple[str, str]] = field(
         default_factory=Counter
     )  # by way, and the lowest tier it took from
+
+    def add(self, other: "Counts") -> None:
+        """Another replica's too."""
+        for each in fields(self):
+            mine, its = getattr(self, each.name), getattr(other, each.name)
+            setattr(self, each.name, mine + its)
 
     def copy(self) -> "Counts":
         return replace(

@@ -1,13 +1,14 @@
-"""The shell around the core: feeds it events, carries its instructions out. Lives on the event-loop thread.
+"""The shell around the fleet: feeds it events, carries its instructions out. Lives on the event-loop thread.
 
-It decides nothing: what to compute is scheduler.py's, how is the runner's, on which thread is worker.py's. What goes to
-the store and comes from it passes tiers_below.py; what operators see of the core is state.py's.
+It decides nothing: where a request runs is fleet.py's, what to compute is scheduler.py's, how is the runner's, on which
+thread is worker.py's. Each replica's worker and its fate are replica.py's. What goes to the store and comes from it
+passes tiers_below.py; what operators see is state.py's.
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.core import Core
@@ -17,63 +18,95 @@ from engine.events import (
     Cancelled,
     Damaged,
     Decided,
+    Drained,
     Emit,
     Event,
     Instruction,
+    Migrated,
+    MigrationOver,
     PoliciesChanged,
     PolicyFailed,
     Preempted,
     Pruned,
     Reject,
+    ReplicaDown,
+    ReplicaUp,
     Report,
     Reprioritised,
     Resumed,
     Run,
     StepDone,
+    Timer,
 )
+from engine.fleet import Fleet, Told
 from engine.plan import StepResult
-from engine.records import CopyRecord, StepAccounts, StepRecord
+from engine.records import CopyRecord, StepRecord
+from engine.replica import Replica
 from engine.request import EngineDead, Finished, QueueFull, Refused, Request, ServiceClass
 from engine.sequence import State
-from engine.state import core_state, summary
+from engine.state import fleet_state, summary
 from engine.stream import Bell, Stream
 from engine.tiers_below import Store, TiersBelow
 from engine.timeline import Timelines
 from engine.worker import Worker
 from kvstore.copies import DEVICE, Copy, Drop
+from kvstore.tier import Tier
 
 
 class Recorder(Protocol):
-    def record(self, now: float, event: Event, instructions: list[Instruction]) -> None: ...
+    def record(self, now: float, event: Event, told: list[Told]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Revived:
+    """What a lost replica goes on with."""
+
+    worker: Worker
+    device: Tier | None  # None: there is no tier below it
+
+
+Revive = Callable[[int], Awaitable[Revived]]
 
 
 class Engine:
-    """One replica. All methods but `stop` belong to the event-loop thread that created it."""
+    """All replicas of the process. All methods but `stop` belong to the event-loop thread that created it.
+
+    `workers`: one a replica. `revive`: makes a worker for a lost replica; None: it stays lost. A step that takes
+    longer than `hung_seconds` means that its replica hangs.
+    """
 
     def __init__(
         self,
-        core: Core,
-        worker: Worker,
+        fleet: Fleet,
+        workers: Sequence[Worker],
         *,
         exact: bool,
         store: Store | None = None,
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder | None = None,
+        revive: Revive | None = None,
+        hung_seconds: float = float("inf"),
+        restart_seconds: float = 0.0,
     ) -> None:
-        self.core = core
+        self.fleet = fleet
         self.exact = exact
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finished: list[Callable[[Finished], None]] = []
         self.on_copy: list[Callable[[CopyRecord], None]] = []
         self.on_resumed: list[Callable[[Resumed], None]] = []
         self.on_policy_failed: list[Callable[[PolicyFailed], None]] = []
+        self.on_migration: list[Callable[[MigrationOver], None]] = []
+        self.on_replica: list[Callable[[int, bool, str], None]] = []  # (number, up, reason)
         self.timelines = Timelines()
         self.on_tier: list[Callable[[str, bool, str], None]] = []  # (tier, up, reason)
         self.draining = False
-        self._worker = worker
         self._clock = clock
         self._now = clock()  # of the event being handled
         self._recorder = recorder
+        self._revive = revive
+        self._hung_seconds = hung_seconds
+        self._restart_seconds = restart_seconds
+        self._restarts: set[asyncio.Task[None]] = set()
         self._streams: dict[str, Stream] = {}
         self._loop = asyncio.get_running_loop()
         self._bell = Bell(self._loop)
@@ -82,13 +115,19 @@ class Engine:
         self._idle.set()
         self._quiet = asyncio.Event()  # idle, and nothing is on its way between tiers
         self._quiet.set()
-        self._kv_peak_blocks = 0
-        self._accounts = StepAccounts(core.scheduler)
         self.block_bytes = store.block_bytes(DEVICE) if store else 0
         self._tiers: TiersBelow | None = None
-        worker.start(self._report)
+        self.replicas = [
+            Replica(number, worker, core.scheduler, self._reported)
+            for number, (worker, core) in enumerate(zip(workers, fleet.cores, strict=True))
+        ]
         if store is not None:
             self._tiers = TiersBelow(store, self._feed_if_alive, self.on_copy, self.on_tier)
+
+    @property
+    def core(self) -> Core:
+        """The first replica's."""
+        return self.fleet.cores[0]
 
     # --- for clients ----------------------------------------------------------------------------------------------
 
@@ -99,7 +138,8 @@ class Engine:
         if self.draining:
             raise Refused("The server is shutting down.", code="shutting_down")
         stream = self._streams[request.id] = Stream(request, self.cancel, self._bell)
-        rejection = next((i for i in self._feed(Arrived(request)) if isinstance(i, Reject)), None)
+        told = self._feed(Arrived(request))
+        rejection = next((i for each in told for i in each.instructions if isinstance(i, Reject)), None)
         if rejection is not None:
             del self._streams[request.id]
             kind = QueueFull if rejection.code == "queue_full" else Refused
@@ -108,7 +148,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its blocks at once. False when there is none of that id."""
-        if request_id not in self.core.sequences or self.failure is not None:
+        if self.failure is not None or not self.fleet.sequences_of(request_id):
             return False
         self._feed(Cancelled(request_id))
         return True
@@ -121,7 +161,7 @@ class Engine:
         """
         self.draining = True
         await self._wait(self._idle, seconds)
-        left = list(self.core.sequences)
+        left = self.fleet.requests
         for request_id in left:
             self.cancel(request_id)
         await self._wait(self._quiet, seconds)
@@ -134,16 +174,18 @@ class Engine:
         happened.cancel()
 
     def stop(self) -> None:
-        """Ends the worker once its steps are done. The engine takes nothing after this, and tells nobody:
+        """Ends the workers once their steps are done. The engine takes nothing after this, and tells nobody:
 
         `drain` first. A ThreadWorker is waited for: call this on a thread other than the loop's then.
         """
         self.draining = True
-        self._worker.stop()
+        for replica in self.replicas:
+            if not replica.lost:
+                replica.worker.stop()
 
     def preempt(self, request_id: str) -> bool:
         """Makes a request give up its place now; it comes back in its turn. False when none of it is running."""
-        sequences = self.core.sequences.get(request_id, ()) if self.failure is None else ()
+        sequences = self.fleet.sequences_of(request_id) if self.failure is None else ()
         if not any(sequence.state is State.RUNNING for sequence in sequences):
             return False
         self._feed(Preempted(request_id))
@@ -151,10 +193,42 @@ class Engine:
 
     def reprioritise(self, request_id: str, priority: int, service: ServiceClass) -> bool:
         """Makes a request as urgent as this. False when there is none of that id."""
-        if request_id not in self.core.sequences or self.failure is not None:
+        if self.failure is not None or not self.fleet.sequences_of(request_id):
             return False
         self._feed(Reprioritised(request_id, priority, service))
         return True
+
+    def migrate(self, request_id: str, replica: int | None = None) -> bool:
+        """Makes a request go on at another replica; None: where routing says. False when there is none of that id."""
+        if self.failure is not None or not self.fleet.sequences_of(request_id):
+            return False
+        self._feed(Migrated(request_id, replica))
+        return True
+
+    def drain_replica(self, replica: int, *, draining: bool) -> None:
+        """A replica takes nothing more, and its requests go on elsewhere; or it takes some again.
+
+        One that is lost is started again at once where it is to take some.
+        """
+        if self.failure is None:
+            self._feed(Drained(replica, draining))
+            if not draining and self.replicas[replica].lost:
+                self.replicas[replica].restart_at = self._clock()
+                self.tick()
+
+    def tick(self) -> None:
+        """To be called every second or so: looks for replicas that hang, or may be started again; compares loads."""
+        now = self._clock()
+        for replica in self.replicas:
+            if self.failure is None and replica.working_seconds(now) > self._hung_seconds:
+                self._lose(replica, TimeoutError(f"a step has taken longer than {self._hung_seconds:g} s"))
+            if self.failure is None and self._revive is not None and now >= replica.restart_at:
+                replica.restart_at = float("inf")
+                restart = self._loop.create_task(self._restart(replica, self._revive))
+                self._restarts.add(restart)
+                restart.add_done_callback(self._restarts.discard)
+        if self.failure is None:
+            self._feed(Timer())
 
     def use_policies(self, names: Mapping[str, str]) -> None:
         """Other policies decide from now on, by family: names of those loaded at start."""
@@ -178,8 +252,10 @@ class Engine:
         await self._quiet.wait()
 
     def _blocks_in(self, tier: str) -> int:
-        scheduler = self.core.scheduler
-        return scheduler.pool.cached if tier == DEVICE else len(scheduler.residency.shelves.named(tier))
+        cores = self.fleet.cores
+        if tier == DEVICE:
+            return sum(core.scheduler.pool.cached for core in cores)
+        return len(cores[0].scheduler.residency.shelves.named(tier))
 
     # --- for operators --------------------------------------------------------------------------------------------
 
@@ -192,26 +268,27 @@ class Engine:
             "exact": self.exact,
             "alive": self.failure is None,
             "draining": self.draining,
-            **core_state(self.core, self._kv_peak_blocks, self.block_bytes),
+            **fleet_state(self.fleet, self.replicas, self.block_bytes),
         }
 
     def requests(self) -> list[dict[str, object]]:
         """One entry a request; a request's state is that of its choice that is furthest on."""
-        return [summary(sequences) for sequences in self.core.sequences.values()]
+        return [summary(self.fleet, request_id) for request_id in self.fleet.requests]
 
     # --- events in, instructions out ------------------------------------------------------------------------------
 
-    def _feed(self, event: Event) -> list[Instruction]:
+    def _feed(self, event: Event) -> list[Told]:
         now = self._now = self._clock()
         try:
-            instructions = self._handle(event, now)
-            for instruction in instructions:
-                self._carry_out(instruction)
+            told = self._handle(event, now)
+            for replica, instructions in told:
+                for instruction in instructions:
+                    self._carry_out(instruction, replica)
             self._note_idleness()
         except Exception as error:  # a bug of ours: nothing after it can be trusted, so the engine ends
             self._die(error)
             raise
-        return instructions
+        return told
 
     def _feed_if_alive(self, event: Event) -> bool:
         """Of the tiers' news: False when nobody is left to hear them."""
@@ -220,25 +297,25 @@ class Engine:
         self._feed(event)
         return True
 
-    def _handle(self, event: Event, now: float) -> list[Instruction]:
-        instructions: list[Instruction] = []
+    def _handle(self, event: Event, now: float) -> list[Told]:
+        told: list[Told] = []
         try:
-            instructions = self.core.handle(event, now)
-        finally:  # the event that the core fails at is the one that a replay must have
+            told = self.fleet.handle(event, now)
+        finally:  # the event that a core fails at is the one that a replay must have
             if self._recorder is not None:
-                self._recorder.record(now, event, instructions)
-        return instructions
+                self._recorder.record(now, event, told)
+        return told
 
-    def _carry_out(self, instruction: Instruction) -> None:
+    def _carry_out(self, instruction: Instruction, replica: int) -> None:
         match instruction:
             case Run(plan):
-                self._worker.submit(plan)
+                self.replicas[replica].submit(plan, self._now)
             case Emit(request_id, delta):
                 self._streams[request_id].feed(delta)
             case Report(finished):
                 self._settle(finished)
             case Account():
-                self._account(instruction)
+                self._account(instruction, self.replicas[replica])
             case Reject():
                 pass  # submit() raises it
             case Decided(request_id, choice, decision):
@@ -249,6 +326,9 @@ class Engine:
             case PolicyFailed():
                 for observe_failure in self.on_policy_failed:
                     observe_failure(instruction)
+            case MigrationOver():
+                for observe_migration in self.on_migration:
+                    observe_migration(instruction)
             case Copy():
                 self._tiers_below.submit(instruction)
             case Drop():
@@ -268,37 +348,70 @@ class Engine:
         for observe in self.on_finished:
             observe(finished)
 
-    def _account(self, account: Account) -> None:
-        self._kv_peak_blocks = max(self._kv_peak_blocks, self.core.scheduler.pool.held)
+    def _account(self, account: Account, replica: Replica) -> None:
+        held = self.fleet.cores[replica.number].scheduler.pool.held
+        replica.kv_peak_blocks = max(replica.kv_peak_blocks, held)
         if self.on_step:
-            record = self._accounts.record(account)
+            record = replica.accounts.record(account)
             for observe in self.on_step:
                 observe(record)
 
     def _note_idleness(self) -> None:
-        idle = self.core.idle
-        quiet = idle and self.core.scheduler.residency.quiet
-        assert not quiet or self.core.scheduler.pool.held == 0, "blocks leaked"
+        idle = self.fleet.idle
+        quiet = idle and self.fleet.quiet
+        assert not quiet or not any(core.scheduler.pool.held for core in self.fleet.cores), "blocks leaked"
         for event, happened in ((self._idle, idle), (self._quiet, quiet)):
             if happened:
                 event.set()
             else:
                 event.clear()
 
-    # --- the worker's side ----------------------------------------------------------------------------------------
+    # --- workers report, die and come back --------------------------------------------------------------------------
 
-    def _report(self, result: StepResult | BaseException) -> None:
-        """Called on the worker's thread, once a step."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: a last step outlived whom it was for
-            self._loop.call_soon_threadsafe(self._reported, result)
-
-    def _reported(self, result: StepResult | BaseException) -> None:
+    def _reported(self, replica: Replica, epoch: int, result: StepResult | BaseException) -> None:
+        if epoch != replica.epoch or self.failure is not None:
+            return  # it was given up: what comes late counts no more
         if isinstance(result, BaseException):
-            self._die(result)
-        elif self.failure is None:
-            if self._tiers is not None:
-                self._tiers.step_ended(result.step)
-            self._feed(StepDone(result))
+            self._lose(replica, result)
+            return
+        replica.step_ended()
+        if self._tiers is not None:
+            self._tiers.step_ended(replica.number, result.step)
+        self._feed(StepDone(result, replica.number))
+
+    def _lose(self, replica: Replica, failure: BaseException) -> None:
+        """A replica's device is given up. Its requests go on elsewhere; with the last one the engine dies."""
+        if not any(not other.lost for other in self.replicas if other is not replica):
+            self._die(failure)
+            return
+        reason = f"{type(failure).__name__}: {failure}"
+        restarts = self._revive is not None and self._restart_seconds > 0
+        replica.lose(reason, self._clock() + self._restart_seconds if restarts else float("inf"))
+        self._feed(ReplicaDown(replica.number, reason))
+        if self._tiers is not None:
+            self._tiers.replica_lost(replica.number)
+        self._tell_replica(replica.number, False, reason)
+
+    async def _restart(self, replica: Replica, revive: Revive) -> None:
+        try:
+            revived = await revive(replica.number)
+        except Exception as error:  # noqa: BLE001 (whatever a device raises, the others go on; it is tried again)
+            replica.restart_at = self._clock() + self._restart_seconds
+            self._tell_replica(replica.number, False, f"not started again: {type(error).__name__}: {error}")
+            return
+        if self.failure is not None or self.draining:
+            revived.worker.abandon()
+            return
+        if self._tiers is not None and revived.device is not None:
+            self._tiers.put_device(replica.number, revived.device)
+        replica.start(revived.worker)
+        self._feed(ReplicaUp(replica.number))
+        replica.count(self.fleet.cores[replica.number].scheduler)
+        self._tell_replica(replica.number, True, "started again")
+
+    def _tell_replica(self, number: int, up: bool, reason: str) -> None:
+        for observe in self.on_replica:
+            observe(number, up, reason)
 
     def _die(self, failure: BaseException) -> None:
         if self.failure is None:

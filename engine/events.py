@@ -28,9 +28,10 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """The runner finished a step. Steps end in the order in which they were told."""
+    """A replica's runner finished a step. Steps end in the order in which they were told."""
 
     result: StepResult
+    replica: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,42 @@ class PoliciesChanged:
     names: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """An operator wants a request to go on at another replica; None: wherever it costs least."""
+
+    request_id: str
+    replica: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """An operator wants a replica to take nothing more, and its requests to go on elsewhere; or to take some again."""
+
+    replica: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDown:
+    """A replica's device is given up. Its requests go on elsewhere, from what of them lies below the device."""
+
+    replica: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaUp:
+    """A replica has a device again, empty."""
+
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """Time has passed: loads are compared, and migrations that take too long given up."""
+
+
 Event = (
     Arrived
     | Cancelled
@@ -87,6 +124,11 @@ Event = (
     | CopyDone
     | TierDown
     | TierUp
+    | Migrated
+    | Drained
+    | ReplicaDown
+    | ReplicaUp
+    | Timer
 )
 
 
@@ -165,4 +207,22 @@ class PolicyFailed:
     what: str
 
 
-Instruction = Run | Emit | Reject | Report | Account | Decided | Resumed | PolicyFailed | Copy | Drop
+@dataclass(frozen=True, slots=True)
+class MigrationOver:
+    """A request's choice has moved, or goes on at its source because of `failure`. For logs and metrics."""
+
+    request_id: str
+    choice: int
+    source: int
+    target: int
+    reason: str
+    failure: str  # "" where it has moved
+    live: bool  # it ran, and went on without giving up its place before
+    seconds: float
+    pause_seconds: float
+    pause_steps: int  # of the source's, that it would have been in
+
+
+Instruction = (
+    Run | Emit | Reject | Report | Account | Decided | Resumed | PolicyFailed | MigrationOver | Copy | Drop
+)

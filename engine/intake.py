@@ -124,6 +124,10 @@ class Intake:
 
     # --- loads ----------------------------------------------------------------------------------------------------
 
+    def loaded(self, load: Load) -> None:
+        """All of it has come: its sequence runs in the next step."""
+        self._loaded.append(load)
+
     def ready(self) -> Load | None:
         """The next whose blocks have all come: it is RUNNING now."""
         while self._loaded:
@@ -152,7 +156,7 @@ class Intake:
                 self._places.cache(sequence, index)
         if sequence.preemptions:
             sequence.reloaded_tokens += sum(entry.tokens for _, entry in load.wanted)
-        self._loaded.append(load)
+        self.loaded(load)
         self._arrived(sequence, load.match.tokens, now)
         return None
 

@@ -4,14 +4,18 @@ The books of each such turn are kept here: what it holds, what is saved of it, w
 who gives way, is decided in scheduler.py; how what is kept of a sequence comes back is intake.py's.
 """
 
+from dataclasses import replace
+
 from engine.checkpoint import CheckpointConfig, Checkpoints
 from engine.counts import Counts
 from engine.intake import Decide, Intake
+from engine.landings import Landings
 from engine.places import Places
 from engine.policy_set import Policies, PolicyConfig
 from engine.request import ServiceClass
 from engine.resumption import Match, lowest_tier
 from engine.sequence import Sequence, State
+from engine.snapshot import Snapshot
 from engine.tenants import Tenants
 from engine.valuation import Valuation
 from engine.waiting import WaitingLine
@@ -41,6 +45,8 @@ class Lifecycle:
         self.intake = Intake(places, residency, valuation, decide)
         self.intake.use(policies.resume, config.resume)
         self.checkpoints = Checkpoints(residency, places.block_size, checkpoint)
+        self.landings = Landings(places, residency, valuation, self.intake)
+        self.landed: list[Sequence] = []  # from another replica, since somebody looked
         self._prediction = policies.prediction
         self._places = places
         self._residency = residency
@@ -57,11 +63,14 @@ class Lifecycle:
 
     # --- it waits -------------------------------------------------------------------------------------------------
 
-    def enqueue(self, sequence: Sequence, now: float) -> None:
+    def arrive(self, sequence: Sequence, now: float) -> None:
+        """It is new here, from a client or from another replica, and begins to wait."""
+        self.tenants.arrive(sequence.tenant)
+        self._enqueue(sequence, now)
+
+    def _enqueue(self, sequence: Sequence, now: float) -> None:
         """It begins to wait, for the first time or after a preemption."""
         sequence.state, sequence.prefetched, sequence.service = State.WAITING, False, self.tenants.service
-        if not (sequence.admissions or sequence.preemptions):
-            self.tenants.arrive(sequence.tenant)
         sequence.expected_remaining_tokens = self._prediction.remaining(sequence)
         self.intake.match(sequence)
         if self.line.enter(sequence, now, self.tenants.served):
@@ -87,6 +96,9 @@ class Lifecycle:
 
     def started(self, sequence: Sequence, match: Match, way: Way, now: float) -> None:
         """It runs, with what was found of it, by a way back or as a newcomer."""
+        if sequence.arriving:
+            self._arrived(sequence, now)
+            return
         tiers = match.tokens_by_tier(way.first_fetched, self._block_size)
         if sequence.admissions == 0:
             found = sum(tiers.values())
@@ -98,6 +110,18 @@ class Lifecycle:
             self.counts.resumptions[way.name, lowest_tier(tiers)] += 1
         self.counts.hit_tokens.update(tiers)
         self._residency.hit(sequence.keys[: match.full], now)
+        self._admitted(sequence, now)
+
+    def _arrived(self, sequence: Sequence, now: float) -> None:
+        """It has come from another replica with all it had: what it found here was found before."""
+        self.tenants.arrive(sequence.tenant)
+        sequence.service, sequence.arriving = self.tenants.service, False
+        sequence.migrations += 1
+        sequence.migrated_at = now
+        self.landed.append(sequence)
+        self._admitted(sequence, now)
+
+    def _admitted(self, sequence: Sequence, now: float) -> None:
         self._settle_snapshot(sequence)
         sequence.admissions += 1
         sequence.queued_seconds += now - sequence.waiting_since
@@ -141,17 +165,14 @@ class Lifecycle:
         self._give_up(sequence, now)
 
     def _give_up(self, sequence: Sequence, now: float) -> None:
-        computed_in_the_end = sequence.scheduled  # void or not, the rows under way are computed
-        sequence.computed_before = max(sequence.computed_before, computed_in_the_end)
         snapshot = sequence.take_snapshot(self._block_size)
         if self.intake.saves:
             self.checkpoints.save_snapshot(sequence, snapshot, now)
-            tail = (snapshot.tail.key,) if snapshot.tail else ()
-            sequence.pins = self._residency.pin((*snapshot.keys, *tail))
+            sequence.pins = self._residency.pin(snapshot.all_keys)
         sequence.resume_seconds = self._valuation.resume_seconds(sequence)
         self._places.leave(sequence)
         sequence.restore(snapshot)
-        self.enqueue(sequence, now)
+        self._enqueue(sequence, now)
 
     def retire(self, sequence: Sequence, now: float, *, by_itself: bool) -> None:
         """A sequence has ended, wherever it stands: nothing of it stays but its cached blocks.
@@ -162,7 +183,27 @@ class Lifecycle:
             self._prediction.observe(sequence)
         if sequence.state is State.RUNNING:
             self.checkpoints.save(sequence, now)
-        else:
+        self._leave(sequence, now)
+        self._settle_snapshot(sequence)
+
+    def depart(self, sequence: Sequence, now: float) -> Snapshot:
+        """It is to go on elsewhere from what is returned: nothing of it stays here but its cached blocks.
+
+        What is kept of it below the device stays pinned: `sequence.pins` are whoever's that goes on with it.
+        """
+        snapshot = sequence.snapshot or sequence.take_snapshot(self._block_size)
+        if not sequence.pins:
+            sequence.pins = self._residency.pin(snapshot.all_keys)
+        self._leave(sequence, now)
+        return replace(
+            snapshot,
+            queued_seconds=sequence.queued_seconds,
+            promotions=sequence.promotions,
+            migrations=sequence.migrations,
+        )
+
+    def _leave(self, sequence: Sequence, now: float) -> None:
+        if sequence.state is not State.RUNNING:
             sequence.queued_seconds += now - sequence.waiting_since
         self.tenants.leave(sequence.tenant)
         before, sequence.state = sequence.state, State.FINISHED
@@ -170,7 +211,6 @@ class Lifecycle:
             self.line.left()
         else:
             self._places.leave(sequence)
-        self._settle_snapshot(sequence)
 
     def _settle_snapshot(self, sequence: Sequence) -> None:
         """Its snapshot is used up, or nobody will come back to it: the tail is no use to anybody else."""
@@ -185,6 +225,7 @@ class Lifecycle:
     def copied(self, done: CopyDone, now: float) -> None:
         """A copy has ended: perhaps a sequence has all its blocks, or must look again for what it lacks."""
         lacking = self.intake.copied(done, now)
+        self.landings.copied(done)
         self._valuation.copied(self._residency.copied(done, now), done, now)
         if lacking is not None:
             self._look_again(lacking, now)

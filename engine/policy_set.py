@@ -17,7 +17,9 @@ from policies.placement import PLACEMENTS, Placement
 from policies.prediction import PREDICTIONS, Predictor, survival_by
 from policies.preemption import VICTIMS, Victim
 from policies.promotion import Promotion
+from policies.rebalancing import REBALANCINGS, Rebalancing, Round
 from policies.resume import RECOMPUTE, RELOAD, RESUMES, SPLIT, Resume
+from policies.routing import ROUTINGS, Placed, Routing
 
 Parameters = Mapping[str, Mapping[str, Any]]
 Failed = Callable[[str, str, str], None]
@@ -34,6 +36,8 @@ class PolicyConfig:
     prediction: str = "max_tokens"
     eviction: str = "lru"
     placement: str = "write_through"
+    routing: str = "least_load"
+    rebalancing: str = "none"
     parameters: Parameters = field(default_factory=dict)
 
     def having(self, names: Mapping[str, str]) -> "PolicyConfig":
@@ -42,8 +46,8 @@ class PolicyConfig:
         return PolicyConfig(**chosen, parameters=self.parameters)
 
 
-FAMILIES = ("order", "victim", "resume", "prediction", "eviction", "placement")
-"""The scheduler asks the first four, the residency the others."""
+FAMILIES = ("order", "victim", "resume", "prediction", "eviction", "placement", "routing", "rebalancing")
+"""The scheduler asks the first four, the residency the next two, the fleet the last."""
 
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "order": ORDERS,
@@ -52,6 +56,8 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "prediction": PREDICTIONS,
     "eviction": EVICTIONS,
     "placement": PLACEMENTS,
+    "routing": ROUTINGS,
+    "rebalancing": REBALANCINGS,
 }
 
 SIMULATED = {"oracle"}
@@ -64,6 +70,8 @@ PLAINEST = {
     "prediction": "max_tokens",
     "eviction": "lru",
     "placement": "write_through",
+    "routing": "least_load",
+    "rebalancing": "none",
 }
 """Who decides where a plug-in fails."""
 
@@ -76,6 +84,8 @@ class Policies:
     prediction: Predictor
     eviction: MakeEviction
     placement: Placement
+    routing: Routing
+    rebalancing: Rebalancing
     promotion: Promotion
     admission: Admission
 
@@ -215,6 +225,20 @@ class GuardedPlacement(Guarded):
         return _is_bool(answer)
 
 
+class GuardedRouting(Guarded):
+    def sound(self, answer: Any, *asked: Any) -> bool:
+        return isinstance(answer, Placed) and answer.replica in {each.number for each in asked[0]}
+
+
+class GuardedRebalancing(Guarded):
+    def sound(self, answer: Any, *asked: Any) -> bool:
+        if not isinstance(answer, Round):
+            return False
+        loads, movables, *_ = asked
+        numbers, known = {each.number for each in loads}, {(each.request, each.choice) for each in movables}
+        return all(move.target in numbers and (move.request, move.choice) in known for move in answer.moves)
+
+
 def _is_bool(answer: Any) -> bool:
     return isinstance(answer, bool)
 
@@ -238,4 +262,6 @@ GUARDS = {
     "prediction": GuardedPredictor,
     "eviction": GuardedEviction,
     "placement": GuardedPlacement,
+    "routing": GuardedRouting,
+    "rebalancing": GuardedRebalancing,
 }

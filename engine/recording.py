@@ -1,8 +1,9 @@
 """Recording a live run, and replaying it: the core is pure, so equal events must give equal instructions.
 
-A recording is JSON Lines: one header (the core's configuration), then for each event its time, the event, and the
-instructions it gave. It holds token ids of prompts and answers: treat it as you would the prompts. Timing and text
-are not approximated anywhere; a replay compares bytes. Replaying needs the same vocabulary (the model's tokenizer).
+A recording is JSON Lines: one header (the fleet's configuration), then for each event its time, the event, and the
+instructions it gave, by replica. It holds token ids of prompts and answers: treat it as you would the prompts. Timing
+and text are not approximated anywhere; a replay compares bytes. Replaying needs the same vocabulary (the model's
+tokenizer).
 """
 
 import asyncio
@@ -15,19 +16,23 @@ import aiofiles
 from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
-from engine.core import Core, CoreConfig
 from engine.events import (
     Arrived,
     Cancelled,
     Damaged,
+    Drained,
     Event,
-    Instruction,
+    Migrated,
     PoliciesChanged,
     Preempted,
     Pruned,
+    ReplicaDown,
+    ReplicaUp,
     Reprioritised,
     StepDone,
+    Timer,
 )
+from engine.fleet import Fleet, FleetConfig, Told
 from engine.policy_set import Catalog
 from kvstore.copies import CopyDone, Place, TierDown, TierUp
 
@@ -43,10 +48,15 @@ EVENTS: dict[str, TypeAdapter[Any]] = {
         PoliciesChanged,
         CopyDone,
         TierDown,
+        Migrated,
+        Drained,
+        ReplicaDown,
+        ReplicaUp,
+        Timer,
     )
 }
-CONFIG = TypeAdapter(CoreConfig)
-VERSION = 4
+CONFIG = TypeAdapter(FleetConfig)
+VERSION = 5
 
 
 class RecordingError(Exception):
@@ -57,34 +67,34 @@ class Difference(Exception):
     """A replay gave other instructions than the recorded run."""
 
 
-def header(config: CoreConfig) -> bytes:
+def header(config: FleetConfig) -> bytes:
     return to_json({"sluice_recording": VERSION, "config": config})
 
 
-def line(now: float, event: Event, instructions: list[Instruction]) -> bytes:
+def line(now: float, event: Event, told: list[Told]) -> bytes:
     """One event and what it gave, as canonical JSON."""
-    told = [[type(instruction).__name__, instruction] for instruction in instructions]
-    return to_json([now, type(event).__name__, event, told], bytes_mode="hex")
+    given = [[each.replica, [[type(i).__name__, i] for i in each.instructions]] for each in told]
+    return to_json([now, type(event).__name__, event, given], bytes_mode="hex")
 
 
 def replay(path: Path, vocabulary: tuple[bytes, ...], catalog: Catalog | None = None) -> int:
-    """Feeds a recording's events to a fresh core. Returns how many agreed, byte for byte; raises Difference.
+    """Feeds a recording's events to a fresh fleet. Returns how many agreed, byte for byte; raises Difference.
 
     `catalog`: with the plug-ins of the recorded run, if it had any.
     """
     with path.open("rb") as file:
         lines = (raw.rstrip(b"\n") for raw in file)
-        core = Core(_config(next(lines, b"")), vocabulary, catalog)
+        fleet = Fleet(_config(next(lines, b"")), vocabulary, catalog)
         count = 0
         for count, (recorded, now, event) in enumerate(_events(lines), 1):
-            if (given := line(now, event, core.handle(event, now))) != recorded:
+            if (given := line(now, event, fleet.handle(event, now))) != recorded:
                 raise Difference(
                     f"event {count} ({type(event).__name__}):\nrecorded {recorded!r}\nreplayed {given!r}"
                 )
         return count
 
 
-def _config(raw: bytes) -> CoreConfig:
+def _config(raw: bytes) -> FleetConfig:
     try:
         head = from_json(raw)
         if head["sluice_recording"] != VERSION:
@@ -132,15 +142,15 @@ class FileRecorder:
         self.failure: BaseException | None = None
         self._lines: asyncio.Queue[bytes | None] = asyncio.Queue(limit)
 
-    def record(self, now: float, event: Event, instructions: list[Instruction]) -> None:
+    def record(self, now: float, event: Event, told: list[Told]) -> None:
         if self.failure is not None:
             return
         try:
-            self._lines.put_nowait(line(now, event, instructions) + b"\n")
+            self._lines.put_nowait(line(now, event, told) + b"\n")
         except asyncio.QueueFull:
             self.failure = RecordingError("the disk cannot keep up with the recording: it ends here")
 
-    async def _write(self, path: Path, config: CoreConfig) -> None:
+    async def _write(self, path: Path, config: FleetConfig) -> None:
         async with aiofiles.open(path, "wb") as file:
             await file.write(header(config) + b"\n")
             while batch := await self._batch():
@@ -157,7 +167,7 @@ class FileRecorder:
         return b"".join(batch)
 
     @contextlib.asynccontextmanager
-    async def writing(self, path: Path, config: CoreConfig) -> AsyncIterator["FileRecorder"]:
+    async def writing(self, path: Path, config: FleetConfig) -> AsyncIterator["FileRecorder"]:
         """Writes to `path` while the context is open; closes with every line written."""
         writer = asyncio.create_task(self._guard(path, config))
         try:
@@ -167,7 +177,7 @@ class FileRecorder:
                 await self._lines.put(None)
             await writer
 
-    async def _guard(self, path: Path, config: CoreConfig) -> None:
+    async def _guard(self, path: Path, config: FleetConfig) -> None:
         try:
             await self._write(path, config)
         except OSError as error:

@@ -19,12 +19,13 @@ class CopyRecord:
     seconds: float  # from the moment a thread took it up
     queued_seconds: float  # before that
     losses: Mapping[Loss, int]  # blocks that did not arrive
+    replica: int = 0
 
     @classmethod
     def of(cls, copy: Copy, done: CopyDone, block_bytes: int) -> "CopyRecord":
         losses = Counter(kind for _, kind in done.lost)
         size = (len(copy.sources) - len(done.lost)) * block_bytes
-        return cls(copy.source, copy.target, size, done.seconds, done.queued_seconds, losses)
+        return cls(copy.source, copy.target, size, done.seconds, done.queued_seconds, losses, copy.replica)
 
     @property
     def failed_tier(self) -> str:
@@ -36,6 +37,7 @@ class CopyRecord:
 class StepRecord:
     """A finished step and the state it left, for observers. Counts are since the previous record."""
 
+    replica: int
     step: int
     rows: int
     prefill_tokens: int
@@ -64,8 +66,9 @@ class StepRecord:
 class StepAccounts:
     """What each step adds to a scheduler's counts."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, replica: int = 0) -> None:
         self._scheduler = scheduler
+        self._replica = replica
         self._counted = scheduler.counts.copy()  # as told so far
         self._counted_drops = scheduler.residency.dropped_blocks
 
@@ -75,6 +78,7 @@ class StepAccounts:
         self._counted = now.copy()
         dropped_since, self._counted_drops = dropped - self._counted_drops, dropped
         return StepRecord(
+            replica=self._replica,
             step=account.step,
             rows=account.rows,
             prefill_tokens=account.prefill_tokens,

@@ -54,6 +54,7 @@ class Request:
     tenant: str = ""  # whose it is, for fairness: one name per API key
     service: ServiceClass = ServiceClass()
     expected_output_tokens: int | None = None  # the client's hint
+    session: str = ""  # requests of one session are best served where the last one was
 
 
 class Delta(NamedTuple):
@@ -93,6 +94,7 @@ class Finished:
     queued_seconds: float  # waiting in all, before and between admissions
     reloaded_tokens: int = 0  # positions brought up from below the device after a preemption
     promotions: int = 0
+    migrations: int = 0
     service: str = ""  # the class's name
     tenant: str = ""
     token_times: list[float] = field(default_factory=list)  # when each token came, for inter-token latency

@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.checkpoint import CheckpointConfig
+from engine.common import Common
 from engine.counts import Counts
 from engine.draft import Draft, Scheduled, build
 from engine.events import Decided, PolicyFailed, Resumed
 from engine.lifecycle import Lifecycle
 from engine.places import Places
-from engine.policy_set import Catalog, PolicyConfig
+from engine.policy_set import PolicyConfig
 from engine.resumption import Match
 from engine.sequence import Sequence, State
 from engine.valuation import Valuation
 from engine.victims import Victims
+from kvstore.below import ResidencyConfig
 from kvstore.device import DevicePool
-from kvstore.residency import Residency, ResidencyConfig
+from kvstore.residency import Residency
 from policies.admission import Room
 from policies.cost import CopySample, CostModel, StepSample
 from policies.decisions import Decision, Kind
@@ -46,16 +48,15 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, catalog: Catalog | None = None) -> None:
+    """`replica`: its number among those that have `common` in common."""
+
+    def __init__(self, config: SchedulerConfig, common: Common, replica: int = 0) -> None:
         self.config = config
-        self.policy_config = config.policies
-        self._news: list[Decided | PolicyFailed] = []
+        self.common = common
+        self._news: list[Decided] = []
         self._places = Places(config.blocks, config.max_sequences, config.block_size)
-        self.catalog = catalog or Catalog()
-        self._policies = self.catalog.make(config.policies, self._policy_failed)
-        self.residency = Residency(
-            self.pool, config.residency, self._policies.eviction, self._policies.placement
-        )
+        self._policies, self._policy_config = common.policies, common.config
+        self.residency = Residency(self.pool, common.below, replica)
         self.valuation = Valuation(
             CostModel.calibrated(config.calibration),
             self.residency,
@@ -69,12 +70,12 @@ class Scheduler:
             self.valuation,
             config.checkpoint,
             self._policies,
-            config.policies,
+            self._policy_config,
             self._decide,
         )
         self.counts: Counts = self.life.counts
         self._intake, self._line = self.life.intake, self.life.line
-        self._victims = Victims(self._policies, config.policies, self.valuation)
+        self._victims = Victims(self._policies, self._policy_config, self.valuation)
         self._steps_ahead = 0  # until it is looked who may be preempted
 
     @property
@@ -92,12 +93,10 @@ class Scheduler:
 
     def use(self, names: Mapping[str, str]) -> None:
         """Other policies decide from now on, by family."""
-        config = self.policy_config.having(names)
-        self._policies = self.catalog.change(self._policies, self.policy_config, config, self._policy_failed)
-        self.policy_config = config
-        self._victims = Victims(self._policies, config, self.valuation)
-        self.life.use(self._policies, config)
-        self.residency.use(self._policies.eviction, self._policies.placement)
+        self.common.use(names)
+        self._policies, self._policy_config = self.common.policies, self.common.config
+        self._victims = Victims(self._policies, self._policy_config, self.valuation)
+        self.life.use(self._policies, self._policy_config)
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -130,7 +129,7 @@ class Scheduler:
             if saved := self.life.checkpoints.ahead(sequence, now):
                 self.counts.saved_ahead_blocks += saved
                 reason = f"{missing} blocks will be missing in {steps} steps: {saved} of its blocks are saved"
-                self._decide(sequence, Decision(Kind.SAVED_AHEAD, self.policy_config.victim, "save", reason))
+                self._decide(sequence, Decision(Kind.SAVED_AHEAD, self._policy_config.victim, "save", reason))
 
     def _build(self, draft: Draft) -> Scheduled:
         scheduled = build(draft)
@@ -208,7 +207,7 @@ class Scheduler:
     def _preempt_for(self, sequence: Sequence, missing: int, now: float) -> Sequence:
         victim, decision = self._victims.for_blocks(sequence, missing, self.running)
         self._decide(victim, decision)
-        self.life.preempt(victim, now, by=self.policy_config.victim)
+        self.life.preempt(victim, now, by=self._policy_config.victim)
         return victim
 
     # --- admit ----------------------------------------------------------------------------------------------------
@@ -306,15 +305,13 @@ class Scheduler:
 
     def take_news(self) -> list[Decided | PolicyFailed | Resumed]:
         """What has been decided, and has come back, since the last call."""
-        news = [*self._news, *self._intake.returned]
+        news: list[Decided | PolicyFailed | Resumed]
+        news = [*self._news, *self._intake.returned, *self.common.take_failures()]
         self._news, self._intake.returned = [], []
         return news
 
     def _decide(self, sequence: Sequence, decision: Decision) -> None:
         self._news.append(Decided(sequence.request.id, sequence.choice, decision))
-
-    def _policy_failed(self, family: str, name: str, what: str) -> None:
-        self._news.append(PolicyFailed(family, name, what))
 
     def check(self) -> None:
         """Asserts that sequences, slots, blocks and positions agree."""

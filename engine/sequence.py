@@ -71,6 +71,8 @@ class Sequence:
     scheduled: int = 0
     computed: int = 0
     pending: int = 0  # tokens being sampled, at most one a step under way
+    arriving: bool = False  # from another replica, where it is still served; its place here is reserved
+    paused: bool = False  # it keeps its place, but computes nothing: it is about to go on elsewhere
 
     admissions: int = 0
     preemptions: int = 0
@@ -82,6 +84,9 @@ class Sequence:
     recomputed_tokens: int = 0
     reloaded_tokens: int = 0  # brought up from below the device after a preemption
     promotions: int = 0
+    migrations: int = 0  # times that it has gone on elsewhere
+    migrated_at: float = float("-inf")
+    crossed: bool = False  # it has moved as it had become too long for its replica
     admitted: float | None = None
     waiting_since: float = 0.0
     queued_seconds: float = 0.0
@@ -90,6 +95,28 @@ class Sequence:
     matched_tokens: int = 0  # when it was last looked up
     resume_seconds: float = 0.0  # predicted, when it was preempted
     expected_remaining_tokens: float = 0.0
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, number: int, root: Key, vocabulary: tuple[bytes, ...]) -> "Sequence":
+        """A sequence that goes on where the snapshot was taken; it has no place yet. `vocabulary`: see Core."""
+        stopping = snapshot.request.stopping
+        text = OutputText(vocabulary, stopping.stop, stopping.include_stop_str)
+        sequence = cls(
+            snapshot.request,
+            number,
+            snapshot.sampling,
+            text,
+            root,
+            snapshot.arrived,
+            [],
+            len(snapshot.request.prompt),
+        )
+        sequence.restore(snapshot)
+        if snapshot.admitted is None:
+            sequence.snapshot = None  # it has never run: there is nothing to come back to
+        else:
+            sequence.admissions = 1
+        return sequence
 
     @property
     def choice(self) -> int:
@@ -146,6 +173,8 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Positions that a step could compute now. The last token allowed needs no KV: nobody reads it."""
+        if self.paused:
+            return 0
         if self.head_end:
             return self.head_end - self.scheduled
         known = len(self.tokens) + self.pending
@@ -185,13 +214,14 @@ class Sequence:
             recomputed_tokens=self.recomputed_tokens,
             reloaded_tokens=self.reloaded_tokens,
             promotions=self.promotions,
+            migrations=self.migrations,
+            computed_before=max(self.computed_before, self.scheduled),
             queued_seconds=self.queued_seconds,
             token_times=tuple(self.token_times),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Becomes what the snapshot was taken of. It has no place: nothing computed, no block, no slot."""
-        assert not self.table
+        """Becomes what the snapshot was taken of, as far as that does not depend on its place."""
         stopping = snapshot.request.stopping
         self.request, self.sampling, self.snapshot = snapshot.request, snapshot.sampling, snapshot
         self.tokens, self.keys = list(snapshot.tokens), list(snapshot.keys)
@@ -201,6 +231,7 @@ class Sequence:
         self.cached_tokens, self.preemptions = snapshot.cached_tokens, snapshot.preemptions
         self.recomputed_tokens, self.queued_seconds = snapshot.recomputed_tokens, snapshot.queued_seconds
         self.reloaded_tokens, self.promotions = snapshot.reloaded_tokens, snapshot.promotions
+        self.migrations, self.computed_before = snapshot.migrations, snapshot.computed_before
         self.token_times = list(snapshot.token_times)
 
     def reprioritise(self, priority: int, service: ServiceClass) -> None:
@@ -214,6 +245,7 @@ class Sequence:
         self.table, self.slot, self.epoch = [], -1, self.epoch + 1
         self.scheduled = self.computed = self.pending = self.published = self.saved = self.told = 0
         self.head_end = self.loaded_end = self.loaded_full = self.waits = 0
+        self.paused = False
         self.way_back = None
 
     def accounts(self, reason: FinishReason, now: float) -> Finished:
@@ -233,6 +265,7 @@ class Sequence:
             queued_seconds=self.queued_seconds,
             reloaded_tokens=self.reloaded_tokens,
             promotions=self.promotions,
+            migrations=self.migrations,
             service=self.class_name,
             tenant=self.tenant,
             token_times=self.token_times,

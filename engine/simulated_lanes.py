@@ -1,7 +1,7 @@
 """Copies in virtual time: the lanes of kvstore/transfer.py as queues of known service times. No bytes, no threads.
 
-Lanes: one into the device and one down from it, between memories; of the disk one writer and some readers. A copy
-never fails here, and drops cost nothing.
+Lanes: of each device one into it and one down from it, between memories; of the disk one writer and some readers. A
+copy never fails here, and drops cost nothing.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ class Lane:
 
 
 class SimulatedLanes:
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, replicas: int = 1) -> None:
         self.copied_bytes: dict[str, int] = {}  # by route
         self._profile = profile
-        self._up, self._down, self._writer = (Lane([0.0]) for _ in range(3))
+        self._up, self._down = ([Lane([0.0]) for _ in range(replicas)] for _ in range(2))
+        self._writer = Lane([0.0])
         self._readers = Lane([0.0] * profile.disk_readers)
         heapify(self._readers.free)
 
@@ -47,4 +48,4 @@ class SimulatedLanes:
             return self._writer
         if copy.source == DISK:
             return self._readers
-        return self._up if copy.target == DEVICE else self._down
+        return (self._up if copy.target == DEVICE else self._down)[copy.replica]

@@ -1,6 +1,6 @@
-"""The same core on virtual time: a heap of events around engine/core.py, with a runner and tiers that only take time.
+"""The same fleet on virtual time: a heap of events around engine/fleet.py, with runners and tiers that only take time.
 
-Every decision is the core's, of the same code that serves; what takes time takes it by a profile (profile.py,
+Every decision is the fleet's, of the same code that serves; what takes time takes it by a profile (profile.py,
 step_time.py, simulated_lanes.py). No sleeps, no threads, no clock: the same workload gives the same event log, byte
 for byte, of which `Outcome.digest` is the SHA-256.
 
@@ -15,7 +15,6 @@ from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Protocol
 
-from engine.core import Core, CoreConfig
 from engine.counts import Counts
 from engine.events import (
     Account,
@@ -24,13 +23,16 @@ from engine.events import (
     Emit,
     Event,
     Instruction,
+    MigrationOver,
     PolicyFailed,
     Reject,
     Report,
     Resumed,
     Run,
     StepDone,
+    Timer,
 )
+from engine.fleet import Fleet, FleetConfig, Told
 from engine.plan import Plan, StepResult
 from engine.policy_set import Catalog
 from engine.profile import Profile
@@ -45,7 +47,7 @@ VOCABULARY_SIZE = 2**16
 EOS = VOCABULARY_SIZE
 VOCABULARY = (b"",) * (VOCABULARY_SIZE + 1)
 
-Recorder = Callable[[float, Event, list[Instruction]], None]
+Recorder = Callable[[float, Event, list[Told]], None]
 
 
 class Stuck(Exception):
@@ -108,11 +110,12 @@ class Tick:
     running: int
     waiting: int
     kv_used_blocks: int
+    loads: tuple[float, ...] = ()  # backlog seconds, by replica; where there are several
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished step, and the state it left."""
+    """A finished step, and the state it left its replica in."""
 
     end: float
     seconds: float
@@ -127,7 +130,11 @@ class Outcome:
     served: list[Served] = field(default_factory=list)  # in the order in which they ended
     ticks: list[Tick] = field(default_factory=list)
     steps: int = 0
-    busy_seconds: float = 0.0  # of the device
+    busy_seconds: float = 0.0  # of all devices
+    busy_by_replica: list[float] = field(default_factory=list)
+    migrations: list[MigrationOver] = field(default_factory=list)
+    stayed: int = 0  # see Fleet
+    forecast_errors: list[float] = field(default_factory=list)  # mean, relative; by replica
     computed_tokens: int = 0  # positions
     recomputed_tokens: int = 0
     sampled_tokens: int = 0
@@ -142,10 +149,11 @@ class Outcome:
 class SimulatedRunner:
     """Plans to tokens, without a model: who is in a slot is known by the seed it was placed with."""
 
-    def __init__(self, max_sequences: int) -> None:
+    def __init__(self, replicas: int, max_sequences: int) -> None:
         self._jobs: dict[int, Job] = {}
         self._outputs: dict[int, list[int]] = {}
-        self._slots: list[tuple[int, list[int]]] = [(0, [])] * max_sequences  # (prompt's length, output)
+        # (prompt's length, output), by replica and slot
+        self._slots: list[list[tuple[int, list[int]]]] = [[(0, [])] * max_sequences for _ in range(replicas)]
 
     def add(self, job: Job) -> None:
         self._jobs[job.number] = job
@@ -157,11 +165,12 @@ class SimulatedRunner:
     def remove(self, number: int) -> None:
         del self._jobs[number], self._outputs[number]
 
-    def draw(self, plan: Plan) -> tuple[int, ...]:
+    def draw(self, replica: int, plan: Plan) -> tuple[int, ...]:
+        slots = self._slots[replica]
         for placement in plan.placements:
             number = placement.sampling.seed
-            self._slots[placement.slot] = len(self._jobs[number].request.prompt), self._outputs[number]
-        slots, tokens = self._slots, []
+            slots[placement.slot] = len(self._jobs[number].request.prompt), self._outputs[number]
+        tokens = []
         for row in plan.rows:
             if row.samples:
                 prompt_tokens, output = slots[row.slot]
@@ -178,6 +187,17 @@ def _output(job: Job) -> list[int]:
     return [*known, *made_up, EOS]
 
 
+@dataclass(slots=True)
+class Device:
+    """One replica's, in virtual time."""
+
+    free: float = 0.0  # when all that it was told is done
+    under_way: deque[Shape] = field(default_factory=deque)
+    last_rows: int = 0  # of the step that ended last
+    last_step_done: int = 0
+    held_copies: list[Copy] = field(default_factory=list)  # these wait for a step to end
+
+
 class Simulation:
     """One run of a workload. `tick_seconds`: how often the state is noted; `until`: when time is up.
 
@@ -186,7 +206,7 @@ class Simulation:
 
     def __init__(
         self,
-        config: CoreConfig,
+        config: FleetConfig,
         profile: Profile,
         workload: Workload,
         *,
@@ -198,14 +218,15 @@ class Simulation:
         on_tick: Callable[[Tick, int], None] | None = None,
     ) -> None:
         """`catalog`: of policies; None: ours alone. `on_tick` is told the state and how many requests have ended."""
-        assert EOS in config.eos_token_ids
-        self.core = Core(config, VOCABULARY, catalog)
-        self.outcome = Outcome()
+        first = config.replicas[0].core
+        assert EOS in first.eos_token_ids
+        self.fleet = Fleet(config, VOCABULARY, catalog)
+        self.outcome = Outcome(busy_by_replica=[0.0] * len(config.replicas))
         self._profile = profile
         self._step_seconds = profile.step.timer()
         self._workload = workload
-        self._runner = SimulatedRunner(config.scheduler.max_sequences)
-        self._lanes = SimulatedLanes(profile)
+        self._runner = SimulatedRunner(len(config.replicas), first.scheduler.max_sequences)
+        self._lanes = SimulatedLanes(profile, len(config.replicas))
         self._tick_seconds = tick_seconds
         self._until = until
         self._recorder = recorder
@@ -214,17 +235,15 @@ class Simulation:
         self._heap: list[tuple[float, int, int | Event]] = []  # a number: that request arrives
         self._serial = 0
         self._now = 0.0
-        self._device_free = 0.0
-        self._under_way: deque[Shape] = deque()
-        self._last_rows = 0  # of the step that ended last
-        self._last_step_done = 0
-        self._held_copies: list[Copy] = []  # these wait for a step to end
+        self._devices = [Device() for _ in config.replicas]
         self._log = sha256()
 
     def run(self) -> Outcome:
         """Plays the workload to its end, or until time is up. Raises Stuck."""
-        if self.core.config.scheduler.residency.disk_blocks:
+        if self.fleet.common.below.config.disk_blocks:
             self._push(0.0, TierUp(DISK, ()))
+        if not self.fleet.alone:
+            self._push(0.0, Timer())
         for at, number in self._workload.openings():
             self._push(at, number)
         next_tick = self._tick_seconds
@@ -257,39 +276,51 @@ class Simulation:
                 self._step_ended(event, result)
             case CopyDone(id=copy):
                 self._feed(event, f"copied {copy}")
+            case Timer():
+                self._feed(event, "timer")
+                if self._heap:  # else nothing is left to happen
+                    self._push(self._now + self.fleet.config.balance.period_seconds, event)
             case _:
                 self._feed(event, type(event).__name__)
 
     def _step_ended(self, event: StepDone, result: StepResult) -> None:
-        done = self._under_way.popleft()
-        self._last_step_done, self._last_rows = result.step, done.rows
+        replica = event.replica
+        device = self._devices[replica]
+        done = device.under_way.popleft()
+        device.last_step_done, device.last_rows = result.step, done.rows
         self.outcome.steps += 1
         self.outcome.busy_seconds += result.seconds
-        ready = [copy for copy in self._held_copies if copy.after <= result.step]
-        self._held_copies = [copy for copy in self._held_copies if copy.after > result.step]
+        self.outcome.busy_by_replica[replica] += result.seconds
+        ready = [copy for copy in device.held_copies if copy.after <= result.step]
+        device.held_copies = [copy for copy in device.held_copies if copy.after > result.step]
         for copy in ready:
             self._copy(copy)
-        self._feed(event, f"step {result.step} {len(result.tokens)}")
+        self._feed(event, f"step {replica}:{result.step} {len(result.tokens)}")
         if self._on_step:
-            scheduler = self.core.scheduler
+            scheduler = self.fleet.cores[replica].scheduler
             state = (len(scheduler.running), scheduler.waiting, scheduler.pool.held)
             self._on_step(Step(self._now, result.seconds, done, *state))
 
     # --- events in, instructions out ------------------------------------------------------------------------------
 
     def _feed(self, event: Event, name: str) -> None:
-        instructions = self.core.handle(event, self._now)
+        told = self.fleet.handle(event, self._now)
         if self._recorder:
-            self._recorder(self._now, event, instructions)
+            self._recorder(self._now, event, told)
         # News for clients are not looked at: tokens follow from the step that drew them, and texts are empty.
-        told = [note for each in instructions if type(each) is not Emit and (note := self._carry_out(each))]
-        self._log.update(f"{self._now!r} {name} {' '.join(told)}\n".encode())
+        notes = [
+            note
+            for replica, instructions in told
+            for each in instructions
+            if type(each) is not Emit and (note := self._carry_out(each, replica))
+        ]
+        self._log.update(f"{self._now!r} {name} {' '.join(notes)}\n".encode())
 
-    def _carry_out(self, instruction: Instruction) -> str:
+    def _carry_out(self, instruction: Instruction, replica: int) -> str:
         """Does it, and says what it was, for the log."""
         match instruction:
             case Run(plan):
-                return self._run(plan)
+                return self._run(plan, replica)
             case Account():
                 self.outcome.computed_tokens += instruction.prefill_tokens + instruction.decode_tokens
                 self.outcome.recomputed_tokens += instruction.recomputed_tokens
@@ -302,8 +333,9 @@ class Simulation:
                 self._refused(instruction)
                 return f"refused {instruction.request_id} {instruction.code}"
             case Copy():
-                if instruction.after > self._last_step_done:
-                    self._held_copies.append(instruction)
+                device = self._devices[instruction.replica]
+                if instruction.after > device.last_step_done:
+                    device.held_copies.append(instruction)
                 else:
                     self._copy(instruction)
                 return f"copy {instruction.id} {instruction.source}>{instruction.target} {len(instruction.sources)}"
@@ -314,20 +346,24 @@ class Simulation:
             case Resumed():
                 self.outcome.returns.append(instruction)
                 return f"resumed {instruction.request_id}"
+            case MigrationOver():
+                self.outcome.migrations.append(instruction)
+                return f"migrated {instruction.request_id} {instruction.source}>{instruction.target}"
             case PolicyFailed():
                 return f"failed {instruction.name} {instruction.what}"
             case _:
                 raise AssertionError(f"the simulator does not know {type(instruction).__name__}")
 
-    def _run(self, plan: Plan) -> str:
-        step = shape(plan)
+    def _run(self, plan: Plan, replica: int) -> str:
+        step, device = shape(plan), self._devices[replica]
         seconds, between = self._step_seconds(step), self._profile.between
-        told = self._now + between.seconds + between.seconds_per_row * self._last_rows
-        end = self._device_free = max(told, self._device_free) + seconds
-        self._under_way.append(step)
-        tokens = self._runner.draw(plan)
-        self._push(end, StepDone(StepResult(plan.step, tokens, (None,) * len(tokens), seconds, 0.0)))
-        return f"run {plan.step} {step.rows} {step.tokens} {seconds!r}"
+        told = self._now + between.seconds + between.seconds_per_row * device.last_rows
+        end = device.free = max(told, device.free) + seconds
+        device.under_way.append(step)
+        tokens = self._runner.draw(replica, plan)
+        result = StepResult(plan.step, tokens, (None,) * len(tokens), seconds, 0.0)
+        self._push(end, StepDone(result, replica))
+        return f"run {replica}:{plan.step} {step.rows} {step.tokens} {seconds!r}"
 
     def _copy(self, copy: Copy) -> None:
         self._push(*self._lanes.submit(copy, self._now))
@@ -344,8 +380,13 @@ class Simulation:
             self._push(self._now + think_seconds, number)
 
     def _tick(self, at: float) -> None:
-        scheduler = self.core.scheduler
-        tick = Tick(at, len(scheduler.running), scheduler.waiting, scheduler.pool.held)
+        schedulers = [core.scheduler for core in self.fleet.cores]
+        running, held = (
+            sum(counts)
+            for counts in zip(*((len(each.running), each.pool.held) for each in schedulers), strict=True)
+        )
+        loads = () if self.fleet.alone else tuple(member.backlog_seconds for member in self.fleet.members)
+        tick = Tick(at, running, self.fleet.waiting, held, loads)
         self.outcome.ticks.append(tick)
         if self._on_tick:
             self._on_tick(tick, len(self.outcome.served))
@@ -353,14 +394,16 @@ class Simulation:
     def _finish(self) -> Outcome:
         outcome = self.outcome
         if not self._heap:
-            self.core.check()
-            if not self.core.idle:
-                raise Stuck(
-                    f"{len(self.core.sequences)} requests are unfinished, and nothing is left to happen"
-                )
-        outcome.unfinished = len(self.core.sequences)
+            self.fleet.check()
+            if not self.fleet.idle:
+                unfinished = len(self.fleet.requests)
+                raise Stuck(f"{unfinished} requests are unfinished, and nothing is left to happen")
+        outcome.unfinished = len(self.fleet.requests)
         outcome.seconds = self._now
-        outcome.counts = self.core.scheduler.counts.copy()
+        for core in self.fleet.cores:
+            outcome.counts.add(core.scheduler.counts)
+        outcome.stayed = self.fleet.stayed
+        outcome.forecast_errors = [member.errors.mean_relative_error for member in self.fleet.members]
         outcome.copied_bytes = dict(self._lanes.copied_bytes)
         outcome.digest = self._log.hexdigest()
         return outcome

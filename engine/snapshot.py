@@ -1,9 +1,9 @@
 """All that a sequence is, as plain data: what it needs to live later, or elsewhere.
 
-Taken in one place, when a sequence gives up its blocks (lifecycle.py). The KV itself is in the store, under the keys of
-its full blocks and of its partial tail; noise is a function of (seed, choice, position, token id) and what penalties
-count is `tokens`, so a sampler has no state beyond `sampling`. What of the KV the store has lost by then is computed
-again.
+Taken when a sequence gives up its blocks (lifecycle.py), or is to go on elsewhere (migration.py). The KV itself is in
+the store, under the keys of its full blocks and of its partial tail; noise is a function of (seed, choice, position,
+token id) and what penalties count is `tokens`, so a sampler has no state beyond `sampling`. What of the KV the store
+has lost by then is computed again.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,15 @@ class Snapshot:
     recomputed_tokens: int
     reloaded_tokens: int
     promotions: int
+    migrations: int
+    computed_before: int  # positions that were computed once, here or elsewhere
     queued_seconds: float
     token_times: tuple[float, ...]
+
+    @property
+    def all_keys(self) -> tuple[Key, ...]:
+        """Of the full blocks, and of the tail."""
+        return (*self.keys, self.tail.key) if self.tail else self.keys
 
 
 def tail_of(root: Key, keys: tuple[Key, ...], tokens: tuple[int, ...]) -> Tail | None:

@@ -1,36 +1,74 @@
-"""What operators see of a core: its state as plain data, for `/admin/state`, `/admin/requests` and `/metrics`."""
+"""What operators see of the fleet: its state as plain data, for `/admin/state`, `/admin/requests` and `/metrics`."""
 
-from engine.core import Core
+from collections.abc import Sequence as Sequence_
+
+from engine.fleet import Fleet
+from engine.member import Member
 from engine.policy_set import FAMILIES
-from engine.sequence import Sequence
+from engine.replica import Replica
 from kvstore.copies import DEVICE
 
 
-def core_state(core: Core, kv_peak_blocks: int, block_bytes: int) -> dict[str, object]:
-    """`kv_peak_blocks`: most held after any step: demand, where there was no pressure. `block_bytes`: of one block."""
-    scheduler = core.scheduler
+def fleet_state(fleet: Fleet, replicas: Sequence_[Replica], block_bytes: int) -> dict[str, object]:
+    """Sums over all replicas, then each by itself. `block_bytes`: of one block; 0 where there is no store."""
+    cores = fleet.cores
+    pools = [core.scheduler.pool for core in cores]
     return {
-        "context": core.config.context,
-        "block_size": scheduler.config.block_size,
-        "kv_blocks": scheduler.pool.blocks,
-        "kv_used_blocks": scheduler.pool.held,
-        "kv_peak_blocks": kv_peak_blocks,
-        "kv_cached_blocks": scheduler.pool.cached,
-        "running": len(scheduler.running),
-        "waiting": scheduler.waiting,
-        "preemptions": scheduler.counts.preemptions,
-        "tiers": _tiers(core, block_bytes),
-        "copies": len(scheduler.residency.flights),
-        "policies": policies(core),
+        "context": fleet.context,
+        "block_size": cores[0].scheduler.config.block_size,
+        "kv_blocks": sum(pool.blocks for pool in pools),
+        "kv_used_blocks": sum(pool.held for pool in pools),
+        "kv_peak_blocks": sum(replica.kv_peak_blocks for replica in replicas),
+        "kv_cached_blocks": sum(pool.cached for pool in pools),
+        "running": sum(len(core.scheduler.running) for core in cores),
+        "waiting": fleet.waiting,
+        "preemptions": sum(core.scheduler.counts.preemptions for core in cores),
+        "tiers": _tiers(fleet, block_bytes),
+        "copies": sum(len(core.scheduler.residency.flights) for core in cores),
+        "policies": policies(fleet),
+        "migrations_under_way": len(fleet.moves),
+        "stayed": fleet.stayed,
+        "replicas": [
+            _replica_state(member, replica) for member, replica in zip(fleet.members, replicas, strict=True)
+        ],
     }
 
 
-def policies(core: Core) -> dict[str, str]:
+def _replica_state(member: Member, replica: Replica) -> dict[str, object]:
+    """`kv_peak_blocks`: most held after any step: demand, where there was no pressure."""
+    core, error = member.core, member.errors
+    scheduler = core.scheduler
+    return {
+        "replica": member.number,
+        "state": "down" if not member.up else "draining" if member.draining else "up",
+        "reason": member.down_reason,
+        "role": member.role,
+        "limit_tokens": member.limit_tokens,
+        "epoch": replica.epoch,
+        "context": core.config.context,
+        "kv_blocks": scheduler.pool.blocks,
+        "kv_used_blocks": scheduler.pool.held,
+        "kv_peak_blocks": replica.kv_peak_blocks,
+        "kv_cached_blocks": scheduler.pool.cached,
+        "running": len(scheduler.running),
+        "loading": len(scheduler.loading),
+        "waiting": scheduler.waiting,
+        "charged": member.requests,
+        "placed": member.placed,
+        "charged_seconds": member.charged_seconds,
+        "backlog_seconds": member.backlog_seconds,
+        "forecast_tokens": member.forecast_tokens,
+        "forecast_error": error.mean_relative_error,
+        "forecast_bias": error.bias,
+    }
+
+
+def policies(fleet: Fleet) -> dict[str, str]:
     """The names in force, by family."""
-    return {family: getattr(core.scheduler.policy_config, family) for family in FAMILIES}
+    return {family: getattr(fleet.common.config, family) for family in FAMILIES}
 
 
-def _tiers(core: Core, block_bytes: int) -> dict[str, object]:
+def _tiers(fleet: Fleet, block_bytes: int) -> dict[str, object]:
     return {
         shelf.name: {
             "up": shelf.up,
@@ -39,30 +77,34 @@ def _tiers(core: Core, block_bytes: int) -> dict[str, object]:
             "pinned_blocks": shelf.pinned,
             "block_bytes": block_bytes,
         }
-        for shelf in core.scheduler.residency.shelves
+        for shelf in fleet.common.below.shelves
     }
 
 
-def tier_bytes(core: Core, block_bytes: int) -> dict[str, tuple[bool, int, int]]:
+def tier_bytes(fleet: Fleet, block_bytes: int) -> dict[str, tuple[bool, int, int]]:
     """By tier: whether it is in use, the bytes it may hold, and those it holds. None where there is no store."""
     if not block_bytes:
         return {}
-    pool = core.scheduler.pool
+    pools = [core.scheduler.pool for core in fleet.cores]
+    held = sum(pool.held + pool.idle for pool in pools)
     below = {
         shelf.name: (shelf.up, shelf.capacity * block_bytes, len(shelf) * block_bytes)
-        for shelf in core.scheduler.residency.shelves
+        for shelf in fleet.common.below.shelves
     }
-    return {DEVICE: (True, pool.blocks * block_bytes, (pool.held + pool.idle) * block_bytes), **below}
+    return {DEVICE: (True, sum(pool.blocks for pool in pools) * block_bytes, held * block_bytes), **below}
 
 
-def summary(sequences: list[Sequence]) -> dict[str, object]:
+def summary(fleet: Fleet, request_id: str) -> dict[str, object]:
     """One request's choices as one entry: its state is that of the choice that is furthest on."""
+    sequences = fleet.sequences_of(request_id)
+    replicas = [core.replica for core in fleet.cores if request_id in core.sequences]
     first = sequences[0]
     states = {sequence.state.value for sequence in sequences}
     return {
         "id": first.request.id,
         "state": next(state for state in ("running", "loading", "waiting") if state in states),
-        "replica": 0,
+        "replica": replicas[0],
+        "replicas": replicas,
         "choices": len(sequences),
         "priority": first.request.priority,
         "class": first.class_name,
@@ -73,6 +115,7 @@ def summary(sequences: list[Sequence]) -> dict[str, object]:
         "output_tokens": sum(sequence.output_tokens for sequence in sequences),
         "preemptions": sum(sequence.preemptions for sequence in sequences),
         "promotions": sum(sequence.promotions for sequence in sequences),
+        "migrations": sum(sequence.migrations for sequence in sequences),
         "recomputed_tokens": sum(sequence.recomputed_tokens for sequence in sequences),
         "reloaded_tokens": sum(sequence.reloaded_tokens for sequence in sequences),
         "kv_blocks": sum(sequence.held_blocks for sequence in sequences),

@@ -7,12 +7,14 @@ the core.
 import asyncio
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from engine.events import Event
 from engine.records import CopyRecord
-from kvstore.copies import DEVICE, Copy, CopyDone, Drop, TierDown, TierUp
+from kvstore.copies import DEVICE, Copy, CopyDone, Drop, Loss, TierDown, TierUp
+from kvstore.tier import Tier
 
 RECORDS_AT_ONCE = 1000
 """Of a tier that comes up, in one event: a few milliseconds (`python -m bench.tier_up`)."""
@@ -33,6 +35,8 @@ class Store(Protocol):
     def submit(self, copy: Copy) -> None: ...
 
     def drop(self, drop: Drop) -> None: ...
+
+    def put_device(self, replica: int, tier: Tier) -> None: ...
 
     def block_bytes(self, tier: str) -> int: ...
 
@@ -55,7 +59,7 @@ class TiersBelow:
         self._copies: dict[int, Copy] = {}  # told, and not done
         self._held: list[Copy] = []  # these wait for a step to end
         self._loading: dict[str, Iterator[TierUp]] = {}  # what tiers hold, as far as not fed yet
-        self._last_step_done = 0
+        self._last_step_done: Counter[int] = Counter()  # by replica
         self._loop = asyncio.get_running_loop()
         store.start(self._report)
 
@@ -64,7 +68,7 @@ class TiersBelow:
     def submit(self, copy: Copy) -> None:
         """It begins when step `copy.after` has ended."""
         self._copies[copy.id] = copy
-        if copy.after > self._last_step_done:
+        if copy.after > self._last_step_done[copy.replica]:
             self._held.append(copy)
         else:
             self._store.submit(copy)
@@ -72,13 +76,30 @@ class TiersBelow:
     def drop(self, drop: Drop) -> None:
         self._store.drop(drop)
 
-    def step_ended(self, step: int) -> None:
+    def step_ended(self, replica: int, step: int) -> None:
         """Copies that waited for the step may begin."""
-        self._last_step_done = step
-        ready = [copy for copy in self._held if copy.after <= step]
-        self._held = [copy for copy in self._held if copy.after > step]
-        for copy in ready:
+        self._last_step_done[replica] = step
+        for copy in self._take_held(replica, step):
             self._store.submit(copy)
+
+    def replica_lost(self, replica: int) -> None:
+        """Its steps end no more: what waited for them does not begin. A new one counts them from the start."""
+        del self._last_step_done[replica]
+        for copy in self._take_held(replica):
+            lost = tuple((index, Loss.DOWN) for index in range(len(copy.sources)))
+            self._reported(CopyDone(copy.id, lost))
+
+    def put_device(self, replica: int, tier: Tier) -> None:
+        """A replica has another device."""
+        self._store.put_device(replica, tier)
+
+    def _take_held(self, replica: int, step: int | None = None) -> list[Copy]:
+        """Those that wait for a step up to this one; None: for any."""
+        taken = [
+            copy for copy in self._held if copy.replica == replica and (step is None or copy.after <= step)
+        ]
+        self._held = [copy for copy in self._held if copy not in taken]
+        return taken
 
     # --- from the store -------------------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ class Valuation:
             decode_context=context,
             prompts_seconds=prompts,
             running_weight=weight,
-            ahead_bytes=self._residency.flights.bytes_up(self._block_bytes),
+            ahead_bytes=self._residency.below.bytes_up(self._block_bytes),
         )
 
     def step_seconds(self, situation: Situation) -> float:

@@ -28,6 +28,9 @@ class Worker(Protocol):
 
     def stop(self) -> None: ...
 
+    def abandon(self) -> None:
+        """As `stop`, but it is not waited for: it may hang."""
+
 
 class QueueWorker:
     """Runs plans on whichever thread calls `run_forever`: the main thread of a server (torch on a second thread
@@ -47,6 +50,9 @@ class QueueWorker:
 
     def stop(self) -> None:
         """Ends `run_forever` after the plans already submitted. Call it from any thread, or a signal handler."""
+        self._plans.put(None)
+
+    def abandon(self) -> None:
         self._plans.put(None)
 
     def run_forever(self) -> None:
@@ -102,7 +108,9 @@ class ThreadWorker(QueueWorker):
 
     def start(self, report: Report) -> None:
         super().start(report)
-        self._thread = Thread(target=self.run_forever, name="runner")
+        self._thread = Thread(
+            target=self.run_forever, name="runner", daemon=True
+        )  # one that hangs must not keep us
         self._thread.start()
 
     def stop(self) -> None:

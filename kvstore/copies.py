@@ -43,7 +43,7 @@ class Copy:
 
     `drops` leave the target before it, in the same transaction: the target's quota never sees both. Until its CopyDone
     the core keeps the slots at both ends for this copy alone. A copy that writes the device waits for the end of
-    step `after`, which may still write there (0: none does).
+    step `after`, which may still write there (0: none does). `replica`: whose device, and whose step.
     """
 
     id: int
@@ -53,6 +53,7 @@ class Copy:
     targets: tuple[Place, ...]
     drops: tuple[Key, ...] = ()
     after: int = 0
+    replica: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ class Descent:
     def __init__(
         self,
         shelves: Shelves,
-        flights: Flights,
         placement: Placement,
         *,
         queued_blocks: int,
@@ -38,7 +37,6 @@ class Descent:
         self.drops: list[Key] = []  # of the disk, not yet told
         self.dropped_blocks = 0  # not written down, as copies could not keep up or the disk had no room
         self._shelves = shelves
-        self._flights = flights
         self._queued_blocks = queued_blocks
         self._waiting: dict[Key, Entry] = {}  # entries of the host, oldest first
         self._writes = 0
@@ -104,12 +102,12 @@ class Descent:
         self._waiting[entry.key] = entry
         return True
 
-    def write_down(self, now: float) -> Iterator[Copy]:
-        """The next transactions, while the writer has less than it can do."""
+    def write_down(self, flights: Flights, now: float) -> Iterator[Copy]:
+        """The next transactions, while the writer has less than it can do; they are copies among `flights`."""
         while self._waiting and self._writes < WRITES:
             if pairs := self._transaction(now):
                 self._writes += 1
-                yield self._flights.begin(HOST, DISK, pairs, drops=self.take_drops())
+                yield flights.begin(HOST, DISK, pairs, drops=self.take_drops())
 
     def take_drops(self) -> tuple[Key, ...]:
         drops, self.drops = tuple(self.drops), []

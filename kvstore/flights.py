@@ -5,7 +5,7 @@ residency.py's; that an entry is read or written is counted in the entry itself 
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvstore.block import Key
@@ -32,19 +32,23 @@ class InFlight:
 
 
 class Flights:
-    """`held`: device blocks that copies hold, how often."""
+    """Of one replica. `held`: device blocks that copies hold, how often. `ids`: new numbers for copies."""
 
-    def __init__(self, pool: DevicePool) -> None:
+    def __init__(self, pool: DevicePool, ids: Iterator[int], replica: int) -> None:
         self.held: Counter[int] = Counter()
         self.spilling = 0  # device blocks on their way down
         self._pool = pool
         self._under_way: dict[int, InFlight] = {}
         self._spills: list[tuple[int, Entry]] = []  # held already, not yet told
-        self._ids = 0
+        self._ids = ids
+        self._replica = replica
 
     def __len__(self) -> int:
         """Copies under way."""
         return len(self._under_way)
+
+    def __contains__(self, copy_id: int) -> bool:
+        return copy_id in self._under_way
 
     @property
     def quiet(self) -> bool:
@@ -83,10 +87,9 @@ class Flights:
         after: int = 0,
     ) -> Copy:
         """A copy of the first of each pair to the second. The caller has marked both. `drops`, `after`: see Copy."""
-        self._ids += 1
         sources = tuple(_place(one, other) for one, other in pairs)
         targets = tuple(_place(other, one) for one, other in pairs)
-        copy = Copy(self._ids, source, target, sources, targets, drops, after)
+        copy = Copy(next(self._ids), source, target, sources, targets, drops, after, self._replica)
         ends = tuple(one for one, _ in pairs), tuple(other for _, other in pairs)
         self._under_way[copy.id] = InFlight(copy, *ends)
         return copy
@@ -141,18 +144,25 @@ class Flights:
 
     # --- invariants -----------------------------------------------------------------------------------------------
 
-    def check(self, entries: Iterable[Entry]) -> None:
-        """Asserts that copies, held blocks and the marks of entries agree. `entries`: all of both shelves."""
-        flights = self._under_way.values()
-        reading = Counter(end for flight in flights for end in flight.sources if isinstance(end, Entry))
-        writing = Counter(end for flight in flights for end in flight.targets if isinstance(end, Entry))
-        writing.update(entry for _, entry in self._spills)
-        for entry in {*entries, *reading, *writing}:
-            assert entry.readers == reading[entry], f"{entry}: readers and copies differ"
-            assert entry.writing == (writing[entry] == 1), f"{entry}: written by {writing[entry]} copies"
-            assert entry.pins >= 0
+    @property
+    def reading(self) -> Counter[Entry]:
+        """How many copies read each entry."""
+        return Counter(
+            end for flight in self._under_way.values() for end in flight.sources if isinstance(end, Entry)
+        )
+
+    @property
+    def writing(self) -> Counter[Entry]:
+        """How many copies, told or about to be, write each entry."""
+        ends = [end for flight in self._under_way.values() for end in flight.targets]
+        return Counter(
+            [*(end for end in ends if isinstance(end, Entry)), *(entry for _, entry in self._spills)]
+        )
+
+    def check(self) -> None:
+        """Asserts that copies and held blocks agree."""
         held = Counter(block for block, _ in self._spills)
-        for flight in flights:
+        for flight in self._under_way.values():
             held.update(end for end in flight.ends if isinstance(end, int))
         assert held == self.held, "copies and held blocks differ"
 

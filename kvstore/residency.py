@@ -1,7 +1,8 @@
-"""Where every block is: the one table of tiers, pins and copies in flight. Pure; the core alone changes it.
+"""Where every block of a replica is: the table of tiers, pins and copies in flight. Pure; the core alone changes it.
 
 The device's books are `pool`, with sequences as holders; a copy that reads or writes a device block holds it too, so
 a slot with a copy in flight is nobody else's (design §4.2). Below it are shelves: host, then disk; either may be off.
+They are all replicas' (below.py).
 
 Here is what the engine asks of it: what is found, saved, fetched, pinned, and what comes of a copy. Decisions leave as
 copies and drops, collected until `take()`; a copy's end comes back through `copied()`. Elsewhere: copies under way
@@ -9,57 +10,34 @@ copies and drops, collected until `take()`; a copy's end comes back through `cop
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
+from kvstore.below import Below
 from kvstore.block import Key
 from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, Drop, Loss, Place, TierUp
-from kvstore.descent import Descent
 from kvstore.device import DevicePool
 from kvstore.flights import End, Flights, InFlight
 from kvstore.shelf import Entry, Shelf
-from kvstore.shelves import Shelves
-from policies.eviction import EVICTIONS, MakeEviction
-from policies.placement import Placement, write_through
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ResidencyConfig:
-    """Sizes in blocks; 0 turns a tier off."""
-
-    host_blocks: int = 0
-    disk_blocks: int = 0
-    copy_blocks: int = 32  # most of one copy
-    transaction_blocks: int = 8  # most of one write to disk
-    spilling_blocks: int = 256  # most on their way down from the device at once
-    queued_blocks: int = 4096  # most that wait for the disk
-    pinned_share: float = 0.5  # of a tier, that waiting snapshots may keep from eviction
 
 
 class Residency:
     def __init__(
         self,
         pool: DevicePool,
-        config: ResidencyConfig,
-        eviction: MakeEviction = EVICTIONS["lru"],
-        placement: Placement = write_through,
+        below: Below,
+        replica: int = 0,
     ) -> None:
         self.pool = pool
-        self.config = config
-        self.shelves = Shelves(config.host_blocks, config.disk_blocks, eviction)
-        self.flights = Flights(pool)
-        self._descent = Descent(
-            self.shelves,
-            self.flights,
-            placement,
-            queued_blocks=config.queued_blocks,
-            transaction_blocks=config.transaction_blocks,
-        )
+        self.below = below
+        self.config = below.config
+        self.shelves = below.shelves
+        self.flights = Flights(pool, below.copy_ids, replica)
+        self._descent = below.descent
         self._unsaved_blocks = 0
         self._fetches: list[Copy] = []
-        self._failures = 0
+        below.join(self.flights)
 
     # --- look-ups: nothing changes --------------------------------------------------------------------------------
 
@@ -94,6 +72,10 @@ class Residency:
         """Whether a block that the device has not is on its way up into the host: worth waiting for."""
         entry = self.host.get(key)
         return entry is not None and entry.writing and key in self.disk
+
+    def readable(self, key: Key) -> bool:
+        """Whether a tier below the device has it."""
+        return self.host.readable(key) is not None or self.disk.readable(key) is not None
 
     def writing(self, key: Key) -> bool:
         """Whether the first copy of a block below the device is still being written."""
@@ -240,7 +222,7 @@ class Residency:
     def copied(self, done: CopyDone, now: float) -> InFlight:
         """A copy has ended: its slots are free of it, what arrived is present, what is lost at its source is gone."""
         flight, lost = self.flights.end(done.id), dict(done.lost)
-        self._failures += bool(lost)
+        self.below.failures += bool(lost)
         for index, source in enumerate(flight.sources):
             self._left(source, lost.get(index))
         for index, target in enumerate(flight.targets):
@@ -277,22 +259,23 @@ class Residency:
 
     # --- tiers and operators --------------------------------------------------------------------------------------
 
-    def use(self, eviction: MakeEviction, placement: Placement) -> None:
-        """Others decide from now on. The same eviction policy as before keeps what it has learned."""
-        self._descent.placement = placement
-        self.shelves.use(eviction)
-
     def tier_down(self, tier: str) -> list[int]:
-        """A tier is out of use: nothing is found in it. Returns the copies that still touch it."""
-        self._failures += 1
+        """A tier is out of use: nothing is found in it. Returns our copies that still touch it.
+
+        Each replica is told; what is shared is changed by the first.
+        """
+        self.below.failures += 1
         self._descent.tier_down(self.shelves.down(tier))
         return self.flights.touching(tier)
 
     def tier_up(self, up: TierUp, now: float) -> None:
-        """A tier that is not memory is in use, with what it holds: once all parts of that have come."""
+        """A tier that is not memory is in use, with what it holds: once all parts of that have come.
+
+        One replica is told, for all.
+        """
         self._descent.drops += self.shelves.load(up, now)
         if not up.more:
-            assert not self.flights.touched(DISK), "a tier is opened when nothing touches it any more"
+            assert not self.below.touched(DISK), "a tier is opened when nothing touches it any more"
             self._descent.disk_up(up.transaction_blocks or self.config.transaction_blocks)
 
     def prune(self, tier: str, blocks: int, now: float) -> None:
@@ -311,7 +294,7 @@ class Residency:
         """Drops blocks that cannot be read. Their children stay, unfound, until these come back or they are evicted."""
         for key in keys:
             if entry := self.shelves.named(tier).get(key):
-                self._failures += 1
+                self.below.failures += 1
                 self._descent.forget(entry)
 
     # --- what is to be done ---------------------------------------------------------------------------------------
@@ -320,7 +303,11 @@ class Residency:
         """What has been decided since the last call, in the order in which it must be carried out."""
         if self.quiet:
             return []
-        told: list[Copy | Drop] = [*self._fetches, *self._spill_copies(), *self._descent.write_down(now)]
+        told: list[Copy | Drop] = [
+            *self._fetches,
+            *self._spill_copies(),
+            *self._descent.write_down(self.flights, now),
+        ]
         self._fetches = []
         if drops := self._descent.take_drops():
             told.append(Drop(DISK, drops))
@@ -338,12 +325,8 @@ class Residency:
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Asserts that all books balance, given the block tables of all sequences."""
         self.pool.check([*tables, *([block] * count for block, count in self.flights.held.items())])
-        self.flights.check([*self.host.entries(), *self.disk.entries()])
-        for shelf in self.shelves:
-            doomed = {entry for entry in self.flights.touched(shelf.name) if entry.doomed}
-            shelf.check([entry.slot for entry in doomed])
-        if not self._failures:
-            self.shelves.check_chains()
+        self.flights.check()
+        self.below.check()
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:

@@ -172,6 +172,10 @@ class Store:
             self._refuse(self._transfers.withdraw())
         self._outbox.tell()
 
+    def put_device(self, replica: int, tier: Tier) -> None:
+        """A replica's device, perhaps in the place of one that was lost: copies queued before still go to that."""
+        self._transfers.put_device(replica, tier)
+
     # --- for operators --------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, TierStats]:

@@ -1,7 +1,7 @@
 """Copies between tiers, on threads of their own: queued, carried out in order, measured.
 
-Lanes: one for copies into the device and one for the others between memories; for each tier of records, one for all
-that changes it (it has one writer, so drops and writes keep their order), one for what reads from it, with several
+Lanes: for each device one for copies into it and one for those out of it; for each tier of records, one for all that
+changes it (it has one writer, so drops and writes keep their order), one for what reads from it, with several
 threads, and one for operators, who may take long. What is copied where, and how much may be on its way, is
 residency.py's; tiers that fail for good are store.py's.
 """
@@ -39,6 +39,7 @@ class Task:
 
     run: Callable[["Task"], None]
     copy: Copy | None = None  # None: it is something else
+    ends: tuple[Tier, ...] = ()  # the tiers that were its source and target when it was queued
     patient: bool = False  # it may take as long as it likes
     queued_at: float = 0.0
     began: float | None = None  # when a thread took it up
@@ -170,7 +171,8 @@ class RecordLanes:
 
 
 class Transfers:
-    """`memories`: tiers that go by slots; those that keep records come by `put_tier`.
+    """`memories`: tiers that go by slots, the first replica's device among them; those of the others come by
+    `put_device`, those that keep records by `put_tier`.
 
     `report` is called once a copy, on the thread that did it; before it `failed`, when a tier raised. Neither raises.
     """
@@ -192,8 +194,19 @@ class Transfers:
         self._measured: dict[tuple[str, str, int], Measured] = {}
         self._totals = {name: Totals() for name in memories}
         self._reading_threads = readers
-        self._up, self._down = (Lane(f"kv {which} copier", 1, clock, self._joins) for which in ("up", "down"))
+        self._devices: dict[int, Tier] = {}
+        self._memory_lanes: dict[int, tuple[Lane, Lane]] = {}  # up and down, by replica
         self._records: dict[str, RecordLanes] = {}
+        self.put_device(0, memories[DEVICE])
+
+    def put_device(self, replica: int, tier: Tier) -> None:
+        """A replica's, perhaps in the place of one that was lost: copies queued before still go to that."""
+        self._devices[replica] = tier
+        if replica not in self._memory_lanes:
+            up, down = (
+                Lane(f"kv {which} copier {replica}", 1, self._clock, self._joins) for which in ("up", "down")
+            )
+            self._memory_lanes[replica] = up, down
 
     def put_tier(self, name: str, tier: Tier) -> None:
         """A tier of records, perhaps in the place of one of the same name that was taken."""
@@ -209,7 +222,8 @@ class Transfers:
 
     def submit(self, copy: Copy) -> Task:
         """Queues a copy. Never blocks."""
-        task = Task(self._carry_out, copy, blocks=len(copy.sources))
+        ends = self._tier(copy.source, copy.replica), self._tier(copy.target, copy.replica)
+        task = Task(self._carry_out, copy, ends, blocks=len(copy.sources))
         self._lane(copy).put(task)
         return task
 
@@ -225,28 +239,27 @@ class Transfers:
         """Takes these out of the queues (None: all). Those that were still there: they touch nothing, nor report."""
         return [task for lane in self._lanes() for task in lane.withdraw(tasks)]
 
+    def _tier(self, name: str, replica: int) -> Tier:
+        return self._devices[replica] if name == DEVICE else self.tiers[name]
+
     def _lanes(self) -> list[Lane]:
-        return [self._up, self._down, *(lane for lanes in self._records.values() for lane in lanes.all)]
+        memory = (lane for lanes in self._memory_lanes.values() for lane in lanes)
+        return [*memory, *(lane for lanes in self._records.values() for lane in lanes.all)]
 
     def _lane(self, copy: Copy) -> Lane:
         if copy.target in self._records:
             return self._records[copy.target].writer
         if copy.source in self._records:
             return self._records[copy.source].readers
-        return self._up if copy.target == DEVICE else self._down
+        up, down = self._memory_lanes[copy.replica]
+        return up if copy.target == DEVICE else down
 
     def _joins(self, task: Task, other: Task) -> bool:
         """Small copies along one route, none of which drops anything that the ones before it may write."""
-        first, then = task.copy, other.copy
-        if (
-            first is None
-            or then is None
-            or then.drops
-            or (first.source, first.target) != (then.source, then.target)
-        ):
+        if task.copy is None or other.copy is None or other.copy.drops or task.ends != other.ends:
             return False
         blocks = task.blocks + other.blocks
-        target = self.tiers[first.target]
+        target = task.ends[1]
         most = getattr(target, "transaction_blocks", blocks)
         return blocks <= most and blocks * target.block_bytes <= JOINED_BYTES
 
@@ -255,7 +268,7 @@ class Transfers:
         assert began is not None
         whole = _joined(copies)
         try:
-            losses = self._copy(whole)
+            losses = _copy(whole, *task.ends)
         except Exception as error:  # noqa: BLE001 (whatever a tier raises, the core must hear that the copy has ended)
             losses = [Loss.IO] * len(whole.sources)
             for copy in copies:
@@ -280,29 +293,6 @@ class Transfers:
             at += count
             self._measure(copy, done)
             self._report(each, done)
-
-    def _copy(self, copy: Copy) -> Sequence[Loss | None]:
-        source, target = self.tiers[copy.source], self.tiers[copy.target]
-        if isinstance(source, MemoryTier) and isinstance(target, MemoryTier):
-            source.copy_to(target, copy.sources, copy.targets)
-            return ()
-        if into := _buffers(target, copy.targets):
-            return source.read(copy.sources, into)
-        if data := _buffers(source, copy.sources):
-            return target.write(copy.targets, data, copy.drops)
-        return self._bounce(copy, source, target)
-
-    def _bounce(self, copy: Copy, source: Tier, target: Tier) -> Sequence[Loss | None]:
-        """Between two tiers that lend nothing: through memory of our own."""
-        staging = [np.empty(source.block_bytes, dtype=np.uint8) for _ in copy.sources]
-        losses = list(source.read(copy.sources, staging))
-        whole = [index for index, loss in enumerate(losses) if loss is None]
-        written = target.write(
-            [copy.targets[index] for index in whole], [staging[index] for index in whole], copy.drops
-        )
-        for index, loss in zip(whole, written, strict=True):
-            losses[index] = loss
-        return losses
 
     # --- figures --------------------------------------------------------------------------------------------------
 
@@ -335,6 +325,29 @@ class Transfers:
             lane.shut()
         ended = [lane.join(deadline) for lane in self._lanes()]
         return all(ended)
+
+
+def _copy(copy: Copy, source: Tier, target: Tier) -> Sequence[Loss | None]:
+    if isinstance(source, MemoryTier) and isinstance(target, MemoryTier):
+        source.copy_to(target, copy.sources, copy.targets)
+        return ()
+    if into := _buffers(target, copy.targets):
+        return source.read(copy.sources, into)
+    if data := _buffers(source, copy.sources):
+        return target.write(copy.targets, data, copy.drops)
+    return _bounce(copy, source, target)
+
+
+def _bounce(copy: Copy, source: Tier, target: Tier) -> Sequence[Loss | None]:
+    """Between two tiers that lend nothing: through memory of our own."""
+    staging = [np.empty(source.block_bytes, dtype=np.uint8) for _ in copy.sources]
+    losses = list(source.read(copy.sources, staging))
+    whole = [index for index, loss in enumerate(losses) if loss is None]
+    places = [copy.targets[index] for index in whole]
+    written = target.write(places, [staging[index] for index in whole], copy.drops)
+    for index, loss in zip(whole, written, strict=True):
+        losses[index] = loss
+    return losses
 
 
 def _copies(task: Task) -> list[Copy]:

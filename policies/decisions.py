@@ -11,6 +11,9 @@ class Kind(StrEnum):
     PREEMPTED = "preempted"
     SAVED_AHEAD = "saved_ahead"  # it runs, but is likely to be preempted soon
     SPARED = "spared"  # it lacks blocks, but waits for somebody's end rather than preempt
+    PLACED = "placed"  # at a replica
+    MIGRATED = "migrated"  # to another replica
+    STAYED = "stayed"  # a migration failed: it goes on where it was
     RESUMED = "resumed"  # its KV is on the device again
     LOAD_FAILED = "load_failed"
     REPRIORITISED = "reprioritised"  # an operator wants it to be more urgent, or less

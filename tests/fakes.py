@@ -115,24 +115,31 @@ class ScriptedRunner:
 
 
 class ScriptedStore:
-    """Tiers below a ScriptedRunner's pool. A copy takes no effect until `end`; its slots must be left alone till then.
+    """Tiers below the pools of ScriptedRunners, one a replica. A copy takes no effect until `end`; its slots must be left
+    alone till then.
 
     From its beginning on a copy's target holds garbage; at its end the source must hold what it held at the beginning,
     but for records of the disk that were dropped meanwhile.
     """
 
-    def __init__(self, runner: ScriptedRunner) -> None:
-        self.under_way: list[tuple[Copy, list[Content | None]]] = []
+    def __init__(self, *runners: ScriptedRunner) -> None:
+        self.under_way: list[tuple[Copy, ScriptedRunner, list[Content | None]]] = []
         self.ended: list[Copy] = []
         self.host: dict[int, Content] = {}
         self.disk: dict[Key, Content] = {}
         self.seconds = 0.001  # that a copy says to have taken
-        self._runner = runner
+        self._runners = list(runners)
+
+    def put_device(self, replica: int, runner: ScriptedRunner) -> None:
+        self._runners[replica] = runner
 
     def begin(self, copy: Copy) -> None:
-        self.under_way.append((copy, [self._get(copy.source, place) for place in copy.sources]))
+        runner = self._runners[copy.replica]
+        self.under_way.append(
+            (copy, runner, [self._get(copy.source, place, runner) for place in copy.sources])
+        )
         for place in copy.targets:
-            self._put(copy.target, place, None)
+            self._put(copy.target, place, None, runner)
 
     def drop(self, drop: Drop) -> None:
         for key in drop.keys:
@@ -142,7 +149,7 @@ class ScriptedStore:
         self, which: int = 0, lost: Callable[[Copy, Place], Loss | None] = lambda copy, place: None
     ) -> CopyDone:
         """Ends the copy `which` of those under way. Blocks for which `lost` says why do not arrive."""
-        copy, contents = self.under_way.pop(which)
+        copy, runner, contents = self.under_way.pop(which)
         self.ended.append(copy)
         losses: list[tuple[int, Loss]] = []
         for key in copy.drops:
@@ -150,7 +157,7 @@ class ScriptedStore:
         for index, (source, target, before) in enumerate(
             zip(copy.sources, copy.targets, contents, strict=True)
         ):
-            content = self._get(copy.source, source)
+            content = self._get(copy.source, source, runner)
             gone = copy.source == DISK and content is None
             assert gone or content == before, f"{source} changed while it was copied"
             assert content is not None or copy.source == DISK, (
@@ -160,17 +167,17 @@ class ScriptedStore:
             if reason is not None:
                 losses.append((index, reason))
             else:
-                self._put(copy.target, target, content)
+                self._put(copy.target, target, content, runner)
         return CopyDone(copy.id, tuple(losses), seconds=self.seconds)
 
-    def _get(self, tier: str, place: Place) -> Content | None:
+    def _get(self, tier: str, place: Place, runner: ScriptedRunner) -> Content | None:
         if tier == DEVICE:
-            return self._runner.block(place.slot)[: place.tokens]
+            return runner.block(place.slot)[: place.tokens]
         return self.host.get(place.slot) if tier == HOST else self.disk.get(place.key)
 
-    def _put(self, tier: str, place: Place, content: Content | None) -> None:
+    def _put(self, tier: str, place: Place, content: Content | None, runner: ScriptedRunner) -> None:
         if tier == DEVICE:
-            self._runner.fill(place.slot, content)
+            runner.fill(place.slot, content)
         elif tier == HOST:
             self.host.pop(place.slot, None)
             if content is not None:

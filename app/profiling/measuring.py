@@ -158,7 +158,7 @@ def _between(parts: Parts, step_seconds: Timer, note: Note) -> Between:
 
 async def _gaps(parts: Parts, step_seconds: Timer, note: Note) -> list[tuple[float, float]]:
     """(rows, median seconds of a step beyond the step alone)."""
-    engine = Engine(parts.core, parts.worker, exact=parts.exact, store=parts.store, clock=time.perf_counter)
+    engine = Engine(parts.fleet, parts.workers, exact=parts.exact, store=parts.store, clock=time.perf_counter)
     found = []
     for rows in BETWEEN_ROWS:
         if rows > parts.core.config.scheduler.max_sequences:

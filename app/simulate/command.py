@@ -22,6 +22,7 @@ from app.workload.formats import DRAWN, detect, load
 from app.workload.playing import Playing
 from app.workload.trace import TraceError, TraceRequest
 from app.workload.transform import CannotTransform
+from engine.fleet import FleetConfig
 from engine.policy_set import Catalog
 from engine.profile import Profile, ProfileError, read_profile
 from engine.simulation import Simulation, Tick
@@ -118,7 +119,9 @@ def _play(
     workload = TraceWorkload(trace, core.context, lengths_known=options.lengths_known)
     begun = time.perf_counter()
     catalog = Catalog(load_plugins(config.policies))
-    simulation = Simulation(core, profile, workload, catalog=catalog, on_tick=_watch(progress, task))
+    simulation = Simulation(
+        FleetConfig.of(core), profile, workload, catalog=catalog, on_tick=_watch(progress, task)
+    )
     outcome = simulation.run()
     wall = time.perf_counter() - begun
     progress.update(task, completed=len(outcome.served), state="")

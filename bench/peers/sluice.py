@@ -48,8 +48,8 @@ class InProcess:
 
     async def _start(self) -> Engine:
         engine = Engine(
-            self._parts.core,
-            self._parts.worker,
+            self._parts.fleet,
+            self._parts.workers,
             exact=self._parts.exact,
             store=self._parts.store,
             clock=time.perf_counter,

@@ -23,8 +23,9 @@ from app.served import Model, Served
 from app.server import application, listen
 from app.service_classes import Classes, ClassTable
 from engine.chat_template import ChatTemplateError
-from engine.core import Core, CoreConfig
+from engine.core import CoreConfig
 from engine.engine import Engine
+from engine.fleet import Fleet, FleetConfig
 from engine.model.generation import GenerationDefaults
 from engine.plan import Plan
 from engine.policy_set import Catalog, PolicyConfig
@@ -65,6 +66,9 @@ class GatedWorker:
 
     def start(self, report: Report) -> None:
         self._report = report
+
+    def abandon(self) -> None:
+        self.stopped = True
 
     def submit(self, plan: Plan) -> None:
         task = asyncio.ensure_future(self._run(plan))
@@ -147,9 +151,10 @@ async def rig(
         policies=policies or UNFORESEEN_POLICIES,
     )
     catalog = Catalog(plugins)
-    core = Core(CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,)), VOCABULARY, catalog)
+    core = CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,))
+    fleet = Fleet(FleetConfig.of(core), VOCABULARY, catalog)
     worker = GatedWorker(ScriptedRunner(script or saying(STORY), block_size=16, max_sequences=max_sequences))
-    engine = Engine(core, worker, exact=True)
+    engine = Engine(fleet, [worker], exact=True)
     model = Model(
         "otter",
         ByteTokenizer(),
@@ -165,7 +170,7 @@ async def rig(
     metrics = Metrics(
         "otter",
         block_size=16,
-        kv_blocks=blocks,
+        kv_blocks=[blocks],
         context=served.context,
         victims=catalog.names("victim"),
         classes=served.classes.tables,
@@ -181,4 +186,4 @@ async def rig(
             engine.stop()
     if engine.failure is None:
         assert not engine.requests(), "a request outlived its client"
-        core.check()
+        fleet.check()

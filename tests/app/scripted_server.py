@@ -11,7 +11,8 @@ from app.logging import logging_to
 from app.process import run
 from app.served import Model
 from app.serving import Parts
-from engine.core import Core, CoreConfig
+from engine.core import CoreConfig
+from engine.fleet import Fleet, FleetConfig
 from engine.model.generation import GenerationDefaults
 from engine.plan import Launched, Plan
 from engine.scheduler import SchedulerConfig
@@ -30,12 +31,13 @@ class ObedientRunner(ScriptedRunner):
 
 def main() -> int:
     scheduler = SchedulerConfig(block_size=16, blocks=64, max_batch_tokens=256, max_sequences=4)
-    core = Core(CoreConfig(scheduler, model_context=256, max_queue=4, eos_token_ids=(EOS,)), VOCABULARY)
+    core = CoreConfig(scheduler, model_context=256, max_queue=4, eos_token_ids=(EOS,))
+    fleet = Fleet(FleetConfig.of(core), VOCABULARY)
     runner = ObedientRunner(saying(STORY), block_size=16, max_sequences=4)
     model = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1)
     config = Config(server=ServerSection(port=0, drain_seconds=3600.0), log=LogSection(format="json"))
     with bind("127.0.0.1", 0) as listener, logging_to(sys.stderr, config.log):
-        return run(Parts(config, model, core, QueueWorker(runner), exact=True), listener)
+        return run(Parts(config, model, fleet, [QueueWorker(runner)], exact=True), listener)
 
 
 if __name__ == "__main__":

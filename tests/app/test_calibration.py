@@ -10,9 +10,9 @@ from engine.model.loading import Loaded, load_model
 from engine.plan import Plan, StepResult
 from engine.runner import BlockTables
 from engine.scheduler import SchedulerConfig
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, HOST
 from kvstore.memory import MemoryTier, host_tier, pool_tier
-from kvstore.residency import ResidencyConfig
 from policies.cost import CopySample, CostModel, StepSample
 from tests.engine.models import BLOCK, CPU, SHIPPED, greedy, random_tokens, runner_for
 

@@ -165,7 +165,7 @@ async def test_tier_metrics_tell_what_was_saved_found_and_copied(tmp_path: Path)
         await server.asked(prompt=PROMPT)
         await until_quiet(server)
         blocks = len(server.engine.core.scheduler.residency.disk)
-        size = tier_bytes(server.engine.core, server.engine.block_bytes)["disk"][2]
+        size = tier_bytes(server.engine.fleet, server.engine.block_bytes)["disk"][2]
         for kind in ("used", "capacity"):
             assert await server.metric("sluice:kv_tier_bytes", tier="device", kind=kind) >= size
             assert await server.metric("sluice:kv_tier_bytes", tier="host", kind=kind) >= size

@@ -10,7 +10,8 @@ from app.lag import measured_lag
 from app.memory import NotEnoughMemory, free_cpu_bytes, kv_blocks
 from app.served import Model
 from app.serving import Parts, serving
-from engine.core import Core, CoreConfig
+from engine.core import CoreConfig
+from engine.fleet import Fleet, FleetConfig
 from engine.model.generation import GenerationDefaults
 from engine.plan import Sampling
 from engine.policy_set import PolicyConfig
@@ -48,18 +49,19 @@ def test_free_memory_is_a_plausible_number() -> None:
 async def test_a_recording_of_a_live_run_replays_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     scheduler = SchedulerConfig(16, 24, 64, 4, policies=PolicyConfig(parameters=UNFORESEEN))
-    core = Core(CoreConfig(scheduler, model_context=256, max_queue=8, eos_token_ids=(EOS,)), VOCABULARY)
+    core = CoreConfig(scheduler, model_context=256, max_queue=8, eos_token_ids=(EOS,))
+    fleet = Fleet(FleetConfig.of(core), VOCABULARY)
     worker = QueueWorker(ScriptedRunner(saying(STORY), block_size=16, max_sequences=4))
     steps = asyncio.ensure_future(asyncio.to_thread(worker.run_forever))
     model = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1)
     config = Config(engine=EngineSection(record=str(path)))
-    async with serving(Parts(config, model, core, worker, exact=True)) as (engine, _):
+    async with serving(Parts(config, model, fleet, [worker], exact=True)) as (engine, _):
         requests = [Request(f"r{i}", (i,) * 40, Sampling(), Stopping(120)) for i in range(4)]
         streams = [engine.submit(request) for request in requests]
         for stream in streams:
             assert sum([len(delta.token_ids) async for delta in stream]) == 120
     await steps
-    assert core.scheduler.counts.preemptions > 0
+    assert fleet.cores[0].scheduler.counts.preemptions > 0
     assert await asyncio.to_thread(replay, path, VOCABULARY) > 120
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from engine.checkpoint import CheckpointConfig
+from engine.common import Common
 from engine.core import Core, CoreConfig
 from engine.events import (
     Account,
@@ -29,8 +30,8 @@ from engine.plan import Launched, Sampling
 from engine.policy_set import Catalog, PolicyConfig
 from engine.request import Delta, Finished, FinishReason, Request, ServiceClass, Stopping
 from engine.scheduler import SchedulerConfig
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DISK, Copy, CopyDone, Drop, Loss, Place, TierDown, TierUp
-from kvstore.residency import ResidencyConfig
 from policies.cost import CopySample, StepSample
 from tests.fakes import Script, ScriptedRunner, ScriptedStore, hashed
 
@@ -94,6 +95,10 @@ def request(
     return Request(id, tuple(prompt), sampling, stopping, n=n, salt=salt)
 
 
+def core_of(config: CoreConfig, catalog: Catalog | None = None) -> Core:
+    return Core(config, VOCABULARY, Common(config.scheduler.policies, config.scheduler.residency, catalog))
+
+
 class Driver:
     """Feeds events, runs steps in order, keeps what came out, and checks the books after every event.
 
@@ -112,7 +117,7 @@ class Driver:
         catalog: Catalog | None = None,
     ) -> None:
         config = replace(config, scheduler=replace(config.scheduler, calibration=calibration))
-        self.core = Core(config, VOCABULARY, catalog)
+        self.core = core_of(config, catalog)
         self.runner = ScriptedRunner(
             script or hashed(98),
             block_size=config.scheduler.block_size,

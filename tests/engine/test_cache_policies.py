@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from engine.policy_set import Catalog, PolicyConfig
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST
-from kvstore.residency import ResidencyConfig
 from tests.engine.driving import UNFORESEEN, Driver, core_config, request
 from tests.engine.test_tiers import PROMPT, routes, run
 

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.policy_set import PolicyConfig
-from kvstore.residency import ResidencyConfig
+from kvstore.below import ResidencyConfig
 from policies.cost import StepSample
 from policies.decisions import Kind
 from tests.engine.driving import UNFORESEEN, Driver, core_config, request

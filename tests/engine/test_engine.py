@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from engine.core import Core
 from engine.engine import Engine
 from engine.events import Cancelled
+from engine.fleet import Fleet, FleetConfig
 from engine.plan import Launched, Plan, StepResult
 from engine.recording import Difference, FileRecorder, RecordingError, header, replay
 from engine.records import StepRecord
@@ -19,8 +19,9 @@ from engine.request import EngineDead, Finished, FinishReason, QueueFull, Refuse
 from engine.stream import Stream
 from engine.tiers_below import Store
 from engine.worker import QueueWorker, ThreadWorker
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DISK, Copy, CopyDone, Drop, Loss, Place, TierDown, TierUp
-from kvstore.residency import ResidencyConfig
+from kvstore.tier import Tier
 from tests.engine.driving import VOCABULARY, Driver, core_config, request
 from tests.fakes import ScriptedRunner, hashed
 
@@ -64,15 +65,16 @@ async def running(
     store: Store | None = None,
     **config: Any,
 ) -> AsyncIterator[Engine]:
-    core = Core(core_config(**config), VOCABULARY)
+    fleet = Fleet(FleetConfig.of(core_config(**config)), VOCABULARY)
     fake = runner(hashed(98), block_size=4, max_sequences=8)
     overlap = config.get("max_outstanding", 1) > 1
-    engine = Engine(core, ThreadWorker(fake, overlap=overlap), exact=True, store=store, recorder=recorder)
+    worker = ThreadWorker(fake, overlap=overlap)
+    engine = Engine(fleet, [worker], exact=True, store=store, recorder=recorder)
     try:
         yield engine
     finally:
         await asyncio.to_thread(engine.stop)
-    core.check()
+    fleet.check()
 
 
 async def read(stream: Stream) -> tuple[int, ...]:
@@ -182,7 +184,7 @@ def test_a_step_may_end_after_its_loop_has_closed() -> None:
     worker = QueueWorker(runner)
 
     async def serve() -> None:
-        engine = Engine(Core(core_config(), VOCABULARY), worker, exact=True)
+        engine = Engine(Fleet(FleetConfig.of(core_config()), VOCABULARY), [worker], exact=True)
         await anext(engine.submit(request("a", [1], max_tokens=30)))
         assert not await engine.drain(0)
         engine.stop()
@@ -232,7 +234,7 @@ async def test_observers_see_every_step_and_every_end() -> None:
 async def test_a_recorded_run_replays_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     async with (
-        FileRecorder().writing(path, core_config(blocks=20)) as recorder,
+        FileRecorder().writing(path, FleetConfig.of(core_config(blocks=20))) as recorder,
         running(recorder=recorder, blocks=20) as engine,
     ):
         asked = [request(f"r{i}", range(i, i + 5), max_tokens=20, seed=i) for i in range(12)]
@@ -263,6 +265,9 @@ class Reporting:
     def drop(self, drop: Drop) -> None:
         pass
 
+    def put_device(self, replica: int, tier: Tier) -> None:
+        raise AssertionError("no replica is started again")
+
     def block_bytes(self, tier: str) -> int:
         return 1
 
@@ -278,7 +283,7 @@ async def test_a_large_tier_comes_up_in_parts_between_which_others_come_and_repl
     below = ResidencyConfig(disk_blocks=20)
     config = core_config(blocks=20, residency=below)
     async with (
-        FileRecorder().writing(path, config) as recorder,
+        FileRecorder().writing(path, FleetConfig.of(config)) as recorder,
         running(recorder=recorder, store=store, blocks=20, residency=below) as engine,
     ):
         engine.on_tier.append(lambda *told: news.put_nowait(told))
@@ -311,7 +316,8 @@ async def test_a_large_tier_comes_up_in_parts_between_which_others_come_and_repl
 
 async def test_the_event_that_kills_the_core_is_recorded(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    async with FileRecorder().writing(path, core_config()) as recorder, running(recorder=recorder) as engine:
+    config = FleetConfig.of(core_config())
+    async with FileRecorder().writing(path, config) as recorder, running(recorder=recorder) as engine:
         with pytest.raises(AssertionError):
             engine.submit(request("a", []))
         assert isinstance(await engine.dead, AssertionError)
@@ -322,7 +328,10 @@ async def test_the_event_that_kills_the_core_is_recorded(tmp_path: Path) -> None
 async def test_a_recording_ends_when_its_disk_fails(tmp_path: Path) -> None:
     """Even with the line that says so waiting for room behind those that cannot be written."""
     recorder = FileRecorder(limit=1)
-    async with asyncio.timeout(60), recorder.writing(tmp_path / "none" / "run.jsonl", core_config()):
+    async with (
+        asyncio.timeout(60),
+        recorder.writing(tmp_path / "none" / "run.jsonl", FleetConfig.of(core_config())),
+    ):
         recorder.record(0.0, Cancelled("nobody"), [])
     assert isinstance(recorder.failure, FileNotFoundError)
 
@@ -330,7 +339,7 @@ async def test_a_recording_ends_when_its_disk_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["hello", "7", '[0.0, "Nothing", {}, []]', '[0.0, "Cancelled", 7, []]'])
 def test_a_line_that_is_no_event_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    path.write_bytes(header(core_config()) + b"\n" + line.encode() + b"\n")
+    path.write_bytes(header(FleetConfig.of(core_config())) + b"\n" + line.encode() + b"\n")
     with pytest.raises(RecordingError, match="line 2"):
         replay(path, VOCABULARY)
 

@@ -18,6 +18,7 @@ import pytest
 from engine.checkpoint import CheckpointConfig
 from engine.core import Core, CoreConfig
 from engine.engine import Engine
+from engine.fleet import Fleet, FleetConfig
 from engine.model.loading import Loaded
 from engine.plan import Sampling
 from engine.policy_set import PolicyConfig
@@ -27,11 +28,11 @@ from engine.request import Finished, Request, Stopping
 from engine.runner import ModelRunner
 from engine.scheduler import SchedulerConfig
 from engine.worker import ThreadWorker
+from kvstore.below import ResidencyConfig
 from kvstore.block import Key
 from kvstore.copies import DEVICE, DISK, HOST, Loss, Place, TierUp
 from kvstore.disk import DiskTier
 from kvstore.memory import host_tier, pool_tier
-from kvstore.residency import ResidencyConfig
 from kvstore.store import Opened, Store
 from kvstore.tier import Buffer, Tier
 from tests.engine.driving import UNFORESEEN
@@ -159,15 +160,15 @@ async def outcome(
         checkpoint=CheckpointConfig(every_tokens=BLOCK),
     )
     config = CoreConfig(scheduler, loaded.config.max_positions, max_queue=100)
-    core = Core(config, (b"x",) * loaded.config.vocab_size)
+    fleet = Fleet(FleetConfig.of(config), (b"x",) * loaded.config.vocab_size)
     runner = runner_for(loaded, kv_blocks=blocks, max_sequences=MAX_SEQUENCES)
     steps: list[StepRecord] = []
     ends: list[Finished] = []
     answers: dict[str, tuple[int, ...]] = {}
     await asyncio.to_thread(directory.mkdir, exist_ok=True)
     async with store_for(runner, below, directory / "kv") as (store, memories):
-        async with FileRecorder().writing(directory / "recording.jsonl", config) as recorder:
-            engine = Engine(core, ThreadWorker(runner), exact=runner.exact, recorder=recorder, store=store)
+        async with FileRecorder().writing(directory / "recording.jsonl", fleet.config) as recorder:
+            engine = Engine(fleet, [ThreadWorker(runner)], exact=runner.exact, recorder=recorder, store=store)
             engine.on_step.append(steps.append)
             engine.on_finished.append(ends.append)
             try:
@@ -177,7 +178,8 @@ async def outcome(
                 assert await engine.drain(30)
             finally:
                 await asyncio.to_thread(engine.stop)
-        core.check()
+        fleet.check()
+        core = fleet.cores[0]
         assert core.idle
         assert core.scheduler.residency.quiet
         assert core.scheduler.pool.held == 0

@@ -9,8 +9,8 @@ from app.policy_metrics import PolicyMetrics
 from engine.policy_set import PolicyConfig
 from engine.records import StepAccounts
 from engine.sequence import State
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST
-from kvstore.residency import ResidencyConfig
 from policies.decisions import Kind
 from tests.engine.driving import UNFORESEEN, Driver, core_config, request
 from tests.engine.test_core import expected_tokens
@@ -46,7 +46,7 @@ def owed_at_the_first_preemption(made: Driver) -> int:
         made.copies()
         assert not made.store.under_way
         assert made.step()
-        begun = sum(len(copy.sources) for copy, _ in made.store.under_way if copy.source == DEVICE)
+        begun = sum(len(copy.sources) for copy, *_ in made.store.under_way if copy.source == DEVICE)
     return begun
 
 

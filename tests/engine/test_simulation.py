@@ -8,7 +8,8 @@ import pytest
 
 from engine.checkpoint import CheckpointConfig
 from engine.core import CoreConfig
-from engine.events import Event, Instruction
+from engine.events import Event
+from engine.fleet import FleetConfig, Told
 from engine.plan import Sampling
 from engine.policy_set import PolicyConfig
 from engine.profile import Between, Profile, ProfileError, Transfer
@@ -18,8 +19,8 @@ from engine.scheduler import SchedulerConfig
 from engine.simulated_lanes import SimulatedLanes
 from engine.simulation import EOS, Job, Outcome, Simulation, Step
 from engine.step_time import CurveTime
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST, Copy, Place
-from kvstore.residency import ResidencyConfig
 from tests.engine.driving import UNFORESEEN
 
 TRANSFERS = {
@@ -93,7 +94,7 @@ def config(
 
 
 def run(jobs: Jobs, core: CoreConfig | None = None, profile: Profile = PROFILE, **options: Any) -> Outcome:
-    return Simulation(core or config(), profile, jobs, **options).run()
+    return Simulation(FleetConfig.of(core or config()), profile, jobs, **options).run()
 
 
 def test_a_lone_request_takes_what_the_profile_says() -> None:
@@ -144,8 +145,8 @@ def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
     def recorded() -> tuple[bytes, Outcome]:
         lines: list[bytes] = []
 
-        def record(now: float, event: Event, instructions: list[Instruction]) -> None:
-            lines.append(line(now, event, instructions))
+        def record(now: float, event: Event, told: list[Told]) -> None:
+            lines.append(line(now, event, told))
 
         core = config(residency=residency, resume=resume)
         return b"\n".join(lines), run(workload(), core, recorder=record)

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine.policy_set import PolicyConfig
 from engine.request import Request
 from engine.sequence import State
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST, Loss
-from kvstore.residency import ResidencyConfig
 from policies.eviction import EVICTIONS
 from policies.order import ORDERS
 from policies.placement import PLACEMENTS
@@ -275,7 +275,7 @@ def test_a_slot_that_a_hung_copy_may_still_write_is_nobodys() -> None:
     driver.prune(DEVICE)
     driver.prompt_copies = False
     driver.arrive(request("b", PROMPT, max_tokens=4))
-    targets = {place.slot for copy, _ in driver.store.under_way for place in copy.targets}
+    targets = {place.slot for copy, *_ in driver.store.under_way for place in copy.targets}
     driver.cancel("b")
     driver.tier_down()
     driver.arrive(*(request(f"c{i}", [i] * 20, max_tokens=30) for i in range(8)))
@@ -426,8 +426,8 @@ class Store(RuleBasedStateMachine):
         if under_way:
             chosen = under_way[which % len(under_way)][0]
             if chosen.target == DISK:
-                chosen = next(copy for copy, _ in under_way if copy.target == DISK)
-            self.driver.copy([copy for copy, _ in under_way].index(chosen))
+                chosen = next(copy for copy, *_ in under_way if copy.target == DISK)
+            self.driver.copy([copy for copy, *_ in under_way].index(chosen))
 
     @rule(tier=st.sampled_from([DEVICE, HOST, DISK]), blocks=st.integers(0, 4))
     def prune(self, tier: str, blocks: int) -> None:
@@ -442,7 +442,7 @@ class Store(RuleBasedStateMachine):
     @rule()
     def disk_heals(self) -> None:
         under_way = self.driver.store.under_way
-        while those := [i for i, (copy, _) in enumerate(under_way) if DISK in (copy.source, copy.target)]:
+        while those := [i for i, (copy, *_) in enumerate(under_way) if DISK in (copy.source, copy.target)]:
             self.end(those[0])
         self.driver.store.disk.clear()
         self.driver.tier_up()

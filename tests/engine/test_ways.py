@@ -11,8 +11,8 @@ import pytest
 from engine.events import Resumed
 from engine.policy_set import PolicyConfig
 from engine.sequence import Sequence, State
+from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST, Loss
-from kvstore.residency import ResidencyConfig
 from policies.cost import CopySample, StepSample
 from policies.decisions import Kind
 from policies.pricing import RECOMPUTE, RELOAD, Standing, ways
@@ -73,7 +73,7 @@ def test_a_split_computes_its_head_and_loads_the_rest(load_first: bool, max_outs
     assert sequence.state is State.RUNNING
     assert sequence.head_end >= 4
     head = sequence.head_end
-    loads = [copy for copy, _ in made.store.under_way if copy.target == DEVICE]
+    loads = [copy for copy, *_ in made.store.under_way if copy.target == DEVICE]
     assert sum(len(copy.sources) for copy in loads) >= 1
     if load_first:
         made.copies()
@@ -134,7 +134,7 @@ def test_a_tier_that_goes_down_under_a_split_costs_only_time() -> None:
     made.prune(HOST)
     while not sequence.head_end:
         assert made.step() or made.copy()
-    if any(copy.source == DISK for copy, _ in made.store.under_way):
+    if any(copy.source == DISK for copy, *_ in made.store.under_way):
         made.tier_down()
         assert sequence.state is State.WAITING
     made.finish()

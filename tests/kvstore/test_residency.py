@@ -7,10 +7,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvstore.below import Below, ResidencyConfig
 from kvstore.block import Key, extend_keys
 from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, Drop, Loss, Place, TierUp
 from kvstore.device import DevicePool
-from kvstore.residency import Residency, ResidencyConfig
+from kvstore.residency import Residency
 from kvstore.shelf import Entry, Shelf
 from policies.eviction import EVICTIONS, Scored, lru
 from policies.placement import PLACEMENTS
@@ -23,6 +24,10 @@ def chain(family: int, length: int) -> list[Key]:
     keys: list[Key] = []
     extend_keys(keys, b"root%d" % family, list(range(length * SIZE)), SIZE)
     return keys
+
+
+def residency_of(config: ResidencyConfig, eviction: str = "lru") -> Residency:
+    return Residency(DevicePool(8), Below(config, EVICTIONS[eviction], PLACEMENTS["write_through"]))
 
 
 class Holder:
@@ -54,7 +59,9 @@ class Table(RuleBasedStateMachine):
     )
     def start(self, eviction: str, placement: str, host: int, disk: int) -> None:
         config = ResidencyConfig(host, disk, 3, 2, 8, 6, 0.5)
-        self.residency = Residency(DevicePool(BLOCKS), config, EVICTIONS[eviction], PLACEMENTS[placement])
+        self.residency = Residency(
+            DevicePool(BLOCKS), Below(config, EVICTIONS[eviction], PLACEMENTS[placement])
+        )
         self.holders: list[Holder] = []
         self.loads: list[list[int]] = []  # tables that fetches fill
         self.pinned: list[list[Entry]] = []
@@ -67,7 +74,7 @@ class Table(RuleBasedStateMachine):
 
     @rule(eviction=st.sampled_from(sorted(EVICTIONS)), placement=st.sampled_from(sorted(PLACEMENTS)))
     def switch(self, eviction: str, placement: str) -> None:
-        self.residency.use(EVICTIONS[eviction], PLACEMENTS[placement])
+        self.residency.below.use(EVICTIONS[eviction], PLACEMENTS[placement])
 
     def carry_out(self) -> None:
         self.now += 1.0
@@ -255,7 +262,7 @@ def test_what_is_being_written_is_not_read_and_what_is_read_does_not_leave() -> 
 
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "cost"])
 def test_children_leave_before_their_parents(eviction: str) -> None:
-    residency = Residency(DevicePool(8), ResidencyConfig(host_blocks=6), EVICTIONS[eviction])
+    residency = residency_of(ResidencyConfig(host_blocks=6), eviction)
     holder = Holder(residency, chain(0, 6))
     residency.save(holder.places(), 0.0)
     for told in residency.take(0.0):
@@ -273,7 +280,7 @@ def test_what_came_in_parts_leaves_children_first_and_beyond_the_capacity_is_dro
     places = [
         place(key, parent, depth) for depth, (parent, key) in enumerate(zip([b"", *keys], keys, strict=False))
     ]
-    residency = Residency(DevicePool(8), ResidencyConfig(disk_blocks=9))
+    residency = residency_of(ResidencyConfig(disk_blocks=9))
     dropped: list[Key] = []
     for now, part in enumerate(TierUp(DISK, tuple(places), capacity_blocks=4).parts(most)):
         assert not residency.disk.up
@@ -290,7 +297,7 @@ def test_what_came_in_parts_leaves_children_first_and_beyond_the_capacity_is_dro
 
 def test_a_drop_never_follows_the_write_of_the_same_block() -> None:
     """Evicted and written again within one event: the drop leaves first, or in the same transaction before it."""
-    residency = Residency(DevicePool(8), ResidencyConfig(disk_blocks=2, transaction_blocks=2))
+    residency = residency_of(ResidencyConfig(disk_blocks=2, transaction_blocks=2))
     residency.tier_up(TierUp(DISK, ()), 0.0)
     first, second = Holder(residency, chain(0, 2)), Holder(residency, chain(1, 2))
     for holder in (first, second, first, second):

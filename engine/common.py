@@ -1,0 +1,43 @@
+"""What the cores of one process have in common: the policies in force, what lies below all devices, arrival numbers.
+
+What a policy has learned (lengths, which blocks are found again) it has learned for all replicas. Costs are each
+replica's own (valuation.py), as devices differ. Pure.
+"""
+
+from collections.abc import Mapping
+from itertools import count
+
+from engine.events import PolicyFailed
+from engine.policy_set import Catalog, PolicyConfig
+from kvstore.below import Below, ResidencyConfig
+
+
+class Common:
+    """`catalog`: of policies; None: ours alone."""
+
+    def __init__(
+        self, policies: PolicyConfig, residency: ResidencyConfig, catalog: Catalog | None = None
+    ) -> None:
+        self.catalog = catalog or Catalog()
+        self.config = policies
+        self._failures: list[PolicyFailed] = []
+        self.policies = self.catalog.make(policies, self._failed)
+        self.below = Below(residency, self.policies.eviction, self.policies.placement)
+        self.arrivals = count(1)
+
+    def use(self, names: Mapping[str, str]) -> None:
+        """Other policies decide from now on, by family. Each core is told (Scheduler.use); the first changes them."""
+        config = self.config.having(names)
+        self.policies = self.catalog.change(self.policies, self.config, config, self._failed)
+        self.config = config
+        self.below.use(self.policies.eviction, self.policies.placement)
+
+    def _failed(self, family: str, name: str, what: str) -> None:
+        self._failures.append(PolicyFailed(family, name, what))
+
+    def take_failures(self) -> list[PolicyFailed]:
+        """Plug-ins that failed since the last call."""
+        if not self._failures:
+            return []
+        failures, self._failures = self._failures, []
+        return failures

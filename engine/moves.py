@@ -1,0 +1,165 @@
+"""Sequences on their way from one replica to another: which are wanted, which are under way, how each ended. Pure.
+
+A waiter goes at once: its snapshot waits at the target from then on. A running one goes live (migration.py); without a
+tier below the device, where nothing can be copied, it gives up its place and is computed again at the target. Who moves
+is decided elsewhere: by operators, drains, or a rebalancing policy (fleet.py).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from engine.core import Core
+from engine.events import MigrationOver
+from engine.ledger import Ledger
+from engine.member import Member
+from engine.migration import Migration, Stage
+from engine.sequence import Sequence, State
+
+MOST_WANTED = 10_000
+"""Moves that wait for their turn; more are not taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`target` None: to be chosen when its turn comes."""
+
+    request: str
+    choice: int
+    target: int | None
+    reason: str
+
+
+Choose = Callable[[Sequence, Member], Member | None]
+"""Where a sequence, which is here, had better be; None: nowhere else."""
+
+
+class Moves:
+    """`at_once`: most that are under way together. `choose`: for moves without a target."""
+
+    def __init__(self, members: list[Member], ledger: Ledger, at_once: int, choose: Choose) -> None:
+        self.over: list[MigrationOver] = []  # since somebody looked
+        self._members = members
+        self._ledger = ledger
+        self._at_once = at_once
+        self._choose = choose
+        self._wanted: deque[Move] = deque()
+        self._under_way: list[tuple[Migration, Move]] = []
+
+    def __len__(self) -> int:
+        """Under way, or wanted."""
+        return len(self._under_way) + len(self._wanted)
+
+    @property
+    def moving(self) -> set[tuple[str, int]]:
+        """Sequences that are under way, or wanted."""
+        wanted = {(move.request, move.choice) for move in self._wanted}
+        return wanted | {(move.request, move.choice) for _, move in self._under_way}
+
+    def want(self, moves: Iterable[Move]) -> None:
+        """They begin in their turn. Who moves already is left alone."""
+        for move in moves:
+            if len(self._wanted) < MOST_WANTED and (move.request, move.choice) not in self.moving:
+                self._wanted.append(move)
+
+    # --- going on -------------------------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> tuple[bool, list[Core]]:
+        """Begins what has its turn, and goes on with what is under way.
+
+        Returns whether anything has got further, so that there may be more to do, and whose work may have changed.
+        """
+        touched: list[Core] = []
+        progress = self._begin(now, touched)
+        for migration, move in list(self._under_way):
+            stage = migration.stage
+            migration.advance(now)
+            progress = progress or migration.stage is not stage
+            if migration.stage is not stage or migration.stage in (Stage.COPYING, Stage.LEAVING):
+                touched += (migration.source, migration.target)
+            if migration.stage is Stage.OVER:
+                self._end(migration, move, now)
+        return progress, touched
+
+    def landed(self, twin: Sequence, now: float) -> Core:
+        """A target runs it. Returns its source, which has room now."""
+        for migration, move in self._under_way:
+            if migration.stage is Stage.COMING and migration.twin is twin:
+                migration.landed(now)
+                twin.crossed = twin.crossed or move.reason == "size"
+                self._ledger.move((twin.request.id, twin.choice), migration.target.replica)
+                self._end(migration, move, now)
+                return migration.source
+        raise AssertionError(f"{twin.request.id} has landed, and nobody sent it")
+
+    def abort(self, concerns: Callable[[Migration], bool], why: str, now: float) -> list[Core]:
+        """Ends migrations, which go on at their sources. Returns whose work may have changed."""
+        touched: list[Core] = []
+        for migration, move in list(self._under_way):
+            if concerns(migration):
+                migration.abort(why)
+                self._end(migration, move, now)
+                touched += (migration.source, migration.target)
+        return touched
+
+    def forget(self, request: str) -> None:
+        """Its wanted moves are not wanted any more."""
+        self._wanted = deque(move for move in self._wanted if move.request != request)
+
+    # --- beginnings and ends --------------------------------------------------------------------------------------
+
+    def _begin(self, now: float, touched: list[Core]) -> bool:
+        """Whether there was something to begin."""
+        began = False
+        while self._wanted and len(self._under_way) < self._at_once:
+            move = self._wanted.popleft()
+            found = self._find(move)
+            if found is None:
+                continue
+            sequence, source = found
+            target = self._choose(sequence, source) if move.target is None else self._members[move.target]
+            stays = move.reason == "drain" and not source.draining  # any more
+            if stays or target is None or target is source or not target.up:
+                continue
+            began = True
+            if sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
+                migration = Migration(sequence, source.core, target.core, move.reason, now)
+                self._under_way.append((migration, move))
+            elif sequence.state is not State.LOADING:
+                self.send(sequence, source.core, target.core, move.reason, now)
+                touched += (source.core, target.core)
+        return began
+
+    def _find(self, move: Move) -> tuple[Sequence, Member] | None:
+        for member in self._members:
+            for sequence in member.core.sequences.get(move.request, ()):
+                if sequence.choice == move.choice:
+                    return sequence, member
+        return None
+
+    def send(self, sequence: Sequence, source: Core, target: Core, reason: str, now: float) -> None:
+        """It waits at the target from now on, with all that is kept of it below the devices."""
+        snapshot = source.depart(sequence, now)
+        twin = target.twin(sequence, snapshot)
+        twin.pins, sequence.pins = sequence.pins, []
+        twin.migrations, twin.migrated_at = twin.migrations + 1, now
+        twin.crossed = twin.crossed or reason == "size"
+        target.adopt(twin, now)
+        key = sequence.request.id, sequence.choice
+        self._ledger.move(key, target.replica)
+        self.over.append(MigrationOver(*key, source.replica, target.replica, reason, "", False, 0.0, 0.0, 0))
+
+    def _end(self, migration: Migration, move: Move, now: float) -> None:
+        self._under_way.remove((migration, move))
+        source, target = migration.source.replica, migration.target.replica
+        seconds, failure = now - migration.began, migration.failure
+        pause = migration.pause_seconds, migration.pause_steps
+        self.over.append(
+            MigrationOver(
+                move.request, move.choice, source, target, move.reason, failure, True, seconds, *pause
+            )
+        )
+
+    def take_over(self) -> list[MigrationOver]:
+        over, self.over = self.over, []
+        return over

@@ -1,0 +1,195 @@
+"""Live migration: whoever migrates, and whatever fails, a stream is what it would have been, and nothing is left."""
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+
+from engine.request import Delta, Request
+from kvstore.below import ResidencyConfig
+from kvstore.copies import DEVICE, HOST, Copy, Loss, Place
+from tests.engine.driving import core_config, request
+from tests.engine.fleet_driving import FleetDriver, fleet_config
+
+TIERS = ResidencyConfig(host_blocks=400, disk_blocks=400, transaction_blocks=4, copy_blocks=4)
+
+
+def asked(count: int, seed: int = 0) -> list[Request]:
+    """Penalties in all; stop strings, logprobs and several choices in some."""
+    random = Random(seed)
+    return [
+        request(
+            f"r{number}",
+            [random.randrange(98) for _ in range(random.randrange(1, 40))],
+            max_tokens=random.randrange(30, 160),
+            seed=random.randrange(1000),
+            stop=("XQ", "ZZ") if number % 3 == 0 else (),
+            logprobs=0 if number % 2 else None,
+            n=2 if number % 5 == 0 else 1,
+        )
+        for number in range(count)
+    ]
+
+
+def unmigrated(requests: list[Request]) -> dict[tuple[str, int], Delta]:
+    driver = FleetDriver(fleet_config(core_config(blocks=200), 1))
+    for each in requests:
+        driver.arrive(each)
+    driver.finish()
+    return {key: driver.answer(*key) for key in driver.deltas}
+
+
+def play(
+    driver: FleetDriver, requests: list[Request], random: Random, every: int, now_and_then: Callable[[], None]
+) -> None:
+    """They come at random moments; `now_and_then`, once in about so many events, something else happens."""
+    coming = list(requests)
+    while coming or driver.fleet.requests:
+        if coming and random.random() < 0.2:
+            driver.arrive(coming.pop())
+        elif random.randrange(every) == 0:
+            now_and_then()
+        elif not driver.anything(random) and not coming:
+            break
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("below", [TIERS, ResidencyConfig(disk_blocks=400, transaction_blocks=4)])
+def test_streams_that_migrate_at_random_moments_are_what_they_would_have_been(
+    seed: int, below: ResidencyConfig
+) -> None:
+    requests = asked(24, seed)
+    driver, random = FleetDriver(fleet_config(core_config(blocks=120, residency=below), 3)), Random(seed)
+    driver.tier_up()
+
+    def migrate() -> None:
+        running = [
+            (sequence.request.id, core.replica)
+            for core in driver.fleet.cores
+            for sequence in core.scheduler.running
+        ]
+        if running:
+            request_id, here = random.choice(running)
+            driver.migrate(request_id, (here + random.randrange(1, 3)) % 3)
+
+    play(driver, requests, random, 8, migrate)
+    driver.finish(random)
+    expected = unmigrated(requests)
+    assert {key: driver.answer(*key) for key in driver.deltas} == expected
+    assert len(driver.moved(live=True)) > 40
+    assert sum(finished.migrations for finished in driver.finished.values()) == len(driver.moved())
+
+
+def test_a_sequence_migrates_live_with_a_pause_of_its_tails_copy() -> None:
+    """Two steps at most that it is not in: one that ends at the source, and the one under way at the target."""
+    driver = FleetDriver(fleet_config(core_config(blocks=120, residency=TIERS), 2))
+    driver.arrive(request("a", range(30), max_tokens=60), request("b", range(50, 70), max_tokens=60))
+    for _ in range(10):
+        driver.step(0)
+        driver.step(1)
+    driver.migrate("a", 1)
+    recomputed = sum(account.recomputed_tokens for account in driver.accounts)
+    driver.finish()
+    (over,) = driver.migrations
+    assert (over.source, over.target, over.live, over.failure) == (0, 1, True, "")
+    assert over.pause_steps <= 2
+    assert sum(account.recomputed_tokens for account in driver.accounts) == recomputed == 0
+    assert driver.finished["a", 0].migrations == 1
+
+
+def test_without_a_tier_below_it_is_computed_again_at_the_target() -> None:
+    requests = asked(6)
+    driver = FleetDriver(fleet_config(core_config(blocks=60), 2))
+    driver.arrive(*requests)
+    for _ in range(12):
+        driver.step(0)
+        driver.step(1)
+    for each in requests:
+        driver.migrate(each.id)
+    driver.finish()
+    assert driver.moved(live=False)
+    assert sum(account.recomputed_tokens for account in driver.accounts) > 0
+    assert {key: driver.answer(*key) for key in driver.deltas} == unmigrated(requests)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("trouble", ["abort", "full", "corrupt", "killed", "down"])
+def test_whatever_goes_wrong_on_the_way_streams_are_right_and_nothing_is_left(
+    trouble: str, seed: int
+) -> None:
+    requests = asked(20, seed)
+    blocks = 50 if trouble == "full" else 120
+    driver = FleetDriver(fleet_config(core_config(blocks=blocks, residency=TIERS), 3))
+    random = Random(seed)
+    driver.tier_up()
+    cancelled: set[str] = set()
+    if trouble == "corrupt":
+
+        def lost(copy: Copy, place: Place) -> Loss | None:
+            corrupt = copy.source != DEVICE and random.random() < 0.2
+            return Loss.CORRUPT if corrupt else None
+
+        driver.lost = lost
+
+    def now_and_then() -> None:
+        moving = [migration for migration, _ in driver.fleet.moves._under_way]
+        if trouble == "abort" and moving and random.random() < 0.5:
+            cancelled.add(moving[0].sequence.request.id)
+            driver.cancel(moving[0].sequence.request.id)
+            return
+        if trouble == "killed" and moving and random.random() < 0.3:
+            target = moving[0].target.replica
+            driver.kill(target)
+            driver.revive(target)
+            return
+        if trouble == "down" and moving and random.random() < 0.3:
+            driver.tier_down(HOST)
+            return
+        running = [s.request.id for core in driver.fleet.cores for s in core.scheduler.running]
+        if running:
+            driver.migrate(random.choice(running), random.randrange(3))
+
+    play(driver, requests, random, 6, now_and_then)
+    driver.finish(random)
+    expected = unmigrated(requests)
+    answers = {key: driver.answer(*key) for key in driver.deltas}
+    for key, answer in expected.items():
+        if key[0] not in cancelled:
+            assert answers[key] == answer
+    failures = {migration.failure for migration in driver.migrations if migration.failure}
+    assert failures or trouble == "down", "nothing went wrong on the way"
+
+
+def test_a_waiter_goes_at_once() -> None:
+    driver = FleetDriver(fleet_config(core_config(blocks=20, max_sequences=1, residency=TIERS), 2))
+    driver.arrive(*(request(f"r{number}", range(number, number + 20), max_tokens=20) for number in range(6)))
+    waiter = next(s for core in driver.fleet.cores for s in core.scheduler.life.line)
+    source = next(core.replica for core in driver.fleet.cores if waiter.request.id in core.sequences)
+    driver.migrate(waiter.request.id, 1 - source)
+    assert [(m.request_id, m.live, m.failure) for m in driver.migrations] == [(waiter.request.id, False, "")]
+    driver.finish()
+
+
+def test_a_drained_replica_hands_on_all_it_has_and_takes_again_when_it_may() -> None:
+    requests = asked(12)
+    driver = FleetDriver(fleet_config(core_config(blocks=120, residency=TIERS), 3))
+    driver.arrive(*requests)
+    for _ in range(4):
+        driver.step(1)
+    driver.drain(1)
+    late = [request(f"late{number}", range(5)) for number in range(6)]
+    for each in late:
+        driver.arrive(each)
+    assert driver.fleet.members[1].placed == 4 or driver.fleet.members[1].placed < 8
+    random = Random(0)
+    while driver.fleet.cores[1].sequences:
+        assert driver.anything(random)
+    assert driver.fleet.requests, "others go on"
+    driver.drain(1, draining=False)
+    before = driver.fleet.members[1].placed
+    driver.arrive(*(request(f"later{number}", range(5)) for number in range(6)))
+    assert driver.fleet.members[1].placed > before
+    driver.finish(random)
+    assert {key: driver.answer(*key) for key in driver.deltas if key[0].startswith("r")} == unmigrated(
+        requests
+    )
