@@ -41,6 +41,8 @@ def policy_config(config: Config) -> PolicyConfig:
         prediction=policies.prediction,
         eviction=policies.eviction,
         placement=policies.placement,
+        routing=policies.routing,
+        rebalancing=policies.rebalancing,
         parameters={name: getattr(policies, name).model_dump() for name in PARAMETERS},
     )
 

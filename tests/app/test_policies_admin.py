@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.policy_set import PolicyConfig
+from engine.policy_set import FAMILIES, PolicyConfig
 from tests.app.rig import Rig, rig
 from tests.app.test_logs import lines, logged
 from tests.app.test_metrics import scrape, value
@@ -35,7 +35,7 @@ async def test_names_in_force_names_available_and_parameters_are_shown() -> None
         shown = await get(server)
         assert shown["policies"] == (await get(server, "/admin/state"))["policies"]
     assert shown["policies"]["order"] == "sjf"
-    assert set(shown["policies"]) == {"order", "victim", "resume", "prediction", "eviction", "placement"}
+    assert set(shown["policies"]) == set(FAMILIES)
     assert {"fcfs", "hybrid"} <= set(shown["available"]["order"])
     assert "mine:longest" in shown["available"]["victim"]
     assert "oracle" not in shown["available"]["prediction"], "no server knows that"
