@@ -6,9 +6,9 @@
 
 A cell is a workload (fleet_workloads.py), a number of replicas and a seed. Its capacity is measured first: all sessions
 at once, fcfs, least load; requests per second while the middle 80 % of them end. Then each pair plays the same requests
-at `--load` × that. Where lengths are a quarter of the recorded ones, so are the profile's KV pool and the host tier that
-replicas share, `--host-gib` GiB for each. Blocks have 64 tokens. Pairs with size classes have limits of equal load, by
-the sizes of the cell's own requests (policies/sizes.py); all others have none.
+at `--load` × that. Where lengths are a quarter of the recorded ones, so are the profile's KV pool and the host tier
+that replicas share, `--host-gib` GiB for each. Blocks have 64 tokens. Pairs with size classes have limits of equal
+load, by the sizes of the cell's own requests (policies/sizes.py); all others have none.
 
 Hits: prompt tokens that some tier had; `device` those that the chosen replica's device had. Load: busy device seconds.
 """
@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from app.config_sources import load as load_config
-from app.simulate.figures import Objectives, figures, spread
+from app.simulate.figures import Objectives, figures
+from app.simulate.fleet_figures import fleet_figures
 from app.simulate.playing import TraceWorkload
 from app.simulate.scenario import core_config, for_block_size
 from app.workload.trace import TraceRequest
 from bench.fleet_report import report
-from bench.fleet_worst import Decisions, show_worst
 from bench.fleet_workloads import CAP, CONTEXT, SCALES, WORKLOADS, at_once, chosen, timed
+from bench.fleet_worst import Decisions, show_worst
 from bench.policies_simulated import profile_of
 from bench.report import console
 from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
@@ -126,9 +127,7 @@ def row_of(cell: Cell, pair: Pair, rate: float, outcome: Outcome, wall: float) -
     assert not found.unfinished
     assert not found.refused
     ttft, tpot = found.spreads["ttft"], found.spreads["tpot"]
-    busy = outcome.busy_by_replica
-    moved = [each for each in outcome.migrations if not each.failure]
-    pauses = spread(each.pause_seconds for each in moved if each.live)
+    fleet = fleet_figures(outcome)
     counts = outcome.counts
     return {
         "workload": cell.workload, "replicas": cell.replicas, "seed": cell.seed, "load": cell.load,
@@ -137,11 +136,10 @@ def row_of(cell: Cell, pair: Pair, rate: float, outcome: Outcome, wall: float) -
         "tpot_p99": tpot.p99, "normalised": found.spreads["normalised"].mean,
         "normalised_p99": found.spreads["normalised"].p99, "hits": found.hit_rate,
         "device_hits": counts.hit_tokens["device"] / max(1, counts.prefix_queries),
-        "imbalance": max(busy) * len(busy) / sum(busy), "busy": found.busy / cell.replicas,
-        "preemptions": found.preemptions, "tax": found.recompute_tax, "moved_live": sum(m.live for m in moved),
-        "moved_snapshots": sum(not m.live for m in moved), "failed": len(outcome.migrations) - len(moved),
-        "stayed": outcome.stayed, "pause_p99": pauses.p99 if pauses else 0.0,
-        "forecast_error": max(outcome.forecast_errors), "seconds": outcome.seconds, "wall": wall,
+        "imbalance": fleet.imbalance, "busy": found.busy, "preemptions": found.preemptions,
+        "tax": found.recompute_tax, "moved_live": fleet.live, "moved_snapshots": fleet.from_snapshots,
+        "failed": fleet.failed, "stayed": fleet.stayed, "pause_p99": fleet.pauses.p99 if fleet.pauses else 0.0,
+        "forecast_error": max(fleet.forecast_errors), "seconds": outcome.seconds, "wall": wall,
         "digest": outcome.digest[:12],
     }  # fmt: skip
 
@@ -160,7 +158,7 @@ def rows_of(cell: Cell, traces: Path, pairs: Sequence[Pair], worst: int = 0) -> 
         row = row_of(cell, pair, rate, outcome, time.perf_counter() - begun)
         rows.append(row)
         console().print(
-            f"{cell.workload} × {cell.replicas}, seed {cell.seed}, {pair.routing}/{pair.rebalancing}: "
+            f"{cell.workload}, {cell.replicas} replicas, seed {cell.seed}, {pair.routing}/{pair.rebalancing}: "
             f"TTFT {row['ttft']:.3f} P99 {row['ttft_p99']:.3f} s, TPOT {1e3 * row['tpot']:.2f} "
             f"P99 {1e3 * row['tpot_p99']:.2f} ms, hits {row['hits']:.1%} ({row['device_hits']:.1%} device), "
             f"load {row['imbalance']:.2f}, {row['moved_live']}+{row['moved_snapshots']} moved, "

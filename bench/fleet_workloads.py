@@ -69,7 +69,7 @@ def chosen(traces: Path, name: str, requests: int, seed: int) -> list[TraceReque
     trace = recorded(traces, name, SCALES[name])
     sessions = list(dict.fromkeys(each.session for each in trace))
     if name == "agentic":
-        Random(seed).shuffle(sessions)  # noqa: S311 (the same again for the same seed)
+        Random(seed).shuffle(sessions)
     else:
         skipped = seed * requests % max(1, len(sessions) - requests)  # another part of the record
         sessions = sessions[skipped:]
