@@ -23,6 +23,7 @@ from bench import machine
 from bench.report import console
 from engine.core import Core, CoreConfig
 from engine.events import Arrived, Event, Run, StepDone
+from engine.fleet import Fleet, FleetConfig
 from engine.plan import Plan, Sampling, StepResult
 from engine.policy_set import PolicyConfig
 from engine.request import Request, ServiceClass, Stopping
@@ -40,9 +41,12 @@ WARM_STEPS = 50
 
 
 class Driven:
-    """A core with `running` places and `waiting` more requests; `short` of blocks, or with enough for all."""
+    """A core with `running` places and `waiting` more requests; `short` of blocks, or with enough for all.
 
-    def __init__(self, order: str, running: int, waiting: int, *, short: bool) -> None:
+    `fleet`: events go through a fleet of this one replica, as in a server.
+    """
+
+    def __init__(self, order: str, running: int, waiting: int, *, short: bool, fleet: bool = False) -> None:
         policies = PolicyConfig(
             order=order,
             victim="cheapest_resume",
@@ -60,7 +64,9 @@ class Driven:
             block_bytes=2**16,
             residency=ResidencyConfig(host_blocks=4 * blocks if short else 0),
         )
-        self.core = Core(CoreConfig(scheduler, 4096, max_queue=10 * (running + waiting)), VOCABULARY)
+        config = CoreConfig(scheduler, 4096, max_queue=10 * (running + waiting))
+        self.fleet = Fleet(FleetConfig.of(config), VOCABULARY) if fleet else None
+        self.core = self.fleet.cores[0] if self.fleet else Core(config, VOCABULARY)
         self.now = 0.0
         self.seconds: dict[str, list[float]] = {"StepDone": [], "Arrived": []}
         self._random = Random(1)
@@ -100,7 +106,11 @@ class Driven:
 
     def _feed(self, event: Event) -> float:
         before = time.perf_counter()
-        instructions = self.core.handle(event, self.now)
+        if self.fleet:
+            told = self.fleet.handle(event, self.now)
+            instructions = [instruction for each in told for instruction in each.instructions]
+        else:
+            instructions = self.core.handle(event, self.now)
         seconds = time.perf_counter() - before
         for instruction in instructions:
             if isinstance(instruction, Run):
@@ -110,9 +120,11 @@ class Driven:
         return seconds
 
 
-def measured(order: str, running: int, waiting: int, steps: int, *, short: bool) -> list[dict[str, Any]]:
+def measured(
+    order: str, running: int, waiting: int, steps: int, *, short: bool, fleet: bool = False
+) -> list[dict[str, Any]]:
     """One row an event."""
-    driven = Driven(order, running, waiting, short=short)
+    driven = Driven(order, running, waiting, short=short, fleet=fleet)
     ran = []
     for _ in range(WARM_STEPS + steps):
         driven.turn()
@@ -122,6 +134,7 @@ def measured(order: str, running: int, waiting: int, steps: int, *, short: bool)
         {
             "order": order,
             "short": short,
+            "fleet": fleet,
             "event": event,
             "median_seconds": median(seconds[WARM_STEPS:]),
             "p99_seconds": quantiles(seconds[WARM_STEPS:], n=100)[-1],
@@ -160,13 +173,16 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--waiting", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--fleet", action="store_true", help="through a fleet of one replica")
     parser.add_argument("--rows", type=Path, default=Path("core_handle.jsonl"))
     options = parser.parse_args()
     rows = [
         row
         for order in options.orders
         for short in (False, True)
-        for row in measured(order, options.running, options.waiting, options.steps, short=short)
+        for row in measured(
+            order, options.running, options.waiting, options.steps, short=short, fleet=options.fleet
+        )
     ]
     console().print(table(rows))
     lines = [{"machine": machine.description()}, *rows]

@@ -64,6 +64,7 @@ class BalanceConfig:
     max_moves: int = 3
     moves_per_round: int = 4
     min_gain: float = 2.0
+    least_gap: float = 0.0
     at_once: int = 4  # migrations under way
     horizon_steps: int = 128  # of the forecast
 
@@ -108,6 +109,7 @@ class Fleet:
             max_moves=balance.max_moves,
             moves_per_round=balance.moves_per_round,
             min_gain=balance.min_gain,
+            least_gap=balance.least_gap,
         )
 
     def _member(self, number: int, vocabulary: tuple[bytes, ...]) -> Member:
@@ -234,7 +236,11 @@ class Fleet:
             for twin in [twin for core in self.cores for twin in core.take_landed()]:
                 self._go_on(told, [self.moves.landed(twin, now)], now)
                 progress = True
-        told += [Told(over.source, [over, _explained(over)]) for over in self.moves.take_over()]
+        for over in self.moves.take_over():
+            told.append(Told(over.source, [over, _explained(over)]))
+            if not over.failure:
+                for sequence in self.sequences_of(over.request_id):
+                    self._remember(sequence.request.session, over.target)
         for core in [core for core in self._gone if core.scheduler.residency.quiet]:
             self._gone.remove(core)
             self.common.below.part(core.scheduler.residency.flights)

@@ -25,7 +25,8 @@ class Figures:
     used_tokens: int
     decode_rows: int
     decode_context: int
-    ahead_seconds: float
+    prompts_seconds: tuple[float, ...]  # of each prompt that is being computed: what is left
+    waiting_seconds: float  # charged for those who wait
     backlog_seconds: float
     forecast_tokens: float
 
@@ -121,13 +122,14 @@ class Member:
         scheduler = self.core.scheduler
         taken = [*scheduler.running, *scheduler.loading]
         steps = scheduler.valuation.costs.steps
-        context, rounds, prompts, charged = 0, 0.0, 0.0, 0.0
+        context, rounds, charged = 0, 0.0, 0.0
+        prompts: list[float] = []
         for sequence in taken:
             context += sequence.computed
             rounds += sequence.expected_remaining_tokens
             charged += self._ledger.seconds((sequence.request.id, sequence.choice))
             if (left := len(sequence.tokens) - sequence.computed) > 1:
-                prompts += steps.added_seconds(sequence.computed, left)
+                prompts.append(steps.added_seconds(sequence.computed, left))
         decoding = 0.0
         if taken:
             decoding = rounds / len(taken) * steps.step_seconds(0, 0.0, len(taken), context)
@@ -136,8 +138,9 @@ class Member:
             used_tokens=scheduler.pool.held * scheduler.config.block_size,
             decode_rows=len(taken),
             decode_context=context,
-            ahead_seconds=prompts + waiting,
-            backlog_seconds=prompts + decoding + waiting,
+            prompts_seconds=tuple(prompts),
+            waiting_seconds=waiting,
+            backlog_seconds=sum(prompts) + decoding + waiting,
             forecast_tokens=forecast_tokens(taken, self.core.common.policies.prediction, self._horizon_steps),
         )
 
@@ -153,10 +156,16 @@ class Member:
         return prompt + sequence.expected_remaining_tokens * step / rows
 
     def move_seconds(self, tokens: int) -> float:
-        """To bring so many positions here, from the topmost tier below the device; without one, to compute them."""
+        """To bring so many positions here, from the topmost tier below the device; without one, to compute them.
+
+        They take the room of as many that are cached, which are then computed again as far as hits are usual.
+        """
         scheduler = self.core.scheduler
         tier = next((shelf.name for shelf in scheduler.residency.shelves if shelf.up), "")
-        return self.load_or_compute_seconds(tier, 0, tokens)
+        counts = scheduler.counts
+        reuse = counts.prefix_hits / max(1, counts.prefix_queries)
+        lost = reuse * scheduler.valuation.costs.steps.added_seconds(0, tokens)
+        return self.load_or_compute_seconds(tier, 0, tokens) + lost
 
     def load_or_compute_seconds(self, tier: str, start: int, end: int) -> float:
         """Of positions start … end - 1, from that tier; "": to compute them."""
@@ -224,6 +233,7 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
     saved = load if here >= below else member.load_or_compute_seconds(wanted.tier, 0, here)
     if here > below:
         saved += steps.added_seconds(below, here - below)
+    own = prefill - saved
     context = wanted.tokens + wanted.expected_tokens / 2
     beside = figures.decode_rows + 1
     step = steps.step_seconds(0, 0.0, beside, int(figures.decode_context + context))
@@ -247,10 +257,10 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
         prefill_seconds=prefill,
         saved_seconds=saved,
         decode_seconds=wanted.expected_tokens * step,
-        ahead_seconds=figures.ahead_seconds,
-        disturbed_seconds=(prefill - saved) * (figures.decode_rows + member.waiting),
+        ahead_seconds=sum(min(each, own) for each in figures.prompts_seconds) + figures.waiting_seconds,
+        disturbed_seconds=own * (figures.decode_rows + member.waiting),
         session_home=wanted.session_home == member.number,
-        work_seconds=prefill - saved + wanted.expected_tokens * nominal,
+        work_seconds=own + wanted.expected_tokens * nominal,
     )
 
 

@@ -104,12 +104,15 @@ class Limits:
     max_moves: int = 3  # of one sequence, ever
     moves_per_round: int = 4
     min_gain: float = 2.0
+    least_gap: float = 0.0  # share of the high one's load that a pair must differ by
 
     def __post_init__(self) -> None:
         if min(self.cooldown_seconds, self.max_moves, self.moves_per_round) < 0:
             raise ValueError("cooldown_seconds, max_moves and moves_per_round must not be negative")
         if not self.min_gain >= 1.0:
             raise ValueError("min_gain must be at least 1")
+        if not 0.0 <= self.least_gap < 1.0:
+            raise ValueError("least_gap must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +156,12 @@ def load_pairs(
     one of each pair the sequence moves whose load is nearest to half the gap. Then again, with loads as they are then,
     until no pair has such a move.
 
-    Only a sequence whose move repays it: the gap of the pair must fall by more than `min_gain` × its cost, which is
-    so for no load of the gap's size or above; and only if the target has room for it as long as expected, and takes
-    its size. By each move Σ load² falls, as it does by 2 · load · (gap − load). Pools are balanced each by itself:
-    it is for routing to spill between them. It never moves one within `cooldown_seconds` of its last move, nor more
-    than `max_moves` times in all: loads that go up and down cannot send it back and forth.
+    Only between replicas that differ by more than `least_gap`. Only a sequence whose move repays it: the gap of the
+    pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above; and only
+    if the target has room for it as long as expected, and takes its size. By each move Σ load² falls, as it does by
+    2 · load · (gap − load). Pools are balanced each by itself: it is for routing to spill between them. It never
+    moves one within `cooldown_seconds` of its last move, nor more than `max_moves` times in all: loads that go up
+    and down cannot send it back and forth.
 
     Assumes that a load is the same on either replica. Ties: the cheaper move, then who moved less often, then by
     request and choice; of replicas, the lower number is the higher one. Worst case: a gap that consists of one
@@ -285,6 +289,8 @@ def _nearest_to_half(
 ) -> MovableView | None:
     """Of those whose move repays it and for which the low one has room."""
     gap = books.seconds[high.number] - books.seconds[low.number]
+    if gap <= limits.least_gap * books.seconds[high.number]:
+        return None
     limit = low.limit_tokens or inf
     worth = [
         each

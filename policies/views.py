@@ -208,7 +208,7 @@ class CandidateView(ReplicaView, Protocol):
 
     @property
     def ahead_seconds(self) -> float:
-        """What is there to be computed before its own prompt: prompts that are left, and all of who waits."""
+        """What is computed before its own prompt: what is left of others, each as far as its own, and who waits."""
 
     @property
     def disturbed_seconds(self) -> float:
