@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.kernels.cpu_native import Clock, Native
-from engine.kernels.cpu_team import EVERYBODY, TEAM
+from engine.kernels.cpu_team import EVERYBODY, team
 
 
 class Arena:
-    """Memory for results, shared by all programs: one runs at a time. Sizes are powers of two, so programs share it."""
+    """Memory for results, shared by a runner's programs: one runs at a time. Sizes are powers of two for that."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
@@ -78,7 +78,7 @@ class Program:
 
     def run(self, clock: Clock) -> Tensor:
         """Does it all. The result is good until another program runs."""
-        TEAM.run_calls(self._calls, clock)
+        team().run_calls(self._calls, clock)
         return self._result
 
 
