@@ -1,36 +1,27 @@
 """The composition root, first half: configuration → tokenizer, model, runner, store, core. On the main thread.
 
-The only file of this package that imports torch. The engine and its application belong to the event loop:
+Models and runners are made in `app/replica_runners.py`. The engine and its application belong to the event loop:
 `app/serving.py` puts them together there.
 """
 
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import torch
 from structlog.stdlib import get_logger
 
 from app import memory
-from app.calibration import calibrate
-from app.config import Config, EngineSection
-from app.core_config import scheduler_config
+from app.config import Config
 from app.plugins import PluginError, load_plugins
+from app.replica_runners import NoSuchDevice, ReplicaRunner, UnlikeReplicas, load_replicas
 from app.served import Model
 from app.serving import Parts
 from app.tiers import make_tiers
 from engine.chat_template import ChatTemplateError
 from engine.core import Core, CoreConfig
 from engine.kernels.protocol import UnsupportedDevice
-from engine.kernels.select import make_kernels
 from engine.model.errors import ModelError
 from engine.model.fingerprint import signature
-from engine.model.loading import Loaded, load_model
 from engine.policy_set import Catalog
-from engine.runner import ModelRunner
-from engine.runner_cuda import CudaRunner
-from engine.sampler import Sampler
 from engine.scheduler import SchedulerConfig
 from engine.tokenizer import Tokenizer, TokenizerError
 from engine.worker import QueueWorker
@@ -44,8 +35,8 @@ class NoSuchModel(Exception):
     """`model.path` leads nowhere."""
 
 
-class NoSuchDevice(Exception):
-    """`model.device` names a device that this machine has not."""
+class OneReplicaOnly(Exception):
+    """More than one `[[replica]]`."""
 
 
 class CannotRecord(Exception):
@@ -56,6 +47,8 @@ CANNOT_START = (
     CannotRecord,
     NoSuchModel,
     NoSuchDevice,
+    OneReplicaOnly,
+    UnlikeReplicas,
     PluginError,
     memory.NotEnoughMemory,
     ModelError,
@@ -68,24 +61,20 @@ CANNOT_START = (
 
 def load(config: Config) -> Parts:
     """Loads the model and gets it warm. Raises one of CANNOT_START."""
+    if len(config.replicas) > 1:
+        raise OneReplicaOnly(f"there are {len(config.replicas)} [[replica]] tables; one is served so far")
     check_recording(config.engine.record)
     catalog = Catalog(load_plugins(config.policies))
     directory = model_directory(config.model.path)
-    device = choose_device(config.model.device)
     tokenizer = Tokenizer.load(directory)
     files = signature(directory) if config.kvstore.disk.bytes else []
-    kernels = partial(make_kernels, exact=config.engine.exact)
-    loaded = load_model(directory, device=device, dtype=config.model.dtype, kernels=kernels)
-    for fact in loaded.facts:
-        log.info("model_fact", fact=fact)
+    replicas = load_replicas(config, directory)
+    (replica,) = replicas.runners.values()
+    loaded, runner = replica.loaded, replica.runner
     vocabulary = tokenizer.vocabulary(loaded.config.vocab_size)
-    scheduler = scheduler_config(config, _blocks(config.engine, loaded), _block_bytes(config.engine, loaded))
-    runner = make_runner(loaded, scheduler)
-    runner.warm_up()
     tiers = make_tiers(config, directory, files, loaded, runner)
-    scheduler = replace(scheduler, residency=tiers.residency)
-    scheduler = replace(scheduler, calibration=calibrate(runner, scheduler, tiers.device, tiers.host))
-    core = Core(core_config(config, loaded, scheduler, tiers.fingerprint), vocabulary, catalog)
+    (scheduler,) = replicas.schedulers(tiers.residency, tiers.host)
+    core = Core(core_config(config, replica, scheduler, tiers.fingerprint), vocabulary, catalog)
     model = Model(
         name=config.model.name or directory.name,
         tokenizer=tokenizer,
@@ -94,8 +83,8 @@ def load(config: Config) -> Parts:
         defaults=loaded.generation,
         created=int(time.time()),
     )
-    _log_loaded(model, loaded, core.config, runner.exact)
-    worker = QueueWorker(runner, overlap=_runs_ahead(loaded))
+    _log_loaded(model, replica, core.config)
+    worker = QueueWorker(runner, overlap=replica.runs_ahead)
     return Parts(config, model, core, worker, runner.exact, tiers.store)
 
 
@@ -117,62 +106,21 @@ def check_recording(path: str) -> None:
         raise CannotRecord(f"engine.record = {path!r} cannot be written: {error.strerror}") from error
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: a CUDA device if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device, found = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise NoSuchDevice(f"model.device = {name!r}, but there are {found} CUDA devices; try auto or cpu")
-    return device
-
-
-def core_config(config: Config, loaded: Loaded, scheduler: SchedulerConfig, fingerprint: str) -> CoreConfig:
+def core_config(
+    config: Config, replica: ReplicaRunner, scheduler: SchedulerConfig, fingerprint: str
+) -> CoreConfig:
     return CoreConfig(
         scheduler=scheduler,
-        model_context=loaded.config.max_positions,
+        model_context=replica.loaded.config.max_positions,
         max_queue=config.engine.max_queue,
-        max_outstanding=2 if _runs_ahead(loaded) else 1,
-        eos_token_ids=loaded.generation.eos_token_ids,
+        max_outstanding=2 if replica.runs_ahead else 1,
+        eos_token_ids=replica.loaded.generation.eos_token_ids,
         fingerprint=fingerprint,
     )
 
 
-def _block_bytes(engine: EngineSection, loaded: Loaded) -> int:
-    return loaded.model.kv_shape(engine.block_size).elements * loaded.dtype.itemsize
-
-
-def _blocks(engine: EngineSection, loaded: Loaded) -> int:
-    """At most what lets every slot run a whole context; the prefix cache lives in what is not held."""
-    device = loaded.model.device
-    on_gpu = device.type == "cuda"
-    return memory.kv_blocks(
-        engine.kv_blocks,
-        block_bytes=_block_bytes(engine, loaded),
-        useful_blocks=-(-loaded.config.max_positions // engine.block_size) * engine.max_sequences,
-        free_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else memory.free_cpu_bytes(),
-        share=memory.GPU_SHARE if on_gpu else memory.CPU_SHARE,
-    )
-
-
-def _runs_ahead(loaded: Loaded) -> bool:
-    """A CUDA device is given its next step while one runs; a CPU overlaps nothing."""
-    return loaded.model.device.type == "cuda"
-
-
-def make_runner(loaded: Loaded, scheduler: SchedulerConfig) -> ModelRunner | CudaRunner:
-    device = loaded.model.device
-    kind = CudaRunner if device.type == "cuda" else ModelRunner
-    return kind(
-        loaded.model,
-        Sampler(scheduler.max_sequences, loaded.config.vocab_size, device),
-        kv_blocks=scheduler.blocks,
-        block_size=scheduler.block_size,
-        max_sequences=scheduler.max_sequences,
-    )
-
-
-def _log_loaded(model: Model, loaded: Loaded, core: CoreConfig, exact: bool) -> None:
+def _log_loaded(model: Model, replica: ReplicaRunner, core: CoreConfig) -> None:
+    loaded = replica.loaded
     log.info(
         "model_loaded",
         model=model.name,
@@ -181,5 +129,5 @@ def _log_loaded(model: Model, loaded: Loaded, core: CoreConfig, exact: bool) -> 
         context=core.context,
         kv_blocks=core.scheduler.blocks,
         block_size=core.scheduler.block_size,
-        exact=exact,
+        exact=replica.runner.exact,
     )
