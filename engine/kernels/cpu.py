@@ -123,8 +123,9 @@ class CpuKernels:
     def record(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
         """See `Kernels.record`."""
         program = self._program = Program(self._arena)
+        program.keep(self._scratch)
         try:
-            found = noted(program, forward, self._scratch)
+            found = noted(program, forward)
         finally:
             self._program = None
         return None if found is None else partial(found.run, self._clock)
@@ -145,6 +146,8 @@ class CpuKernels:
         """Makes the scratch large enough for every thread a kernel may run on."""
         if len(self._scratch) < thread_bytes * MAX_THREADS:
             self._scratch = torch.empty(thread_bytes * MAX_THREADS, dtype=torch.uint8)
+            if self._program is not None:
+                self._program.keep(self._scratch)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         rows, width = len(tokens), table.shape[1]

@@ -70,9 +70,12 @@ class Program:
     def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._arena.lend(shape, dtype)
 
-    def ready(self, result: Tensor, *kept: object) -> None:
-        """All calls are noted. `kept`: whatever owns memory that they read."""
-        self._kept += kept
+    def keep(self, owner: object) -> None:
+        """Of memory that calls read or write."""
+        self._kept.append(owner)
+
+    def ready(self, result: Tensor) -> None:
+        """All calls are noted."""
         self._calls = (ctypes.c_int64 * len(self._words))(*self._words)
         self._result = self._arena.same_memory(result)
 
@@ -97,11 +100,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
         return func(*args, **(kwargs or {}))
 
 
-def noted(program: Program, forward: Callable[[], Tensor], *kept: object) -> Program | None:
+def noted(program: Program, forward: Callable[[], Tensor]) -> Program | None:
     """The program with the calls of `forward`; None when torch computes a part of it itself."""
     with Watch() as watch:
         result = forward()
     if watch.computed:
         return None
-    program.ready(result, forward, *kept)
+    program.keep(forward)
+    program.ready(result)
     return program
