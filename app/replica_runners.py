@@ -93,12 +93,13 @@ class Replicas:
         return made
 
     def schedulers(self, residency: ResidencyConfig, host: Tier | None) -> tuple[SchedulerConfig, ...]:
-        """Each replica's, whole: with the tiers below, and with what steps and copies cost, measured now.
+        """Each replica's by number, whole: with the tiers below, and with what steps and copies cost, measured now.
 
         The first replica on a device stands for all there. Nobody may hold a block or a slot of a pool or of `host`.
         """
         measured: dict[DeviceKey, SchedulerConfig] = {}
-        for each in self.runners.values():
+        runners = [self.runners[number] for number in sorted(self.runners)]
+        for each in runners:
             key = _key(each.loaded.model.device)
             if key not in measured:
                 scheduler = replace(each.scheduler, residency=residency)
@@ -106,7 +107,7 @@ class Replicas:
                 measured[key] = replace(scheduler, calibration=samples)
         return tuple(
             replace(measured[_key(each.loaded.model.device)], blocks=each.scheduler.blocks)
-            for each in self.runners.values()
+            for each in runners
         )
 
 

@@ -81,12 +81,13 @@ def test_steps_are_measured_once_and_stand_for_all_on_the_device(
 
     monkeypatch.setattr(replica_runners, "calibrate", calibrated)
     residency = ResidencyConfig(host_blocks=3)
+    replicas.make(0)
     schedulers = replicas.schedulers(residency, None)
     assert len(measured) == 1
     assert [scheduler.calibration for scheduler in schedulers] == [(StepSample(1, 1.0, 0, 0, 0.5),)] * 3
     assert [scheduler.residency for scheduler in schedulers] == [residency] * 3
     assert [scheduler.blocks for scheduler in schedulers] == [
-        each.scheduler.blocks for each in replicas.runners.values()
+        replicas.runners[number].scheduler.blocks for number in range(3)
     ]
 
 
