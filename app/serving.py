@@ -86,7 +86,7 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
             )
             yield engine, application(served, _metrics(parts, classes))
         finally:
-            engine.stop()
+            await asyncio.to_thread(engine.stop)
             if parts.store and not await asyncio.to_thread(parts.store.stop, STORE_STOP_SECONDS):
                 log.warning("store_stopped_early", seconds=STORE_STOP_SECONDS)
 

@@ -1,4 +1,4 @@
-"""Three replicas of the shipped model in one process: whoever migrates and whatever dies, bits are those of one alone."""
+"""Replicas of the shipped model in one process: whoever migrates, whatever dies, bits are those of one alone."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -170,9 +170,7 @@ async def test_a_replica_fails_under_load_and_all_streams_are_right(
 
 def _only_hangs(engine: Engine, victim: int) -> bool:
     now = engine._clock()
-    return all(
-        replica.number == victim or replica.working_seconds(now) == 0.0 for replica in engine.replicas
-    )
+    return all(replica.number == victim or replica.working_seconds(now) == 0.0 for replica in engine.replicas)
 
 
 async def test_a_lost_replica_starts_again_and_serves(alone: dict[str, Delta]) -> None:
