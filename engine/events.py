@@ -215,7 +215,8 @@ class MigrationOver:
     choice: int
     source: int
     target: int
-    reason: str
+    reason: str  # "operator", "drain", "failure", or the rebalancing policy's name
+    detail: str  # what the policy says of its decision
     failure: str  # "" where it has moved
     live: bool  # it ran, and went on without giving up its place before
     seconds: float

@@ -39,6 +39,7 @@ from engine.moves import Move, Moves
 from engine.policy_set import Catalog
 from engine.request import Request
 from engine.sequence import Sequence as EngineSequence
+from engine.size_classes import SizeClasses
 from kvstore.block import Key
 from kvstore.copies import DEVICE, CopyDone, TierDown, TierUp
 from policies.decisions import Decision, Kind
@@ -66,6 +67,7 @@ class BalanceConfig:
     min_gain: float = 2.0
     at_once: int = 4  # migrations under way
     horizon_steps: int = 128  # of the forecast
+    auto_limits: bool = False  # of size classes: learned (size_classes.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Fleet:
         self.members = [self._member(number, vocabulary) for number in range(len(config.replicas))]
         balance = config.balance
         self.moves = Moves(self.members, self.ledger, balance.at_once, self._better_place)
+        self.sizes = SizeClasses(self.members, auto=balance.auto_limits)
         self.stayed = 0  # sequences that crossed their limit, and found no room elsewhere
         self._vocabulary = vocabulary
         self._sessions: OrderedDict[str, int] = OrderedDict()
@@ -215,8 +218,10 @@ class Fleet:
 
     def _changed(self, core: Core) -> None:
         self.members[core.replica].changed()
-        for sequence in core.ended:
+        for sequence, by_itself in core.ended:
             self.ledger.release((sequence.request.id, sequence.choice))
+            if by_itself:
+                self.sizes.observe(sequence.prompt_tokens, sequence.output_tokens)
         core.ended.clear()
 
     def _owner(self, done: CopyDone) -> Core:
@@ -374,7 +379,8 @@ class Fleet:
                 told.append(Told(core.replica, core.fail(sequence, now)))
                 self._changed(core)
                 continue
-            self.moves.send(sequence, core, target.core, "failure", now)
+            move = Move(sequence.request.id, sequence.choice, target.number, "failure", reason)
+            self.moves.send(sequence, member, target, move, now)
             target.changed()
             touched.append(target.core)
         told.append(Told(core.replica, core.go_on(now)))  # what it had decided to save
@@ -396,6 +402,7 @@ class Fleet:
     def _timer(self, now: float) -> None:
         for member in self.members:
             member.compare_forecasts()
+        self.sizes.draw()
         if self.alone:
             return
         moving = self.moves.moving
@@ -411,7 +418,8 @@ class Fleet:
             [member for member in self.members if member.up], movables, now, self._limits
         )
         self.stayed += round_.stayed
-        self.moves.want(Move(m.request, m.choice, m.target, m.reason) for m in round_.moves)
+        name = self.common.config.rebalancing
+        self.moves.want(Move(m.request, m.choice, m.target, name, m.reason) for m in round_.moves)
 
     # --- invariants -----------------------------------------------------------------------------------------------
 
@@ -428,7 +436,8 @@ def _explained(over: MigrationOver) -> Decided:
     """For the request's timeline."""
     kind, chosen = (Kind.STAYED, over.source) if over.failure else (Kind.MIGRATED, over.target)
     way = f"live, paused for {over.pause_seconds:.4f} s" if over.live else "from its snapshot"
-    reason = f"{over.reason}: " + (over.failure or f"from replica {over.source}, {way}")
+    why = f"{over.reason} ({over.detail})" if over.detail else over.reason
+    reason = f"{why}: " + (over.failure or f"from replica {over.source}, {way}")
     return Decided(
         over.request_id, over.choice, Decision(kind, "", f"replica {chosen}", reason, over.seconds)
     )

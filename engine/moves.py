@@ -22,12 +22,16 @@ MOST_WANTED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`target` None: to be chosen when its turn comes."""
+    """`target` None: to be chosen when its turn comes.
+
+    `reason`: "operator", "drain", "failure", or the rebalancing policy's name; `detail`: what it says of the decision.
+    """
 
     request: str
     choice: int
     target: int | None
     reason: str
+    detail: str = ""
 
 
 Choose = Callable[[Sequence, Member], Member | None]
@@ -85,8 +89,11 @@ class Moves:
         """A target runs it. Returns its source, which has room now."""
         for migration, move in self._under_way:
             if migration.stage is Stage.COMING and migration.twin is twin:
+                source, target = (
+                    self._members[core.replica] for core in (migration.source, migration.target)
+                )
+                twin.crossed = twin.crossed or _crosses(twin, source, target)
                 migration.landed(now)
-                twin.crossed = twin.crossed or move.reason == "size"
                 self._ledger.move((twin.request.id, twin.choice), migration.target.replica)
                 self._end(migration, move, now)
                 return migration.source
@@ -123,10 +130,10 @@ class Moves:
                 continue
             began = True
             if sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
-                migration = Migration(sequence, source.core, target.core, move.reason, now)
+                migration = Migration(sequence, source.core, target.core, now)
                 self._under_way.append((migration, move))
             elif sequence.state is not State.LOADING:
-                self.send(sequence, source.core, target.core, move.reason, now)
+                self.send(sequence, source, target, move, now)
                 touched += (source.core, target.core)
         return began
 
@@ -137,29 +144,45 @@ class Moves:
                     return sequence, member
         return None
 
-    def send(self, sequence: Sequence, source: Core, target: Core, reason: str, now: float) -> None:
+    def send(self, sequence: Sequence, source: Member, target: Member, move: Move, now: float) -> None:
         """It waits at the target from now on, with all that is kept of it below the devices."""
-        snapshot = source.depart(sequence, now)
-        twin = target.twin(sequence, snapshot)
+        crossed = _crosses(sequence, source, target)
+        snapshot = source.core.depart(sequence, now)
+        twin = target.core.twin(sequence, snapshot)
         twin.pins, sequence.pins = sequence.pins, []
         twin.migrations, twin.migrated_at = twin.migrations + 1, now
-        twin.crossed = twin.crossed or reason == "size"
-        target.adopt(twin, now)
-        key = sequence.request.id, sequence.choice
-        self._ledger.move(key, target.replica)
-        self.over.append(MigrationOver(*key, source.replica, target.replica, reason, "", False, 0.0, 0.0, 0))
+        twin.crossed = twin.crossed or crossed
+        target.core.adopt(twin, now)
+        self._ledger.move((move.request, move.choice), target.number)
+        self._note(move, source.number, target.number, "", live=False, seconds=0.0, pause=(0.0, 0))
 
     def _end(self, migration: Migration, move: Move, now: float) -> None:
         self._under_way.remove((migration, move))
         source, target = migration.source.replica, migration.target.replica
-        seconds, failure = now - migration.began, migration.failure
         pause = migration.pause_seconds, migration.pause_steps
-        self.over.append(
-            MigrationOver(
-                move.request, move.choice, source, target, move.reason, failure, True, seconds, *pause
-            )
-        )
+        seconds = now - migration.began
+        self._note(move, source, target, migration.failure, live=True, seconds=seconds, pause=pause)
+
+    def _note(
+        self,
+        move: Move,
+        source: int,
+        target: int,
+        failure: str,
+        *,
+        live: bool,
+        seconds: float,
+        pause: tuple[float, int],
+    ) -> None:
+        what = move.request, move.choice, source, target, move.reason, move.detail
+        self.over.append(MigrationOver(*what, failure, live, seconds, *pause))
 
     def take_over(self) -> list[MigrationOver]:
         over, self.over = self.over, []
         return over
+
+
+def _crosses(sequence: Sequence, source: Member, target: Member) -> bool:
+    """Whether it moves up as it has become too long for the source's size class."""
+    limit = source.limit_tokens
+    return 0 < limit < len(sequence.tokens) and not 0 < target.limit_tokens <= limit
