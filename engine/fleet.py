@@ -363,6 +363,8 @@ class Fleet:
             self._go_on(told, touched, now)
             everyone = [s for sequences in member.core.sequences.values() for s in sequences]
             self._want(((sequence, None) for sequence in everyone), "drain")
+        else:
+            self._rebalance(now)
 
     def _down(self, told: list[Told], member: Member, reason: str, now: float) -> None:
         """Whoever was there goes on elsewhere; who fits nowhere ends with an error."""
@@ -396,6 +398,7 @@ class Fleet:
         )
         member.up, member.down_reason = True, ""
         member.changed()
+        self._rebalance(now)
 
     # --- evening out ----------------------------------------------------------------------------------------------
 
@@ -403,6 +406,10 @@ class Fleet:
         for member in self.members:
             member.compare_forecasts()
         self.sizes.draw()
+        self._rebalance(now)
+
+    def _rebalance(self, now: float) -> None:
+        """On the period, and as soon as there is another replica to share with."""
         if self.alone:
             return
         moving = self.moves.moving
