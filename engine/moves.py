@@ -117,7 +117,7 @@ class Moves:
 
     def _begin(self, now: float, touched: list[Core]) -> bool:
         """Whether there was something to begin."""
-        began = False
+        began, loading = False, list[Move]()
         while self._wanted and len(self._under_way) < self._at_once:
             move = self._wanted.popleft()
             found = self._find(move)
@@ -128,13 +128,19 @@ class Moves:
             stays = move.reason == "drain" and not source.draining  # any more
             if stays or target is None or target is source or not target.up:
                 continue
+            if sequence.state is State.LOADING:
+                loading.append(move)  # when all of it is there
+                continue
             began = True
-            if sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
-                migration = Migration(sequence, source.core, target.core, now)
-                self._under_way.append((migration, move))
-            elif sequence.state is not State.LOADING:
+            if sequence.prompt_tokens + sequence.max_tokens > target.core.config.context:
+                why = "the target's context is too small for it"
+                self._note(move, source.number, target.number, why, live=False, seconds=0.0, pause=(0.0, 0))
+            elif sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
+                self._under_way.append((Migration(sequence, source.core, target.core, now), move))
+            else:
                 self.send(sequence, source, target, move, now)
                 touched += (source.core, target.core)
+        self._wanted.extend(loading)
         return began
 
     def _find(self, move: Move) -> tuple[Sequence, Member] | None:

@@ -237,3 +237,13 @@ def test_the_queue_is_the_fleets() -> None:
     assert driver.fleet.waiting == 6
     assert [reject.code for reject in driver.rejected.values()] == ["queue_full"] * 2
     driver.finish()
+
+
+def test_nobody_is_moved_where_it_does_not_fit() -> None:
+    driver = FleetDriver(unlike((50, 0), (10, 0), routing="least_load"))
+    driver.arrive(request("long", range(60), max_tokens=40))
+    driver.step(0)
+    driver.migrate("long", 1)
+    assert [over.failure for over in driver.migrations] == ["the target's context is too small for it"]
+    driver.finish()
+    assert driver.finished["long", 0].migrations == 0
