@@ -421,9 +421,7 @@ class Fleet:
             for sequence in sequences
             if (sequence.request.id, sequence.choice) not in moving
         ]
-        round_ = self.common.policies.rebalancing(
-            [member for member in self.members if member.up], movables, now, self._limits
-        )
+        round_ = self.common.policies.rebalancing(self.members, movables, now, self._limits)
         self.stayed += round_.stayed
         name = self.common.config.rebalancing
         self.moves.want(Move(m.request, m.choice, m.target, name, m.reason) for m in round_.moves)
