@@ -143,7 +143,9 @@ def test_one_whose_class_is_full_stays_and_is_counted() -> None:
     config = unlike((60, 30), (25, 0), routing="size_classes", rebalancing="cache_size")
     driver, random = FleetDriver(config), Random(0)
     driver.arrive(request("big", range(60), max_tokens=30, ignore_eos=True))
+    driver.drain(1)
     driver.arrive(*(request(f"r{n}", [n, *range(9)], max_tokens=60, ignore_eos=True) for n in range(3)))
+    driver.drain(1, draining=False)
     while driver.anything(random):
         driver.timer()
     driver.finish()
