@@ -15,7 +15,7 @@ from structlog.stdlib import get_logger
 from app import memory
 from app.calibration import calibrate
 from app.config import Config, EngineSection
-from app.core_config import scheduler_config
+from app.core_config import balance_config, scheduler_config
 from app.plugins import PluginError, load_plugins
 from app.served import Model
 from app.serving import Parts
@@ -87,7 +87,7 @@ def load(config: Config) -> Parts:
     scheduler = replace(scheduler, residency=tiers.residency)
     scheduler = replace(scheduler, calibration=calibrate(runner, scheduler, tiers.device, tiers.host))
     core = core_config(config, loaded, scheduler, tiers.fingerprint)
-    fleet = Fleet(FleetConfig.of(core), vocabulary, catalog)
+    fleet = Fleet(FleetConfig.of(core, balance=balance_config(config)), vocabulary, catalog)
     model = Model(
         name=config.model.name or directory.name,
         tokenizer=tokenizer,
