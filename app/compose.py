@@ -13,6 +13,7 @@ from structlog.stdlib import get_logger
 
 from app import memory
 from app.config import Config
+from app.core_config import balance_config
 from app.plugins import PluginError, load_plugins
 from app.replica_runners import NoSuchDevice, ReplicaRunner, Replicas, UnlikeReplicas, load_replicas
 from app.served import Model
@@ -107,7 +108,8 @@ def fleet_config(config: Config, replicas: Replicas, tiers: Tiers) -> FleetConfi
                 replica.table.limit_tokens,
             )
             for replica, scheduler in zip(replicas.runners.values(), schedulers, strict=True)
-        )
+        ),
+        balance_config(config),
     )
 
 

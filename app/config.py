@@ -23,7 +23,9 @@ from policies.order import ORDERS
 from policies.placement import PLACEMENTS
 from policies.prediction import PREDICTIONS
 from policies.preemption import VICTIMS
+from policies.rebalancing import REBALANCINGS
 from policies.resume import RESUMES
+from policies.routing import ROUTINGS
 
 PLUGIN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 """`package.module:name`."""
@@ -143,6 +145,8 @@ class AlsoSection(Section):
     resume: Plugins = Field(default_factory=list)
     eviction: Plugins = Field(default_factory=list)
     placement: Plugins = Field(default_factory=list)
+    routing: Plugins = Field(default_factory=list)
+    rebalancing: Plugins = Field(default_factory=list)
 
 
 class PolicyNames(Section):
@@ -152,6 +156,8 @@ class PolicyNames(Section):
     resume: Annotated[str, one_of(RESUMES, plugins=True)] = "cheapest"
     eviction: Annotated[str, one_of(EVICTIONS, plugins=True)] = "lru"
     placement: Annotated[str, one_of(PLACEMENTS, plugins=True)] = "write_through"
+    routing: Annotated[str, one_of(ROUTINGS, plugins=True)] = "hybrid"
+    rebalancing: Annotated[str, one_of(REBALANCINGS, plugins=True)] = "load_pairs"
     also: AlsoSection = AlsoSection()
 
 

@@ -202,7 +202,7 @@ class Live:
         self._outcome.peak_blocks = max(self._outcome.peak_blocks, record.kv_used_blocks)
         self._ways.update({f"{way} {tier}": count for (way, tier), count in record.resumptions.items()})
 
-    def _resumed(self, back: Resumed) -> None:
+    def _resumed(self, back: Resumed, replica: int) -> None:
         told = (
             f"{back.way} {back.tier}",
             back.predicted_seconds,

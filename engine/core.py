@@ -275,7 +275,7 @@ class Core:
         self._life.retire(sequence, now, by_itself=by_itself)
         self._forget(sequence)
         self.ended.append((sequence, by_itself))
-        return [Report(sequence.accounts(reason, now))]
+        return [Report(sequence.accounts(reason, now, self.replica))]
 
     def _forget(self, sequence: Sequence) -> None:
         siblings = self.sequences[sequence.request.id]

@@ -39,11 +39,15 @@ from engine.moves import Move, Moves
 from engine.policy_set import Catalog
 from engine.request import Request
 from engine.sequence import Sequence as EngineSequence
+from engine.sequence import State
 from engine.size_classes import SizeClasses
 from kvstore.block import Key
 from kvstore.copies import DEVICE, CopyDone, TierDown, TierUp
 from policies.decisions import Decision, Kind
 from policies.rebalancing import Limits
+
+MOST_PERIOD_SECONDS = 60.0
+"""Between two looks at the loads: a replica that hangs is noticed by then."""
 
 KEPT_SESSIONS = 100_000
 """Whose last replica is remembered; the one that asked longest ago is forgotten first."""
@@ -58,7 +62,10 @@ class ReplicaConfig:
 
 @dataclass(frozen=True, slots=True)
 class BalanceConfig:
-    """How loads are evened out. Parameters of the table [policies.rebalance]."""
+    """How loads are evened out: the parameters of the table [policies.balance].
+
+    Every `period_seconds`, loads are compared, and replicas looked at that hang or may be started again.
+    """
 
     period_seconds: float = 1.0
     cooldown_seconds: float = 10.0
@@ -69,6 +76,22 @@ class BalanceConfig:
     horizon_steps: int = 128  # of the forecast
     auto_limits: bool = False  # of size classes: learned (size_classes.py)
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.period_seconds <= MOST_PERIOD_SECONDS:
+            raise ValueError(f"period_seconds must be above 0, and at most {MOST_PERIOD_SECONDS:g}")
+        if min(self.at_once, self.horizon_steps) < 1:
+            raise ValueError("at_once and horizon_steps must be at least 1")
+        assert self.limits  # raises ValueError
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            cooldown_seconds=self.cooldown_seconds,
+            max_moves=self.max_moves,
+            moves_per_round=self.moves_per_round,
+            min_gain=self.min_gain,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class FleetConfig:
@@ -76,9 +99,11 @@ class FleetConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
     @classmethod
-    def of(cls, core: CoreConfig, replicas: int = 1) -> "FleetConfig":
+    def of(
+        cls, core: CoreConfig, replicas: int = 1, *, balance: BalanceConfig | None = None
+    ) -> "FleetConfig":
         """So many alike."""
-        return cls((ReplicaConfig(core),) * replicas)
+        return cls((ReplicaConfig(core),) * replicas, balance or BalanceConfig())
 
 
 class Told(NamedTuple):
@@ -106,12 +131,7 @@ class Fleet:
         self._vocabulary = vocabulary
         self._sessions: OrderedDict[str, int] = OrderedDict()
         self._gone: list[Core] = []  # of lost devices, whose copies have not ended
-        self._limits = Limits(
-            cooldown_seconds=balance.cooldown_seconds,
-            max_moves=balance.max_moves,
-            moves_per_round=balance.moves_per_round,
-            min_gain=balance.min_gain,
-        )
+        self._limits = balance.limits
 
     def _member(self, number: int, vocabulary: tuple[bytes, ...]) -> Member:
         config = self.config.replicas[number]
@@ -382,7 +402,7 @@ class Fleet:
                 self._changed(core)
                 continue
             move = Move(sequence.request.id, sequence.choice, target.number, "failure", reason)
-            self.moves.send(sequence, member, target, move, now)
+            self.moves.send(sequence, core, target.core, move, now)
             target.changed()
             touched.append(target.core)
         told.append(Told(core.replica, core.go_on(now)))  # what it had decided to save
@@ -419,12 +439,14 @@ class Fleet:
             if member.up
             for sequences in member.core.sequences.values()
             for sequence in sequences
-            if (sequence.request.id, sequence.choice) not in moving
+            if sequence.state is not State.LOADING and (sequence.request.id, sequence.choice) not in moving
         ]
         round_ = self.common.policies.rebalancing(self.members, movables, now, self._limits)
         self.stayed += round_.stayed
-        name = self.common.config.rebalancing
-        self.moves.want(Move(m.request, m.choice, m.target, name, m.reason) for m in round_.moves)
+        self.moves.want(
+            Move(m.request, m.choice, m.target, "size" if m.for_size else "load", m.reason)
+            for m in round_.moves
+        )
 
     # --- invariants -----------------------------------------------------------------------------------------------
 

@@ -16,16 +16,17 @@ from engine.member import Member
 from engine.migration import Migration, Stage
 from engine.sequence import Sequence, State
 
+REASONS = ("operator", "drain", "failure", "load", "size")
+"""Why a sequence moves: somebody wants it to; its replica drains, or is lost; by the rebalancing policy, to even loads
+out, or because it has outgrown its replica."""
+
 MOST_WANTED = 10_000
 """Moves that wait for their turn; more are not taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`target` None: to be chosen when its turn comes.
-
-    `reason`: "operator", "drain", "failure", or the rebalancing policy's name; `detail`: what it says of the decision.
-    """
+    """`target` None: to be chosen when its turn comes. `reason`: one of REASONS; `detail`: to it, for people."""
 
     request: str
     choice: int
@@ -89,11 +90,8 @@ class Moves:
         """A target runs it. Returns its source, which has room now."""
         for migration, move in self._under_way:
             if migration.stage is Stage.COMING and migration.twin is twin:
-                source, target = (
-                    self._members[core.replica] for core in (migration.source, migration.target)
-                )
-                twin.crossed = twin.crossed or _crosses(twin, source, target)
                 migration.landed(now)
+                twin.crossed = twin.crossed or move.reason == "size"
                 self._ledger.move((twin.request.id, twin.choice), migration.target.replica)
                 self._end(migration, move, now)
                 return migration.source
@@ -126,19 +124,21 @@ class Moves:
             sequence, source = found
             target = self._choose(sequence, source) if move.target is None else self._members[move.target]
             stays = move.reason == "drain" and not source.draining  # any more
-            if stays or target is None or target is source or not target.up:
+            if stays or target is source:
                 continue
             if sequence.state is State.LOADING:
                 loading.append(move)  # when all of it is there
                 continue
             began = True
-            if sequence.prompt_tokens + sequence.max_tokens > target.core.config.context:
-                why = "the target's context is too small for it"
-                self._note(move, source.number, target.number, why, live=False, seconds=0.0, pause=(0.0, 0))
+            if target is None or (obstacle := _obstacle(sequence, target)):
+                why = obstacle if target else "no other replica takes it"
+                to = target.number if target else source.number
+                self._note(move, source.number, to, failure=why)
             elif sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
-                self._under_way.append((Migration(sequence, source.core, target.core, now), move))
+                migration = Migration(sequence, source.core, target.core, now)
+                self._under_way.append((migration, move))
             else:
-                self.send(sequence, source, target, move, now)
+                self.send(sequence, source.core, target.core, move, now)
                 touched += (source.core, target.core)
         self._wanted.extend(loading)
         return began
@@ -150,45 +150,45 @@ class Moves:
                     return sequence, member
         return None
 
-    def send(self, sequence: Sequence, source: Member, target: Member, move: Move, now: float) -> None:
+    def send(self, sequence: Sequence, source: Core, target: Core, move: Move, now: float) -> None:
         """It waits at the target from now on, with all that is kept of it below the devices."""
-        crossed = _crosses(sequence, source, target)
-        snapshot = source.core.depart(sequence, now)
-        twin = target.core.twin(sequence, snapshot)
+        snapshot = source.depart(sequence, now)
+        twin = target.twin(sequence, snapshot)
         twin.pins, sequence.pins = sequence.pins, []
         twin.migrations, twin.migrated_at = twin.migrations + 1, now
-        twin.crossed = twin.crossed or crossed
-        target.core.adopt(twin, now)
-        self._ledger.move((move.request, move.choice), target.number)
-        self._note(move, source.number, target.number, "", live=False, seconds=0.0, pause=(0.0, 0))
+        twin.crossed = twin.crossed or move.reason == "size"
+        target.adopt(twin, now)
+        self._ledger.move((sequence.request.id, sequence.choice), target.replica)
+        self._note(move, source.replica, target.replica)
+
+    def _note(self, move: Move, source: int, target: int, failure: str = "") -> None:
+        """One that was no live migration is over."""
+        key = move.request, move.choice
+        self.over.append(
+            MigrationOver(*key, source, target, move.reason, failure, False, 0.0, 0.0, 0, move.detail)
+        )
 
     def _end(self, migration: Migration, move: Move, now: float) -> None:
         self._under_way.remove((migration, move))
         source, target = migration.source.replica, migration.target.replica
+        seconds, failure = now - migration.began, migration.failure
         pause = migration.pause_seconds, migration.pause_steps
-        seconds = now - migration.began
-        self._note(move, source, target, migration.failure, live=True, seconds=seconds, pause=pause)
-
-    def _note(
-        self,
-        move: Move,
-        source: int,
-        target: int,
-        failure: str,
-        *,
-        live: bool,
-        seconds: float,
-        pause: tuple[float, int],
-    ) -> None:
-        what = move.request, move.choice, source, target, move.reason, move.detail
-        self.over.append(MigrationOver(*what, failure, live, seconds, *pause))
+        self.over.append(
+            MigrationOver(
+                *(move.request, move.choice, source, target, move.reason, failure, True, seconds),
+                *pause,
+                move.detail,
+            )
+        )
 
     def take_over(self) -> list[MigrationOver]:
         over, self.over = self.over, []
         return over
 
 
-def _crosses(sequence: Sequence, source: Member, target: Member) -> bool:
-    """Whether it moves up as it has become too long for the source's size class."""
-    limit = source.limit_tokens
-    return 0 < limit < len(sequence.tokens) and not 0 < target.limit_tokens <= limit
+def _obstacle(sequence: Sequence, target: Member) -> str:
+    """Why it cannot begin to move there now, if so."""
+    if not target.up:
+        return "the target is down"
+    too_small = sequence.prompt_tokens + sequence.max_tokens > target.core.config.context
+    return "the target is too small for it" if too_small else ""

@@ -12,6 +12,9 @@ from typing import Protocol, TypeVar
 
 from engine.plan import Launched, Plan, Runner, StepResult
 
+STOP_SECONDS = 60.0
+"""For a step under way when a ThreadWorker is stopped; one that takes longer hangs, and the process ends without it."""
+
 T = TypeVar("T")
 Report = Callable[[StepResult | BaseException], None]
 
@@ -108,11 +111,10 @@ class ThreadWorker(QueueWorker):
 
     def start(self, report: Report) -> None:
         super().start(report)
-        self._thread = Thread(
-            target=self.run_forever, name="runner", daemon=True
-        )  # one that hangs must not keep us
+        # a daemon: one that hangs must not keep us
+        self._thread = Thread(target=self.run_forever, name="runner", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         super().stop()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)

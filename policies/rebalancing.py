@@ -114,7 +114,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`gain_seconds`: what the difference of the two replicas' backlogs falls by, as predicted."""
+    """`reason`: for people. `gain_seconds`: what the difference of the two replicas' backlogs falls by, as predicted.
+
+    `for_size`: it has outgrown its replica's limit; it is then `crossed`.
+    """
 
     request: str
     choice: int
@@ -123,6 +126,7 @@ class Move:
     reason: str
     gain_seconds: float
     cost_seconds: float
+    for_size: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +234,7 @@ def cache_size(
                 fitting, key=lambda load: (limit[load.number], books.seconds[load.number], load.number)
             )
             reason = f"{each.tokens} tokens, above {limit[each.replica]:.0f}"
-            moves.append(books.move(each, target.number, reason))
+            moves.append(books.move(each, target.number, reason, for_size=True))
         elif above and not fitting:
             stayed += 1
     return Round(tuple(moves), stayed)
@@ -254,14 +258,15 @@ class _Books:
         """For all that it is expected to hold at its end."""
         return _at_end(movable) <= self._free[target.number]
 
-    def move(self, movable: MovableView, target: int, reason: str) -> Move:
+    def move(self, movable: MovableView, target: int, reason: str, *, for_size: bool = False) -> Move:
         source, load = movable.replica, movable.load_seconds
         gain = _gain(self.seconds[source] - self.seconds[target], load)
         self.seconds[source] -= load
         self.seconds[target] += load
         self._free[source] += movable.tokens
         self._free[target] -= _at_end(movable)
-        return Move(movable.request, movable.choice, source, target, reason, gain, movable.cost_seconds)
+        cost = movable.cost_seconds
+        return Move(movable.request, movable.choice, source, target, reason, gain, cost, for_size)
 
 
 def _at_end(movable: MovableView) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.policy_set import PolicyConfig
+from engine.policy_set import FAMILIES, PolicyConfig
 from tests.app.rig import Rig, rig
 from tests.app.test_logs import lines, logged
 from tests.app.test_metrics import scrape, value
@@ -35,7 +35,7 @@ async def test_names_in_force_names_available_and_parameters_are_shown() -> None
         shown = await get(server)
         assert shown["policies"] == (await get(server, "/admin/state"))["policies"]
     assert shown["policies"]["order"] == "sjf"
-    assert set(shown["policies"]) == {"order", "victim", "resume", "prediction", "eviction", "placement"}
+    assert set(shown["policies"]) == set(FAMILIES)
     assert {"fcfs", "hybrid"} <= set(shown["available"]["order"])
     assert "mine:longest" in shown["available"]["victim"]
     assert "oracle" not in shown["available"]["prediction"], "no server knows that"
@@ -53,7 +53,7 @@ async def test_a_change_is_in_force_at_once_logged_and_seen_in_metrics_and_state
     assert answer["policies"]["order"] == state["policies"]["order"] == "sjf"
     assert value(before, "sluice:policy_info", family="order", policy="fcfs") == 1
     assert value(after, "sluice:policy_info", family="order", policy="sjf") == 1
-    assert sum(number for (name, _), number in after.items() if name == "sluice:policy_info") == 6
+    assert sum(number for (name, _), number in after.items() if name == "sluice:policy_info") == len(FAMILIES)
     told = [(line["family"], line["before"], line["policy"]) for line in lines(stream, "policy_changed")]
     assert told == [("order", "fcfs", "sjf"), ("victim", "last_admitted", "fewest_output")]
 

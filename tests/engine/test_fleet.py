@@ -246,6 +246,6 @@ def test_nobody_is_moved_where_it_does_not_fit() -> None:
     driver.arrive(request("long", range(60), max_tokens=40))
     driver.step(0)
     driver.migrate("long", 1)
-    assert [over.failure for over in driver.migrations] == ["the target's context is too small for it"]
+    assert [over.failure for over in driver.migrations] == ["the target is too small for it"]
     driver.finish()
     assert driver.finished["long", 0].migrations == 0
