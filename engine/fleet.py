@@ -285,7 +285,7 @@ class Fleet:
             for choice in range(request.n):
                 self.ledger.charge((request.id, choice), member.number, seconds)
             if decision is not None:
-                instructions.append(Decided(request.id, 0, decision))
+                instructions.insert(0, Decided(request.id, 0, decision))
             self._remember(request.session, member.number)
         told.append(Told(member.number, instructions))
         self._changed(member.core)
