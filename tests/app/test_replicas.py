@@ -305,8 +305,9 @@ async def test_metrics_of_each_replica_are_its_own() -> None:
         await asyncio.gather(*calls)
         after = await scrape(server)
     for engine, requests in (("0", 2), ("1", 1)):
-        assert value(during, "vllm:num_requests_running", engine=engine) == requests
-        assert value(during, "vllm:kv_cache_usage_perc", engine=engine) == requests * 2 / 64
+        assert value(during, "vllm:num_requests_running", engine=engine) == 1, "a step is under way"
+        assert value(during, "vllm:num_requests_waiting", engine=engine) == requests - 1
+        assert value(during, "vllm:kv_cache_usage_perc", engine=engine) == 2 / 64
         assert value(during, "sluice:replica_backlog_seconds", engine=engine) > 0
         assert value(during, "sluice:replica_forecast_tokens", engine=engine) >= 0
         assert value(after, "vllm:prompt_tokens_total", engine=engine) == 20 * requests
