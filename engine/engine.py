@@ -392,10 +392,10 @@ class Engine:
         reason = f"{type(failure).__name__}: {failure}"
         restarts = self._revive is not None and self._restart_seconds > 0
         replica.lose(reason, self._clock() + self._restart_seconds if restarts else float("inf"))
+        self._tell_replica(replica.number, False, reason)
         self._feed(ReplicaDown(replica.number, reason))
         if self._tiers is not None:
             self._tiers.replica_lost(replica.number)
-        self._tell_replica(replica.number, False, reason)
 
     async def _restart(self, replica: Replica, revive: Revive) -> None:
         try:

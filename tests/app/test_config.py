@@ -14,6 +14,8 @@ from rich.console import Console
 from app.check_config import as_json, print_table
 from app.config import Config, ConfigError
 from app.config_sources import all_keys, load
+from app.core_config import balance_config, policy_config
+from engine.fleet import BalanceConfig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -82,6 +84,13 @@ def test_values_written_as_text_get_their_keys_type() -> None:
         ("engine.port=1", "did you mean server.port?"),
         ("policies.order=fcsf", "did you mean fcfs?"),
         ("policies.victim=newest", "known names: cheapest_resume, fewest_output, last_admitted"),
+        ("policies.routing=hybrd", "did you mean hybrid?"),
+        ("policies.rebalancing=pairs", "known names: cache_size, load_pairs, none"),
+        ("policies.balance.period_seconds=0", "period_seconds must be above 0, and at most 60"),
+        ("policies.balance.period_seconds=nan", "period_seconds must be above 0"),
+        ("policies.balance.at_once=0", "at_once and horizon_steps must be at least 1"),
+        ("policies.balance.min_gain=0.5", "min_gain must be at least 1"),
+        ("policies.balance.max_moves=-1", "must not be negative"),
         ("log.level=warn", "did you mean warning?"),
         ("server.port=eighty", 'server.port = "eighty": input should be a valid integer'),
         ("server.port=70000", "less than or equal to 65535"),
@@ -116,6 +125,21 @@ def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_refused_only_when_asked_for(tmp_path: Path) -> None:
     assert "no such file" in problems(file=tmp_path / "no.toml")[0]
     assert load([], {}, cwd=tmp_path).config == Config()
+
+
+def test_policies_of_replicas_and_their_parameters_reach_the_fleet() -> None:
+    flags = [
+        "policies.routing=session",
+        "policies.rebalancing=house:moves",
+        "policies.balance.at_once=7",
+        'policies.also.routing=["house:route"]',
+    ]
+    config = load(flags, {}, cwd=Path("/nowhere")).config
+    names = policy_config(config)
+    assert (names.routing, names.rebalancing) == ("session", "house:moves")
+    assert config.policies.also.routing == ["house:route"]
+    assert balance_config(config) == BalanceConfig(at_once=7)
+    assert balance_config(Config()) == BalanceConfig()
 
 
 def test_config_toml_has_every_key_with_its_default() -> None:
