@@ -68,8 +68,8 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
             recorder=recorder,
             store=parts.store,
             revive=parts.revive,
-            hung_seconds=300.0,
-            restart_seconds=10.0,
+            hung_seconds=parts.config.engine.hung_seconds,
+            restart_seconds=parts.config.engine.restart_seconds,
         )
         engine.on_copy.append(TierLog().observe)
         engine.on_policy_failed.append(PolicyLog().observe)

@@ -144,7 +144,7 @@ def test_policies_of_replicas_and_their_parameters_reach_the_fleet() -> None:
 
 def test_config_toml_has_every_key_with_its_default() -> None:
     tables = tomllib.loads((REPOSITORY / "config.toml").read_text())
-    assert tables == Config().model_dump(exclude={"classes", "keys"})
+    assert tables == Config().model_dump(exclude={"classes", "replicas", "keys"})
     assert list(_keys(tables)) == list(all_keys())
 
 
@@ -177,10 +177,10 @@ def test_every_key_of_config_toml_is_documented() -> None:
 def test_check_config_shows_every_key_with_its_source() -> None:
     loaded = load(["server.port=9"], {}, cwd=Path("/nowhere"))
     values = json.loads(as_json(loaded))
-    assert list(values) == [*all_keys(), "class"]
+    assert list(values) == [*all_keys(), "class", "replica"]
     assert values["server.port"] == {"value": 9, "source": "--set"}
     text = io.StringIO()
     print_table(loaded, Console(file=text, width=200))
     lines = text.getvalue().splitlines()
     assert any(line.split() == ["server.port", "9", "--set"] for line in lines)
-    assert len(lines) == len(all_keys()) + len(["class"]) + 1
+    assert len(lines) == len(all_keys()) + len(["class", "replica"]) + 1
