@@ -85,19 +85,20 @@ def load(config: Config) -> Parts:
         for each in runners[1:]:
             tiers.store.put_device(each.number, each.device)
     exact = all(each.runner.exact for each in runners)
-    return Parts(config, model, fleet, workers, exact, tiers.store, _reviving(replicas, tiers))
+    revive = _reviving(replicas, with_tiers=tiers.store is not None)
+    return Parts(config, model, fleet, workers, exact, tiers.store, revive)
 
 
 def _on_a_thread(replica: ReplicaRunner) -> ThreadWorker:
     return ThreadWorker(replica.runner, overlap=replica.runs_ahead)
 
 
-def _reviving(replicas: Replicas, tiers: Tiers) -> Revive:
+def _reviving(replicas: Replicas, *, with_tiers: bool) -> Revive:
     """Makes a lost replica's runner anew, with an empty pool, and a thread for it."""
 
     async def revive(number: int) -> Revived:
         made = await asyncio.to_thread(replicas.make, number)
-        return Revived(_on_a_thread(made), made.device if tiers.store else None)
+        return Revived(_on_a_thread(made), made.device if with_tiers else None)
 
     return revive
 

@@ -57,15 +57,17 @@ class QueueWorker:
 
     def abandon(self) -> None:
         self._plans.put(None)
+        del self.runner  # its memory is wanted for the next one, as soon as no thread is in it
 
     def run_forever(self) -> None:
         """Works until `stop`. What the runner raises is reported, and ends the work."""
+        runner = self.runner
         collector = Thread(target=self._collect_forever, name="collector") if self._launched else None
         if collector:
             collector.start()
         try:
             while (plan := self._plans.get()) is not None:
-                self._hand_on(self.runner.launch(plan))
+                self._hand_on(runner.launch(plan))
         except Exception as error:  # noqa: BLE001 (whatever a device raises, its clients must hear of it)
             self._report(error)
         finally:

@@ -1,6 +1,8 @@
 """Whole servers of several replicas, the shipped model on each: live migration and death over HTTP, bits compared."""
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 from app.config import Config
@@ -61,10 +63,11 @@ async def test_a_replica_that_dies_is_made_anew_and_nobody_notices() -> None:
     """The first one, on the main thread: its request goes on at the other; then it serves again, on another thread."""
     expected = await truth()
     async with served(several(host_bytes=8 * 2**20)) as server:
-        back = asyncio.Event()
+        back, lost = asyncio.Event(), weakref.ref(server.parts.workers[0].runner)
         server.engine.on_replica.append(lambda number, up, reason: back.set() if up else None)
         task, _, here = await in_its_midst(server)
         server.engine._lose(server.engine.replicas[here], RuntimeError("a test"))
+        assert here == 0
         assert (await task).text == expected.text
         path = f"/admin/replicas/{here}"
         async with server.http.post(f"{path}/resume", json={}) as response:
@@ -75,3 +78,5 @@ async def test_a_replica_that_dies_is_made_anew_and_nobody_notices() -> None:
         task, _, where = await in_its_midst(server)
         assert where == here
         assert (await task).text == expected.text
+        gc.collect()
+        assert lost() is None, "its memory is free"
