@@ -80,12 +80,12 @@ def load(config: Config) -> Parts:
         defaults=loaded.generation,
         created=int(time.time()),
     )
-    for replica, core in zip(runners, fleet.cores, strict=True):
-        _log_loaded(model, replica, core.config)
+    _log_loaded(model, replicas, fleet)
     first, *others = runners
     workers = [QueueWorker(first.runner, overlap=first.runs_ahead), *map(_on_its_own_thread, others)]
     revive = partial(_revive, replicas)
-    return Parts(config, model, fleet, workers, first.runner.exact, tiers.store, revive)
+    exact = all(each.runner.exact for each in runners)
+    return Parts(config, model, fleet, workers, exact, tiers.store, revive)
 
 
 def _on_its_own_thread(replica: ReplicaRunner) -> ThreadWorker:
@@ -96,21 +96,6 @@ async def _revive(replicas: Replicas, number: int) -> Revived:
     """A lost replica's device anew, made on a thread of its own. Raises what making it raises."""
     made = await asyncio.to_thread(replicas.make, number)
     return Revived(_on_its_own_thread(made), made.device)
-
-
-def fleet_config(config: Config, replicas: Replicas, tiers: Tiers) -> FleetConfig:
-    schedulers = replicas.schedulers(tiers.residency, tiers.host)
-    return FleetConfig(
-        tuple(
-            ReplicaConfig(
-                core_config(config, replica, scheduler, tiers.fingerprint),
-                replica.table.role,
-                replica.table.limit_tokens,
-            )
-            for replica, scheduler in zip(replicas.runners.values(), schedulers, strict=True)
-        ),
-        balance_config(config),
-    )
 
 
 def model_directory(path: str) -> Path:
@@ -131,6 +116,22 @@ def check_recording(path: str) -> None:
         raise CannotRecord(f"engine.record = {path!r} cannot be written: {error.strerror}") from error
 
 
+def fleet_config(config: Config, replicas: Replicas, tiers: Tiers) -> FleetConfig:
+    """Measures what steps and copies cost."""
+    schedulers = replicas.schedulers(tiers.residency, tiers.host)
+    return FleetConfig(
+        tuple(
+            ReplicaConfig(
+                core_config(config, replica, scheduler, tiers.fingerprint),
+                replica.table.role,
+                replica.table.limit_tokens,
+            )
+            for (_, replica), scheduler in zip(sorted(replicas.runners.items()), schedulers, strict=True)
+        ),
+        balance_config(config),
+    )
+
+
 def core_config(
     config: Config, replica: ReplicaRunner, scheduler: SchedulerConfig, fingerprint: str
 ) -> CoreConfig:
@@ -144,15 +145,26 @@ def core_config(
     )
 
 
-def _log_loaded(model: Model, replica: ReplicaRunner, core: CoreConfig) -> None:
-    loaded = replica.loaded
+def _log_loaded(model: Model, replicas: Replicas, fleet: Fleet) -> None:
+    for number, member in enumerate(fleet.members if not fleet.alone else ()):
+        scheduler = member.core.config.scheduler
+        log.info(
+            "replica_made",
+            replica=number,
+            device=str(replicas.runners[number].loaded.model.device),
+            role=member.role,
+            limit_tokens=member.limit_tokens,
+            kv_blocks=scheduler.blocks,
+        )
+    first = replicas.runners[0]
     log.info(
         "model_loaded",
         model=model.name,
-        device=str(loaded.model.device),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        context=core.context,
-        kv_blocks=core.scheduler.blocks,
-        block_size=core.scheduler.block_size,
-        exact=replica.runner.exact,
+        device=str(first.loaded.model.device),
+        dtype=str(first.loaded.dtype).removeprefix("torch."),
+        context=fleet.context,
+        kv_blocks=sum(core.config.scheduler.blocks for core in fleet.cores),
+        block_size=first.scheduler.block_size,
+        replicas=len(fleet.members),
+        exact=first.runner.exact,
     )

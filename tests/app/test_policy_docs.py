@@ -93,7 +93,6 @@ async def test_the_example_for_replicas_places_and_moves_and_never_fails(
         await server.until(running=10)
         before = [str(each["replica"]) for each in server.engine.requests()]
         server.engine.drain_replica(2, draining=False)
-        server.engine.tick()
         after = [str(each["replica"]) for each in server.engine.requests()]
         for worker in server.workers:
             worker.gate.set()
