@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from structlog.stdlib import get_logger
 
 from app.admin import unknown_request
-from app.bodies import read_json
+from app.bodies import read_json_if_any
 from app.errors import ApiError, bad_request
 from app.served import SERVED
 from engine.engine import Engine
@@ -33,7 +33,7 @@ class Target(Nothing):
 async def migrate(http: web.Request) -> web.Response:
     """Makes a request go on at another replica, live if it runs. Its choices go one by one, in their turn."""
     request_id, engine = http.match_info["id"], http.app[SERVED].engine
-    replica = (await read_json(http, Target)).replica
+    replica = (await read_json_if_any(http, Target)).replica
     sequences = engine.fleet.sequences_of(request_id)
     if not sequences:
         raise unknown_request(request_id)
@@ -49,7 +49,7 @@ async def migrate(http: web.Request) -> web.Response:
 
 async def drain(http: web.Request) -> web.Response:
     """It takes nothing more, and its requests go on elsewhere. The last that takes requests is not drained."""
-    await read_json(http, Nothing)
+    await read_json_if_any(http, Nothing)
     engine, member = _member(http)
     others = [each for each in engine.fleet.members if each is not member]
     if member.accepting and not any(each.accepting for each in others):
@@ -60,7 +60,7 @@ async def drain(http: web.Request) -> web.Response:
 
 async def resume(http: web.Request) -> web.Response:
     """It takes requests again. One that is lost is started again, at once."""
-    await read_json(http, Nothing)
+    await read_json_if_any(http, Nothing)
     engine, member = _member(http)
     if not member.up and not engine.restarts:
         message = f"replica {member.number} is lost ({member.down_reason}), and this server starts none again"

@@ -74,17 +74,19 @@ class BalanceConfig:
     min_gain: float = 2.0
     at_once: int = 4  # migrations under way
     horizon_steps: int = 128  # of the forecast
-    auto_limits: bool = False  # of size classes: learned (size_classes.py)
+    limits: str = "fixed"  # of size classes: as configured, or "auto": learned (size_classes.py)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.period_seconds <= MOST_PERIOD_SECONDS:
             raise ValueError(f"period_seconds must be above 0, and at most {MOST_PERIOD_SECONDS:g}")
         if min(self.at_once, self.horizon_steps) < 1:
             raise ValueError("at_once and horizon_steps must be at least 1")
-        assert self.limits  # raises ValueError
+        if self.limits not in ("fixed", "auto"):
+            raise ValueError(f'limits must be "fixed" or "auto", not {self.limits!r}')
+        assert self.move_limits  # raises ValueError
 
     @property
-    def limits(self) -> Limits:
+    def move_limits(self) -> Limits:
         return Limits(
             cooldown_seconds=self.cooldown_seconds,
             max_moves=self.max_moves,
@@ -126,12 +128,12 @@ class Fleet:
         self.members = [self._member(number, vocabulary) for number in range(len(config.replicas))]
         balance = config.balance
         self.moves = Moves(self.members, self.ledger, balance.at_once, self._better_place)
-        self.sizes = SizeClasses(self.members, auto=balance.auto_limits)
+        self.sizes = SizeClasses(self.members, auto=balance.limits == "auto")
         self.stayed = 0  # sequences that crossed their limit, and found no room elsewhere
         self._vocabulary = vocabulary
         self._sessions: OrderedDict[str, int] = OrderedDict()
         self._gone: list[Core] = []  # of lost devices, whose copies have not ended
-        self._limits = balance.limits
+        self._limits = balance.move_limits
 
     def _member(self, number: int, vocabulary: tuple[bytes, ...]) -> Member:
         config = self.config.replicas[number]

@@ -154,7 +154,7 @@ def test_one_whose_class_is_full_stays_and_is_counted() -> None:
 
 def test_limits_of_size_classes_are_learned() -> None:
     config = unlike((60, 0), (60, 0), routing="size_classes", rebalancing="none")
-    config = replace(config, balance=BalanceConfig(auto_limits=True))
+    config = replace(config, balance=BalanceConfig(limits="auto"))
     driver, random = FleetDriver(config), Random(0)
     for number in range(60):
         driver.arrive(
