@@ -40,6 +40,8 @@ class Replica:
     prefill_seconds: float = 0.0
     saved_seconds: float = 0.0
     decode_seconds: float = 0.0
+    ahead_seconds: float = 0.0
+    disturbed_seconds: float = 0.0
     session_home: bool = False
 
     def charged(self, seconds: float) -> "Replica":

@@ -25,6 +25,7 @@ class Figures:
     used_tokens: int
     decode_rows: int
     decode_context: int
+    ahead_seconds: float
     backlog_seconds: float
     forecast_tokens: float
 
@@ -137,6 +138,7 @@ class Member:
             used_tokens=scheduler.pool.held * scheduler.config.block_size,
             decode_rows=len(taken),
             decode_context=context,
+            ahead_seconds=prompts + waiting,
             backlog_seconds=prompts + decoding + waiting,
             forecast_tokens=forecast_tokens(taken, self.core.common.policies.prediction, self._horizon_steps),
         )
@@ -193,6 +195,8 @@ class Candidate:
     prefill_seconds: float
     saved_seconds: float
     decode_seconds: float
+    ahead_seconds: float
+    disturbed_seconds: float
     session_home: bool
     work_seconds: float  # what it will be charged here
 
@@ -245,6 +249,8 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
         prefill_seconds=prefill,
         saved_seconds=saved,
         decode_seconds=wanted.expected_tokens * step,
+        ahead_seconds=figures.ahead_seconds,
+        disturbed_seconds=(prefill - saved) * (figures.decode_rows + member.waiting),
         session_home=wanted.session_home == member.number,
         work_seconds=prefill - saved + wanted.expected_tokens * nominal,
     )

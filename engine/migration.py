@@ -70,6 +70,7 @@ class Migration:
         self._fetched_blocks = 0  # full ones that the target has or fetches
         self._match: Match | None = None  # of the snapshot, at the target
         self._pins: list[Entry] = []
+        self._awaited: Key | None = None  # before this one is below the device, there is nothing to look at
 
     @property
     def twin(self) -> Sequence:
@@ -123,8 +124,8 @@ class Migration:
 
     def _copy(self, now: float) -> None:
         sequence = self.sequence
-        if sequence.head_end:
-            return  # a part of it is still on its way up
+        if sequence.head_end or self._waits_for_copies:
+            return  # a part of it is still on its way, up or down
         checkpoints = self.source.scheduler.life.checkpoints
         checkpoints.save_all(sequence, now)
         keys = sequence.keys[: sequence.published]
@@ -172,6 +173,8 @@ class Migration:
         self.stage = Stage.LEAVING
 
     def _leave(self, now: float) -> None:
+        if self._waits_for_copies:
+            return
         snapshot = self.snapshot
         self.source.scheduler.life.checkpoints.save_snapshot(self.sequence, snapshot, now)
         self._pin(snapshot.all_keys)
@@ -246,10 +249,15 @@ class Migration:
         """Whether the target can have each of them. Aborts where one is not, and nothing under way might help."""
         residency, pool = self.source.scheduler.residency, self.target.scheduler.pool
         missing = [key for key in keys if pool.block_of(key) is None and not residency.readable(key)]
-        coming = any(map(residency.writing, missing))
-        if missing and not coming and residency.below.quiet:
+        self._awaited = next(filter(residency.writing, reversed(missing)), None)
+        if missing and self._awaited is None and residency.below.quiet:
             self.abort("there is no room below the device")
         return not missing
+
+    @property
+    def _waits_for_copies(self) -> bool:
+        """Whether the last one that was seen on its way down still is: those before it were told before."""
+        return self._awaited is not None and self.source.scheduler.residency.writing(self._awaited)
 
     def _pin(self, keys: Iterable[Key]) -> None:
         """Keeps what is below the device of these from eviction: what was pinned before stays so meanwhile."""

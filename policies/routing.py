@@ -16,7 +16,7 @@ Ties, under all weights: fewer requests, then fewer ever placed, then the lowest
 same answer. How sequences move later: rebalancing.py. What a replica is expected to hold: forecast.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from typing import Protocol
@@ -55,6 +55,8 @@ class Weights:
     charged: float = 0.0  # what was charged for those there when they were placed
     backlog: float = 0.0  # what all that are there are predicted to take yet
     wait: float = 0.0  # the backlog, for as much of the request as lacks room
+    ahead: float = 0.0  # what is computed before its prompt
+    disturbed: float = 0.0  # what its prefill delays all that are there
     misplaced: float = 0.0  # a second where it does not belong by its size
     turns: float = 0.0  # a second for each request ever placed there
 
@@ -133,7 +135,7 @@ seconds are about right beside each other; an error common to all replicas chang
 PREDICTED_LOAD. Source: ours; weighing cache against load in one cost is Preble's and Dynamo's (NVIDIA, 2025).
 """
 
-ROUTINGS: Mapping[str, Scored] = {
+ROUTINGS: dict[str, Scored] = {
     "hybrid": Scored(HYBRID),
     "round_robin": Scored(ROUND_ROBIN),
     "least_load": Scored(LEAST_LOAD),
@@ -180,6 +182,8 @@ class _Score:
             "charged": weights.charged * view.charged_seconds,
             "backlog": weights.backlog * view.backlog_seconds,
             "wait": weights.wait * wait_seconds(view, headroom),
+            "ahead": weights.ahead * view.ahead_seconds,
+            "disturbed": weights.disturbed * view.disturbed_seconds,
             "turns": weights.turns * view.placed,
             **{name: 0.0 if full else -seconds for name, seconds in credit.items()},
         }
@@ -256,6 +260,8 @@ _REASONS = {
     "charged": "least load charged",
     "backlog": "least load predicted",
     "wait": "room soonest",
+    "ahead": "least to be computed before",
+    "disturbed": "its prefill delays others least",
     "turns": "its turn",
     "saved": "{view.cached_tokens} of {view.prompt_tokens} prompt tokens are on its device",
     "session": "its session was there",

@@ -207,5 +207,13 @@ class CandidateView(ReplicaView, Protocol):
         """Expected decode steps, in this replica's batch and with its KV growing."""
 
     @property
+    def ahead_seconds(self) -> float:
+        """What is there to be computed before its own prompt: prompts that are left, and all of who waits."""
+
+    @property
+    def disturbed_seconds(self) -> float:
+        """What its prefill, as far as it is not saved, delays those there, summed over them."""
+
+    @property
     def session_home(self) -> bool:
         """Whether it served this session's last request."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from app.workload.formats import FORMATS
 
+MOST_REPLICAS = 64
+
 
 def add(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
@@ -20,6 +22,13 @@ def add(
     parser.add_argument("--format", choices=sorted(FORMATS), help="of the trace; without it, as found")
     parser.add_argument(
         "--profile", default="h200-8b", metavar="FILE", help="of the machine, or a shipped one's name"
+    )
+    parser.add_argument(
+        "--replicas",
+        type=replicas,
+        default=1,
+        metavar="N",
+        help="so many alike, from 1 to 64, each on such a machine; the tiers below are shared",
     )
     parser.add_argument("--rate", type=positive, metavar="R", help="requests (or sessions) per second")
     parser.add_argument(
@@ -41,7 +50,8 @@ def add(
         action="append",
         default=[],
         metavar="KEY=V,V",
-        help="policies.order=fcfs,hybrid or rate=1,2: a run for each value; repeatable, all combinations",
+        help="policies.order=fcfs,hybrid, rate=1,2 or replicas=4,8: a run for each value; repeatable, all "
+        "combinations",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for rows (JSON Lines) and charts (PNG)")
@@ -63,3 +73,10 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def replicas(text: str) -> int:
+    """Raises ArgumentTypeError."""
+    if (number := count(text)) > MOST_REPLICAS:
+        raise argparse.ArgumentTypeError(f"{text} replicas are more than {MOST_REPLICAS}")
+    return number

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SHOWN = ("ttft", "tpot", "normalised")
 PERCENTILES = ("p50", "p90", "p99")
 MOST_TIMELINES = 12
+MOST_NAMED = 8
+"""Replicas in a legend."""
+
 MAGNITUDES = 30
 """Largest ÷ smallest value, from which on an axis is logarithmic."""
 
@@ -106,19 +109,31 @@ def _named(rate: float | None, highest: float) -> str:
 
 
 def _timeline(kind: "type[Figure]", result: Result) -> "Figure":
-    """Running and waiting over time, and below them how full the device's KV pool is."""
+    """Running and waiting over time, how full the KV pools are, and what each of several replicas has to do."""
     ticks = result.outcome.ticks
-    figure = kind(figsize=(10, 5), layout="constrained")
-    counts, share = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    fleet = result.scenario.replicas > 1
+    figure = kind(figsize=(10, 7 if fleet else 5), layout="constrained")
+    ratios = (2, 1, 2) if fleet else (2, 1)
+    panels: Sequence[Axes] = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    counts, share = panels[:2]
     times = [tick.time for tick in ticks]
     counts.plot(times, [tick.running for tick in ticks], label="running", color="tab:blue")
     counts.plot(times, [tick.waiting for tick in ticks], label="waiting", color="tab:orange")
     counts.set(ylabel="requests", title=result.scenario.name)
     counts.set_ylim(bottom=0)
     counts.legend(loc="upper right", fontsize="small")
-    full: list[Any] = [100 * tick.kv_used_blocks / result.kv_blocks for tick in ticks]
+    blocks = result.kv_blocks * result.scenario.replicas
+    full: list[Any] = [100 * tick.kv_used_blocks / blocks for tick in ticks]
     share.fill_between(times, full, color="tab:green", alpha=0.4)
-    share.set(ylabel="KV held, %", xlabel="virtual seconds", ylim=(0, 101))
-    for axes in (counts, share):
+    share.set(ylabel="KV held, %", ylim=(0, 101))
+    if fleet:
+        for replica in range(result.scenario.replicas):
+            panels[2].plot(times, [tick.loads[replica] for tick in ticks], linewidth=1, label=f"{replica}")
+        panels[2].set(ylabel="load by replica, s")
+        panels[2].set_ylim(bottom=0)
+        if result.scenario.replicas <= MOST_NAMED:
+            panels[2].legend(loc="upper right", fontsize="x-small", ncols=4)
+    panels[-1].set_xlabel("virtual seconds")
+    for axes in panels:
         axes.grid(alpha=0.3)
     return figure

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _results(options: argparse.Namespace) -> list[Result]:
     profile = read_profile(_profile_path(options.profile))
-    chosen = scenarios(options.sweep, options.rate)
+    chosen = scenarios(options.sweep, options.rate, options.replicas)
     configs = [_config(options, scenario) for scenario in chosen]  # all are checked before the first runs
     traces = Traces(options)
     with Progress(
@@ -120,7 +120,11 @@ def _play(
     begun = time.perf_counter()
     catalog = Catalog(load_plugins(config.policies))
     simulation = Simulation(
-        FleetConfig.of(core), profile, workload, catalog=catalog, on_tick=_watch(progress, task)
+        FleetConfig.of(core, scenario.replicas),
+        profile,
+        workload,
+        catalog=catalog,
+        on_tick=_watch(progress, task),
     )
     outcome = simulation.run()
     wall = time.perf_counter() - begun

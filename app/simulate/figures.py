@@ -83,7 +83,7 @@ class Figures:
     recompute_tax: float  # positions computed again ÷ all computed
     preemptions: int
     hit_rate: float  # prompt tokens found in some tier ÷ looked up
-    busy: float  # share of the time that the device computed
+    busy: float  # share of the time that the devices computed
     seconds: float
 
     def row(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def figures(outcome: Outcome, objectives: Objectives) -> Figures:
         recompute_tax=_share(outcome.recomputed_tokens, outcome.computed_tokens),
         preemptions=counts.preemptions,
         hit_rate=_share(counts.prefix_hits, counts.prefix_queries),
-        busy=_share(outcome.busy_seconds, outcome.seconds),
+        busy=_share(outcome.busy_seconds, outcome.seconds * max(1, len(outcome.busy_by_replica))),
         seconds=outcome.seconds,
     )
 

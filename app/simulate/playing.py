@@ -56,5 +56,6 @@ class TraceWorkload:
             sampling=Sampling(seed=number),
             stopping=stopping,
             tenant=self._tenants.get(number, ""),
+            session=each.session,
         )
         return Job(request, output, self._prompts.answer(each))

@@ -10,19 +10,27 @@ from rich.console import Console
 from rich.table import Table
 
 from app.simulate.figures import METRICS, Figures, Objectives, Spread, capacity
+from app.simulate.fleet_figures import FleetFigures, fleet_figures
 from app.simulate.scenario import Scenario
 from engine.simulation import Outcome
+
+MOST_SHARES = 8
+"""Replicas whose busy shares are all shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`wall_seconds`: what the simulation itself took."""
+    """`kv_blocks`: of each device. `wall_seconds`: what the simulation itself took."""
 
     scenario: Scenario
     outcome: Outcome
     figures: Figures
     kv_blocks: int
     wall_seconds: float
+
+    @property
+    def fleet(self) -> FleetFigures:
+        return fleet_figures(self.outcome)
 
     @property
     def speed(self) -> float:
@@ -33,6 +41,8 @@ class Result:
 def show(results: Sequence[Result], objectives: Objectives, console: Console) -> None:
     console.print(latencies((result.scenario.name, result.figures.spreads) for result in results))
     console.print(_accounts(results))
+    if fleets := [result for result in results if result.scenario.replicas > 1]:
+        console.print(_fleets(fleets))
     if objectives != Objectives():
         for policies, rate in capacities(results).items():
             found = "below the lowest rate" if rate is None else f"{rate:g} requests/s"
@@ -71,6 +81,33 @@ def _accounts(results: Sequence[Result]) -> Table:
     return table
 
 
+def _fleets(results: Iterable[Result]) -> Table:
+    heads = ("scenario", "replicas", "busy, each", "load max/mean", "hits", "preempted", "moved live", "from snapshots",
+             "failed", "stayed", "pause P50, ms", "P99")  # fmt: skip
+    table = Table(*heads, title="fleets")
+    for result in results:
+        found = result.fleet
+        pauses = (found.pauses.p50, found.pauses.p99) if found.pauses else ()
+        table.add_row(
+            result.scenario.name,
+            str(result.scenario.replicas),
+            _shares(found.busy),
+            f"{found.imbalance:.3f}",
+            f"{result.figures.hit_rate:.1%}",
+            f"{result.figures.preemptions:,}",
+            *(f"{count:,}" for count in (found.live, found.from_snapshots, found.failed, found.stayed)),
+            *(f"{1e3 * seconds:.1f}" for seconds in pauses),
+        )
+    return table
+
+
+def _shares(busy: Sequence[float]) -> str:
+    """Each, of a few; of many the least and the most."""
+    if len(busy) <= MOST_SHARES:
+        return " ".join(f"{share:.0%}" for share in busy)
+    return f"{min(busy):.0%} … {max(busy):.0%}"
+
+
 def capacities(results: Iterable[Result]) -> dict[str, float | None]:
     """By policies, where rates were given."""
     return {policies: capacity(pairs) for policies, pairs in attainments(results).items()}
@@ -101,8 +138,10 @@ def _run(result: Result) -> dict[str, Any]:
         "scenario": result.scenario.name,
         "settings": result.scenario.settings,
         "rate": result.scenario.rate,
+        "replicas": result.scenario.replicas,
         "kv_blocks": result.kv_blocks,
         **result.figures.row(),
+        "fleet": result.fleet.row(),
         "steps": outcome.steps,
         "computed_tokens": outcome.computed_tokens,
         "recomputed_tokens": outcome.recomputed_tokens,

@@ -6,11 +6,12 @@ from itertools import product
 
 from app.config import Config
 from app.core_config import residency_config, scheduler_config
+from app.simulate.arguments import MOST_REPLICAS
 from engine.core import CoreConfig
 from engine.profile import Profile
 from engine.simulation import EOS
 
-RATE = "rate"
+RATE, REPLICAS = "rate", "replicas"
 """What may be swept beside configuration keys."""
 
 
@@ -20,39 +21,52 @@ class BadSweep(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`settings`: `section.key=value` over the configuration's own; `rate` None: the trace's."""
+    """`settings`: `section.key=value` over the configuration's own; `rate` None: the trace's. Replicas are alike."""
 
     settings: tuple[str, ...] = ()
     rate: float | None = None
+    replicas: int = 1
 
     @property
     def policies(self) -> str:
         """What tells it from others at the same rate."""
-        return " ".join(setting.removeprefix("policies.") for setting in self.settings) or "as configured"
+        told = [setting.removeprefix("policies.") for setting in self.settings]
+        if self.replicas > 1:
+            told.append(f"replicas={self.replicas}")
+        return " ".join(told) or "as configured"
 
     @property
     def name(self) -> str:
         return self.policies if self.rate is None else f"{self.policies} @ {self.rate:g}/s"
 
 
-def scenarios(sweeps: Iterable[str], rate: float | None) -> list[Scenario]:
-    """The product of sweeps such as `policies.order=fcfs,hybrid` and `rate=1,2`. Raises BadSweep."""
+def scenarios(sweeps: Iterable[str], rate: float | None, replicas: int = 1) -> list[Scenario]:
+    """The product of sweeps such as `policies.order=fcfs,hybrid`, `rate=1,2` and `replicas=4,8`. Raises BadSweep."""
     axes = [_axis(sweep) for sweep in sweeps]
     found = []
     for values in product(*(values for _, values in axes)):
         chosen = list(zip((key for key, _ in axes), values, strict=True))
-        settings = tuple(f"{key}={value}" for key, value in chosen if key != RATE)
+        settings = tuple(f"{key}={value}" for key, value in chosen if key not in (RATE, REPLICAS))
         rates = [_rate(value) for key, value in chosen if key == RATE]
-        found.append(Scenario(settings, rates[-1] if rates else rate))
+        counts = [_replicas(value) for key, value in chosen if key == REPLICAS]
+        found.append(Scenario(settings, [rate, *rates][-1], [replicas, *counts][-1]))
     return found
 
 
 def _axis(sweep: str) -> tuple[str, list[str]]:
     key, _, text = sweep.partition("=")
     values = [value.strip() for value in text.split(",") if value.strip()]
-    if not key or not values or (key != RATE and "." not in key):
-        raise BadSweep(f"--sweep {sweep!r}: wanted is section.key=value,value or rate=number,number")
+    if not key or not values or (key not in (RATE, REPLICAS) and "." not in key):
+        raise BadSweep(
+            f"--sweep {sweep!r}: wanted is section.key=value,value, rate=number,number or replicas=number,number"
+        )
     return key, values
+
+
+def _replicas(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MOST_REPLICAS:
+        raise BadSweep(f"--sweep replicas: {text!r} is no whole number from 1 to {MOST_REPLICAS}")
+    return int(text)
 
 
 def _rate(text: str) -> float:

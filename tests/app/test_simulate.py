@@ -9,10 +9,12 @@ import pytest
 
 from app.cli import main
 from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
+from app.simulate.fleet_figures import fleet_figures, imbalance
 from app.simulate.playing import TraceWorkload
 from app.simulate.scenario import BadSweep, for_block_size, scenarios
 from app.workload.playing import Playing
 from app.workload.trace import TraceRequest
+from engine.events import MigrationOver
 from engine.profile import write_profile
 from engine.simulation import Outcome, Served
 from tests.engine.test_simulation import PROFILE
@@ -97,9 +99,65 @@ def test_sweeps_make_the_product_of_their_values() -> None:
     ]
     (alone,) = scenarios([], rate=9.0)
     assert (alone.rate, alone.settings) == (9.0, ())
-    for wrong in ("order=fcfs", "rate=fast", "rate=-1", "rate", "policies.order="):
+    for wrong in (
+        "order=fcfs",
+        "rate=fast",
+        "rate=-1",
+        "rate",
+        "policies.order=",
+        "replicas=0",
+        "replicas=65",
+    ):
         with pytest.raises(BadSweep):
             scenarios([wrong], None)
+
+
+def test_replicas_are_swept_beside_the_rest() -> None:
+    found = scenarios(["policies.routing=hybrid,session", "replicas=1,4"], rate=None, replicas=8)
+    assert [each.replicas for each in found] == [1, 4, 1, 4]
+    assert found[1].name == "routing=hybrid replicas=4"
+    (alone,) = scenarios([], rate=None, replicas=8)
+    assert (alone.replicas, alone.name) == (8, "replicas=8")
+
+
+def test_figures_of_a_fleet_are_as_defined() -> None:
+    """Two have moved live, one from its snapshot, and one has failed."""
+    moves = [
+        MigrationOver(str(n), 0, 0, 1, "load", failure, live, 1.0, pause, 1)
+        for n, (failure, live, pause) in enumerate(
+            [("", True, 0.1), ("", True, 0.3), ("", False, 0.0), ("no room", True, 0.0)]
+        )
+    ]
+    outcome = Outcome(busy_by_replica=[6.0, 2.0], busy_seconds=8.0, seconds=10.0, migrations=moves, stayed=3)
+    found = fleet_figures(outcome)
+    assert found.busy == (0.6, 0.2)
+    assert found.imbalance == 1.5
+    assert (found.live, found.from_snapshots, found.failed, found.stayed) == (2, 1, 1, 3)
+    assert found.pauses is not None
+    assert found.pauses.mean == pytest.approx(0.2)
+    assert figures(outcome, Objectives()).busy == pytest.approx(0.4)
+    assert imbalance([0.0, 0.0]) == 1.0
+
+
+def test_a_fleet_is_simulated_and_its_figures_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    crowd = ["--rate", "1000", "--poisson"]
+    arguments = ["--trace", str(azure(tmp_path)), *crowd, "--replicas", "3", "--out", str(out)]
+    assert simulate(tmp_path, *arguments) == 0
+    _, run = rows(out / "runs.jsonl")
+    assert run["replicas"] == 3
+    assert run["attempted"] == 12
+    fleet = run["fleet"]
+    assert isinstance(fleet, dict)
+    assert len(fleet["busy"]) == 3
+    assert all(fleet["busy"])
+    loads = [row["loads"] for row in rows(out / "ticks.jsonl")]
+    assert loads
+    assert all(isinstance(each, list) and len(each) == 3 for each in loads)
+    assert "fleets" in capsys.readouterr().out
+    assert (out / "timeline-01.png").is_file()
 
 
 def test_blocks_of_another_size_are_as_many_bytes() -> None:
@@ -195,6 +253,7 @@ def test_without_matplotlib_there_are_rows_and_a_word(
         (["--rate", "50"], "cannot be|can be thinned, not thickened"),
         (["--poisson"], "give --rate"),
         (["--sweep", "order=fcfs"], "wanted is section.key"),
+        (["--sweep", "replicas=many"], "from 1 to 64"),
         (["--sweep", "policies.order=fastest"], "policies.order"),
         (["--set", "kvstore.disk.bytes=10000000", "--profile", "none.json"], "none.json cannot be read"),
         (["--format", "mooncake"], "trace.csv:1: it is not JSON"),

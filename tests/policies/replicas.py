@@ -29,6 +29,8 @@ class Candidate:
     prefill_seconds: float = 1.0
     saved_seconds: float = 0.0
     decode_seconds: float = 1.0
+    ahead_seconds: float = 0.0
+    disturbed_seconds: float = 0.0
     session_home: bool = False
 
     def charged(self, seconds: float, tokens: float = 0.0) -> "Candidate":

@@ -1,0 +1,65 @@
+"""Fleets in virtual time: the same each time, every request with its length, however many replicas."""
+
+from dataclasses import replace
+
+import pytest
+
+from engine.fleet import BalanceConfig, FleetConfig
+from engine.simulation import Outcome, Simulation
+from kvstore.below import ResidencyConfig
+from tests.engine.fleet_driving import fleet_config
+from tests.engine.test_simulation import PROFILE, Jobs, config, workload
+
+BALANCE = BalanceConfig(period_seconds=0.2, cooldown_seconds=0.5, min_gain=1.0)
+"""Eager, so that short runs have migrations."""
+
+
+def fleet(replicas: int, **policies: str) -> FleetConfig:
+    core = config(residency=ResidencyConfig(host_blocks=400))
+    return replace(fleet_config(core, replicas, **policies), balance=BALANCE)
+
+
+def play(jobs: Jobs, fleet_of: FleetConfig) -> Outcome:
+    return Simulation(fleet_of, PROFILE, jobs).run()
+
+
+def lengths(outcome: Outcome) -> dict[int, int]:
+    return {served.number: served.output_tokens for served in outcome.served}
+
+
+def wanted(jobs: Jobs) -> dict[int, int]:
+    return {number: job.output_tokens for number, (_, job) in jobs.jobs.items()}
+
+
+def skewed() -> FleetConfig:
+    """All start where they have the least seconds charged, though answers differ; so loads drift apart."""
+    return fleet(4, routing="round_robin", rebalancing="load_pairs")
+
+
+def test_the_same_workload_on_a_fleet_gives_the_same_event_log_with_migrations() -> None:
+    first, second = (play(workload(60, gap=0.01), skewed()) for _ in range(2))
+    assert any(not each.failure for each in first.migrations), "nobody has moved"
+    assert first.digest == second.digest
+    assert [m.request_id for m in first.migrations] == [m.request_id for m in second.migrations]
+
+
+@pytest.mark.parametrize("rebalancing", ["none", "load_pairs"])
+@pytest.mark.parametrize("routing", ["hybrid", "round_robin", "cache_aware"])
+def test_every_request_gets_its_length_on_whichever_replica(routing: str, rebalancing: str) -> None:
+    jobs = workload(40, gap=0.01)
+    outcome = play(jobs, fleet(4, routing=routing, rebalancing=rebalancing))
+    assert lengths(outcome) == wanted(jobs)
+    assert len(outcome.busy_by_replica) == 4
+    assert sum(outcome.busy_by_replica) == pytest.approx(outcome.busy_seconds)
+
+
+def test_several_replicas_are_sooner_done_than_one() -> None:
+    one, four = (play(workload(40, gap=0.01), fleet(replicas, routing="hybrid")) for replicas in (1, 4))
+    assert four.seconds < one.seconds / 2
+
+
+def test_64_replicas_run() -> None:
+    jobs = workload(128, gap=0.002)
+    outcome = play(jobs, fleet(64, routing="hybrid", rebalancing="load_pairs"))
+    assert lengths(outcome) == wanted(jobs)
+    assert all(outcome.busy_by_replica), "a replica had nothing to do"
