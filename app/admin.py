@@ -1,7 +1,7 @@
 """For operators: what the engine is doing; ending or preempting a request, and changing its priority.
 
-Nothing here waits for the engine. What was decided about a request: app/admin_timeline.py. Of the cache:
-app/admin_cache.py. Of policies: app/admin_policies.py.
+Nothing here waits for the engine. Of replicas, and sending a request to another: app/admin_replicas.py. What was
+decided about a request: app/admin_timeline.py. Of the cache: app/admin_cache.py. Of policies: app/admin_policies.py.
 """
 
 from aiohttp import web
@@ -32,7 +32,7 @@ async def cancel(http: web.Request) -> web.Response:
     """Ends a request wherever it stands; its client gets an error."""
     request_id = http.match_info["id"]
     if not http.app[SERVED].engine.cancel(request_id):
-        raise _unknown(request_id)
+        raise unknown_request(request_id)
     return web.json_response({"id": request_id, "state": "cancelled"})
 
 
@@ -41,7 +41,7 @@ async def preempt(http: web.Request) -> web.Response:
     request_id, engine = http.match_info["id"], http.app[SERVED].engine
     if not engine.preempt(request_id):
         if request_id not in {each["id"] for each in engine.requests()}:
-            raise _unknown(request_id)
+            raise unknown_request(request_id)
         message = f"request {request_id!r} is waiting: there is nothing to take from it"
         raise ApiError(409, message, code="request_not_running")
     return web.json_response({"id": request_id, "state": "preempted"})
@@ -53,13 +53,13 @@ async def priority(http: web.Request) -> web.Response:
     wanted = (await read_json(http, Priorities)).priority
     sequences = served.engine.fleet.sequences_of(request_id)
     if not sequences:
-        raise _unknown(request_id)
+        raise unknown_request(request_id)
     service = served.classes.of(sequences[0].tenant, wanted)
     if not served.engine.reprioritise(request_id, wanted, service):
         raise ApiError(409, "the engine has died; nothing goes first any more", code="engine_dead")
     return web.json_response({"id": request_id, "priority": wanted, "class": service.name})
 
 
-def _unknown(request_id: str) -> ApiError:
+def unknown_request(request_id: str) -> ApiError:
     message = f"there is no running or waiting request {request_id!r}; /admin/requests lists them"
     return ApiError(404, message, code="request_not_found")

@@ -36,6 +36,7 @@ def _ended(choices: list[Finished]) -> dict[str, Any]:
     return {
         "id": first.request,
         "state": "finished",
+        "replica": choices[-1].replica,
         "choices": len(choices),
         "class": first.service,
         "tenant": first.tenant,
@@ -45,6 +46,7 @@ def _ended(choices: list[Finished]) -> dict[str, Any]:
         "output_tokens": sum(each.output_tokens for each in choices),
         "preemptions": sum(each.preemptions for each in choices),
         "promotions": sum(each.promotions for each in choices),
+        "migrations": sum(each.migrations for each in choices),
         "recomputed_tokens": sum(each.recomputed_tokens for each in choices),
         "reloaded_tokens": sum(each.reloaded_tokens for each in choices),
     }
@@ -54,6 +56,7 @@ def _choice(choice: Finished) -> dict[str, Any]:
     return {
         "choice": choice.choice,
         "finish_reason": choice.reason.value,
+        "replica": choice.replica,
         "output_tokens": choice.output_tokens,
         "queued_seconds": choice.queued_seconds,
         "ttft_seconds": None if choice.first_token is None else choice.first_token - choice.arrived,

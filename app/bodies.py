@@ -32,3 +32,10 @@ async def read_json(http: web.Request, kind: type[Body]) -> Body:
     if http.content_type != "application/json":
         raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
     return kind.model_validate_json(await read_body(http))
+
+
+async def read_json_if_any(http: web.Request, kind: type[Body]) -> Body:
+    """As `read_json`, but a request without a body is one with {}."""
+    if not http.body_exists:
+        return kind()
+    return await read_json(http, kind)

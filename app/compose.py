@@ -1,40 +1,35 @@
-"""The composition root, first half: configuration → tokenizer, model, runner, store, core. On the main thread.
+"""The composition root, first half: configuration → tokenizer, model, runners, store, fleet. On the main thread.
 
-The only file of this package that imports torch. The engine and its application belong to the event loop:
+Models and runners are made in `app/replica_runners.py`. The engine and its application belong to the event loop:
 `app/serving.py` puts them together there.
 """
 
+import asyncio
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from structlog.stdlib import get_logger
 
 from app import memory
-from app.calibration import calibrate
-from app.config import Config, EngineSection
-from app.core_config import scheduler_config
+from app.config import Config
+from app.core_config import balance_config
 from app.plugins import PluginError, load_plugins
+from app.replica_runners import NoSuchDevice, ReplicaRunner, Replicas, UnlikeReplicas, load_replicas
 from app.served import Model
 from app.serving import Parts
-from app.tiers import make_tiers
+from app.tiers import Tiers, make_tiers
 from engine.chat_template import ChatTemplateError
 from engine.core import CoreConfig
-from engine.fleet import Fleet, FleetConfig
+from engine.engine import Revived
+from engine.fleet import Fleet, FleetConfig, ReplicaConfig
 from engine.kernels.protocol import UnsupportedDevice
-from engine.kernels.select import make_kernels
 from engine.model.errors import ModelError
 from engine.model.fingerprint import signature
-from engine.model.loading import Loaded, load_model
 from engine.policy_set import Catalog
-from engine.runner import ModelRunner
-from engine.runner_cuda import CudaRunner
-from engine.sampler import Sampler
 from engine.scheduler import SchedulerConfig
 from engine.tokenizer import Tokenizer, TokenizerError
-from engine.worker import QueueWorker
+from engine.worker import QueueWorker, ThreadWorker
 
 SHIPPED = Path(__file__).parent / "shipped" / "tales"
 
@@ -45,10 +40,6 @@ class NoSuchModel(Exception):
     """`model.path` leads nowhere."""
 
 
-class NoSuchDevice(Exception):
-    """`model.device` names a device that this machine has not."""
-
-
 class CannotRecord(Exception):
     """`engine.record` names a file that cannot be written."""
 
@@ -57,6 +48,7 @@ CANNOT_START = (
     CannotRecord,
     NoSuchModel,
     NoSuchDevice,
+    UnlikeReplicas,
     PluginError,
     memory.NotEnoughMemory,
     ModelError,
@@ -72,22 +64,14 @@ def load(config: Config) -> Parts:
     check_recording(config.engine.record)
     catalog = Catalog(load_plugins(config.policies))
     directory = model_directory(config.model.path)
-    device = choose_device(config.model.device)
     tokenizer = Tokenizer.load(directory)
     files = signature(directory) if config.kvstore.disk.bytes else []
-    kernels = partial(make_kernels, exact=config.engine.exact)
-    loaded = load_model(directory, device=device, dtype=config.model.dtype, kernels=kernels)
-    for fact in loaded.facts:
-        log.info("model_fact", fact=fact)
+    replicas = load_replicas(config, directory)
+    runners = list(replicas.runners.values())
+    loaded = runners[0].loaded
     vocabulary = tokenizer.vocabulary(loaded.config.vocab_size)
-    scheduler = scheduler_config(config, _blocks(config.engine, loaded), _block_bytes(config.engine, loaded))
-    runner = make_runner(loaded, scheduler)
-    runner.warm_up()
-    tiers = make_tiers(config, directory, files, loaded, runner)
-    scheduler = replace(scheduler, residency=tiers.residency)
-    scheduler = replace(scheduler, calibration=calibrate(runner, scheduler, tiers.device, tiers.host))
-    core = core_config(config, loaded, scheduler, tiers.fingerprint)
-    fleet = Fleet(FleetConfig.of(core), vocabulary, catalog)
+    tiers = make_tiers(config, directory, files, loaded, [each.device for each in runners])
+    fleet = Fleet(fleet_config(config, replicas, tiers), vocabulary, catalog)
     model = Model(
         name=config.model.name or directory.name,
         tokenizer=tokenizer,
@@ -96,9 +80,22 @@ def load(config: Config) -> Parts:
         defaults=loaded.generation,
         created=int(time.time()),
     )
-    _log_loaded(model, loaded, core, runner.exact)
-    worker = QueueWorker(runner, overlap=_runs_ahead(loaded))
-    return Parts(config, model, fleet, [worker], runner.exact, tiers.store)
+    _log_loaded(model, replicas, fleet)
+    first, *others = runners
+    workers = [QueueWorker(first.runner, overlap=first.runs_ahead), *map(_on_its_own_thread, others)]
+    revive = partial(_revive, replicas)
+    exact = all(each.runner.exact for each in runners)
+    return Parts(config, model, fleet, workers, exact, tiers.store, revive)
+
+
+def _on_its_own_thread(replica: ReplicaRunner) -> ThreadWorker:
+    return ThreadWorker(replica.runner, overlap=replica.runs_ahead)
+
+
+async def _revive(replicas: Replicas, number: int) -> Revived:
+    """A lost replica's device anew, made on a thread of its own. Raises what making it raises."""
+    made = await asyncio.to_thread(replicas.make, number)
+    return Revived(_on_its_own_thread(made), made.device)
 
 
 def model_directory(path: str) -> Path:
@@ -119,69 +116,55 @@ def check_recording(path: str) -> None:
         raise CannotRecord(f"engine.record = {path!r} cannot be written: {error.strerror}") from error
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: a CUDA device if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device, found = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise NoSuchDevice(f"model.device = {name!r}, but there are {found} CUDA devices; try auto or cpu")
-    return device
+def fleet_config(config: Config, replicas: Replicas, tiers: Tiers) -> FleetConfig:
+    """Measures what steps and copies cost."""
+    schedulers = replicas.schedulers(tiers.residency, tiers.host)
+    return FleetConfig(
+        tuple(
+            ReplicaConfig(
+                core_config(config, replica, scheduler, tiers.fingerprint),
+                replica.table.role,
+                replica.table.limit_tokens,
+            )
+            for (_, replica), scheduler in zip(sorted(replicas.runners.items()), schedulers, strict=True)
+        ),
+        balance_config(config),
+    )
 
 
-def core_config(config: Config, loaded: Loaded, scheduler: SchedulerConfig, fingerprint: str) -> CoreConfig:
+def core_config(
+    config: Config, replica: ReplicaRunner, scheduler: SchedulerConfig, fingerprint: str
+) -> CoreConfig:
     return CoreConfig(
         scheduler=scheduler,
-        model_context=loaded.config.max_positions,
+        model_context=replica.loaded.config.max_positions,
         max_queue=config.engine.max_queue,
-        max_outstanding=2 if _runs_ahead(loaded) else 1,
-        eos_token_ids=loaded.generation.eos_token_ids,
+        max_outstanding=2 if replica.runs_ahead else 1,
+        eos_token_ids=replica.loaded.generation.eos_token_ids,
         fingerprint=fingerprint,
     )
 
 
-def _block_bytes(engine: EngineSection, loaded: Loaded) -> int:
-    return loaded.model.kv_shape(engine.block_size).elements * loaded.dtype.itemsize
-
-
-def _blocks(engine: EngineSection, loaded: Loaded) -> int:
-    """At most what lets every slot run a whole context; the prefix cache lives in what is not held."""
-    device = loaded.model.device
-    on_gpu = device.type == "cuda"
-    return memory.kv_blocks(
-        engine.kv_blocks,
-        block_bytes=_block_bytes(engine, loaded),
-        useful_blocks=-(-loaded.config.max_positions // engine.block_size) * engine.max_sequences,
-        free_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else memory.free_cpu_bytes(),
-        share=memory.GPU_SHARE if on_gpu else memory.CPU_SHARE,
-    )
-
-
-def _runs_ahead(loaded: Loaded) -> bool:
-    """A CUDA device is given its next step while one runs; a CPU overlaps nothing."""
-    return loaded.model.device.type == "cuda"
-
-
-def make_runner(loaded: Loaded, scheduler: SchedulerConfig) -> ModelRunner | CudaRunner:
-    device = loaded.model.device
-    kind = CudaRunner if device.type == "cuda" else ModelRunner
-    return kind(
-        loaded.model,
-        Sampler(scheduler.max_sequences, loaded.config.vocab_size, device),
-        kv_blocks=scheduler.blocks,
-        block_size=scheduler.block_size,
-        max_sequences=scheduler.max_sequences,
-    )
-
-
-def _log_loaded(model: Model, loaded: Loaded, core: CoreConfig, exact: bool) -> None:
+def _log_loaded(model: Model, replicas: Replicas, fleet: Fleet) -> None:
+    for number, member in enumerate(fleet.members if not fleet.alone else ()):
+        scheduler = member.core.config.scheduler
+        log.info(
+            "replica_made",
+            replica=number,
+            device=str(replicas.runners[number].loaded.model.device),
+            role=member.role,
+            limit_tokens=member.limit_tokens,
+            kv_blocks=scheduler.blocks,
+        )
+    first = replicas.runners[0]
     log.info(
         "model_loaded",
         model=model.name,
-        device=str(loaded.model.device),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        context=core.context,
-        kv_blocks=core.scheduler.blocks,
-        block_size=core.scheduler.block_size,
-        exact=exact,
+        device=str(first.loaded.model.device),
+        dtype=str(first.loaded.dtype).removeprefix("torch."),
+        context=fleet.context,
+        kv_blocks=sum(core.config.scheduler.blocks for core in fleet.cores),
+        block_size=first.scheduler.block_size,
+        replicas=len(fleet.members),
+        exact=first.runner.exact,
     )

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from app.hosts import is_loopback
 from app.keys import KeyTable
 from app.policy_sections import PARAMETERS
+from app.replica_tables import DEVICE, ReplicaTable
 from app.sections import Section
 from app.service_classes import ClassTable
 from engine.policy_set import SIMULATED
@@ -57,7 +58,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
 Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
-DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+DeviceName = Annotated[str, Field(pattern=f"^({DEVICE})$")]
 
 
 class ServerSection(Section):
@@ -102,6 +103,10 @@ class EngineSection(Section):
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = 256  # running at once
     max_queue: Count = 1024  # waiting at once; beyond it a 429
     exact: bool = True  # bits never depend on batch, chunking or way back, where that has a price
+    hung_seconds: PositiveSeconds = (
+        300.0  # a replica whose step takes longer is fenced; its requests go elsewhere
+    )
+    restart_seconds: Seconds = 10.0  # before a dead replica is started again; 0: it is not
     record: str = ""  # a file for the core's events and instructions, to be replayed; "" is off
 
 
@@ -182,6 +187,9 @@ class Config(Section):
     policies: PoliciesSection = PoliciesSection()
     log: LogSection = LogSection()
     classes: list[ClassTable] = Field(default_factory=list)  # [[class]], in the file alone: config_tables.py
+    replicas: list[ReplicaTable] = Field(
+        default_factory=list
+    )  # [[replica]], likewise; none: one, of defaults
     keys: list[KeyTable] = Field(default_factory=list)  # what server.keys_file has
 
 

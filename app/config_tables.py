@@ -14,8 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from app import keys
-from app.service_classes import ClassTable, conflicts
+from app import keys, replica_tables, service_classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,10 @@ class Array:
     conflicts: Callable[[Sequence[Any]], list[str]]
 
 
-ARRAYS = {"class": Array("classes", ClassTable, conflicts)}
+ARRAYS = {
+    "class": Array("classes", service_classes.ClassTable, service_classes.conflicts),
+    "replica": Array("replicas", replica_tables.ReplicaTable, replica_tables.conflicts),
+}
 """By the name in the file."""
 
 KEYS = Array("keys", keys.KeyTable, keys.conflicts)

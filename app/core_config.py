@@ -3,6 +3,7 @@
 from app.config import Config
 from app.policy_sections import PARAMETERS
 from engine.checkpoint import CheckpointConfig
+from engine.fleet import BalanceConfig
 from engine.policy_set import PolicyConfig
 from engine.scheduler import SchedulerConfig
 from kvstore.below import ResidencyConfig
@@ -45,6 +46,10 @@ def policy_config(config: Config) -> PolicyConfig:
         rebalancing=policies.rebalancing,
         parameters={name: getattr(policies, name).model_dump() for name in PARAMETERS},
     )
+
+
+def balance_config(config: Config) -> BalanceConfig:
+    return BalanceConfig(**policy_config(config).parameters["balance"])
 
 
 def residency_config(config: Config, block_bytes: int, host_blocks: int) -> ResidencyConfig:

@@ -8,7 +8,7 @@ from app.errors import ApiError, draining
 from app.metrics import METRICS
 from app.served import SERVED, Served
 from engine.request import EngineDead
-from engine.state import policies, tier_bytes
+from engine.state import device_bytes, policies, tier_bytes
 
 
 async def livez(http: web.Request) -> web.Response:
@@ -61,7 +61,8 @@ def _model(served: Served) -> dict[str, Any]:
 
 async def metrics(http: web.Request) -> web.Response:
     engine = http.app[SERVED].engine
-    http.app[METRICS].observe_tiers(tier_bytes(engine.fleet, engine.block_bytes))
+    devices = device_bytes(engine.fleet, engine.block_bytes)
+    http.app[METRICS].observe_tiers(devices, tier_bytes(engine.fleet, engine.block_bytes))
     http.app[METRICS].policies.show(policies(engine.fleet))
     body, content_type = http.app[METRICS].exposition(engine.fleet)
     return web.Response(body=body, headers={"Content-Type": content_type})

@@ -27,7 +27,10 @@ REGRET = (
 
 
 class PolicyMetrics:
-    """`labels`: on every sample. `victims`: names of victim policies that may be in force."""
+    """`labels`: of what is the process's; what is a replica's has its number as `engine`. `replicas`: how many.
+
+    `victims`: names of victim policies that may be in force.
+    """
 
     def __init__(
         self,
@@ -35,8 +38,10 @@ class PolicyMetrics:
         labels: Mapping[str, str],
         victims: Iterable[str],
         classes: Mapping[str, ClassTable],
+        replicas: int = 1,
     ) -> None:
         self._registry = registry
+        self._replicas = [dict(labels) | {"engine": str(number)} for number in range(replicas)]
         self._labels = dict(labels)
         self._classes = classes
         self._make_counters(victims)
@@ -54,7 +59,8 @@ class PolicyMetrics:
         for name, table in classes.items():
             for objective, seconds in ((TTFT, table.ttft_seconds), (TPOT, table.tpot_seconds)):
                 for met in ("true", "false") if seconds else ():
-                    self._slo.labels(**self._labels, **{"class": name}, objective=objective, met=met)
+                    for here in self._replicas:
+                        self._slo.labels(**here, **{"class": name}, objective=objective, met=met)
 
     def _make_counters(self, victims: Iterable[str]) -> None:
         self._preemptions = self._counter(
@@ -76,17 +82,24 @@ class PolicyMetrics:
             "Blocks saved of running sequences that were likely to be preempted soon.",
             self._names(),
             registry=self._registry,
-        ).labels(**self._labels)
+        )
         self._failures = self._counter(
             "sluice:policy_failures", "Plug-ins that raised or returned nonsense.", "family", "policy"
         )
-        for victim in (*victims, *NOT_FOR_BLOCKS):
-            self._preemptions.labels(**self._labels, victim_policy=victim)
-        for reason in PROMOTIONS:
-            self._promotions.labels(**self._labels, reason=reason)
-        for way in WAYS:
-            for tier in TIERS:
-                self._resumptions.labels(**self._labels, way=way, tier=tier)
+        self._make_samples([*victims, *NOT_FOR_BLOCKS])
+
+    def _make_samples(self, victims: Iterable[str]) -> None:
+        """So that they are there from the start."""
+        victims = list(victims)
+        for here in self._replicas:
+            self._saved_ahead.labels(**here)
+            for victim in victims:
+                self._preemptions.labels(**here, victim_policy=victim)
+            for reason in PROMOTIONS:
+                self._promotions.labels(**here, reason=reason)
+            for way in WAYS:
+                for tier in TIERS:
+                    self._resumptions.labels(**here, way=way, tier=tier)
 
     def _make_resume(self) -> None:
         self._resume = Histogram(
@@ -102,7 +115,9 @@ class PolicyMetrics:
             self._names(),
             registry=self._registry,
             buckets=REGRET,
-        ).labels(**self._labels)
+        )
+        for here in self._replicas:
+            self._regret.labels(**here)
 
     def _names(self, *more: str) -> list[str]:
         return [*self._labels, *more]
@@ -113,39 +128,41 @@ class PolicyMetrics:
     # --- what happens -------------------------------------------------------------------------------------
 
     def observe_step(self, step: StepRecord) -> None:
+        here = self._replicas[step.replica]
         for by, count in step.preemptions_by.items():
-            self._preemptions.labels(**self._labels, victim_policy=by).inc(count)
+            self._preemptions.labels(**here, victim_policy=by).inc(count)
         for reason, count in step.promotions.items():
-            self._promotions.labels(**self._labels, reason=reason).inc(count)
+            self._promotions.labels(**here, reason=reason).inc(count)
         for (way, tier), count in step.resumptions.items():
-            self._resumptions.labels(**self._labels, way=way, tier=tier).inc(count)
+            self._resumptions.labels(**here, way=way, tier=tier).inc(count)
+        self._saved_ahead.labels(**here).inc(step.saved_ahead_blocks)
 
-        self._saved_ahead.inc(step.saved_ahead_blocks)
-
-    def observe_resumed(self, back: Resumed) -> None:
-        labels = self._labels | {"way": back.way, "tier": back.tier}
+    def observe_resumed(self, back: Resumed, replica: int) -> None:
+        labels = self._replicas[replica] | {"way": back.way, "tier": back.tier}
         self._resume.labels(**labels, kind="predicted").observe(back.predicted_seconds)
         self._resume.labels(**labels, kind="actual").observe(back.actual_seconds)
         if back.regret_seconds is not None:
-            self._regret.observe(back.regret_seconds)
+            self._regret.labels(**self._replicas[replica]).observe(back.regret_seconds)
 
     def observe_failure(self, failed: PolicyFailed) -> None:
         self._failures.labels(**self._labels, family=failed.family, policy=failed.name).inc()
 
     def observe_finished(self, choice: Finished) -> None:
         if table := self._classes.get(choice.service):
-            self._count(table, judged(choice, table))
+            self._count(table, judged(choice, table), self._replicas[choice.replica])
 
     def observe_refused(self, service: str, choices: int) -> None:
         """A request of so many choices found the queue full."""
         if table := self._classes.get(service):
             for _ in range(choices):
-                self._count(table, refused(table))
+                self._count(table, refused(table), self._labels)
 
-    def _count(self, table: ClassTable, judgements: Iterable[tuple[str, bool]]) -> None:
+    def _count(
+        self, table: ClassTable, judgements: Iterable[tuple[str, bool]], where: Mapping[str, str]
+    ) -> None:
         for objective, met in judgements:
             labels = {"class": table.name, "objective": objective, "met": str(met).lower()}
-            self._slo.labels(**self._labels, **labels).inc()
+            self._slo.labels(**where, **labels).inc()
 
     def show(self, in_force: Mapping[str, str]) -> None:
         """The policies in force now, by family."""

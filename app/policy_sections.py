@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import Field, create_model, model_validator
 
 from app.sections import Section
+from engine.fleet import BalanceConfig
 from policies.admission import Admission
 from policies.order import Hybrid, Mlq, Sjf
 from policies.promotion import Promotion
@@ -37,5 +38,6 @@ PARAMETERS: dict[str, type[Section]] = {
     "sjf": section_for(Sjf),
     "mlq": section_for(Mlq),
     "hybrid": section_for(Hybrid),
+    "balance": section_for(BalanceConfig),
 }
 """By the name of the table in [policies]."""

@@ -1,15 +1,16 @@
-"""The life of a serving process: two threads, signals, draining, and the exit code.
+"""The life of a serving process: its threads, signals, draining, and the exit code.
 
-The main thread loads the model and then runs its steps (torch on a second thread measured 25–35 % slower);
-the event loop, with HTTP and the engine's core, has the second thread, and signals too (`app/signals.py`).
-Nothing here knows what is served: see `app/compose.py`.
+The main thread loads the model and then runs the first replica's steps (torch on a second thread measured 25–35 %
+slower); the event loop, with HTTP and the engine's core, has the second thread, and signals too (`app/signals.py`).
+Other replicas, and a first one that was started again, have a thread each (engine/worker.py). The process ends by a
+signal, or with the last replica. Nothing here knows what is served: see `app/compose.py`.
 """
 
 import asyncio
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from structlog.stdlib import get_logger
@@ -28,6 +29,12 @@ TOKENIZER_THREADS = 2
 DEATH_NOTICE_SECONDS = 1.0
 """After the engine has died, for the handlers to tell their clients."""
 
+LEAVING_SECONDS = 60.0
+"""For the main thread to end its step when all else has ended; then it hangs, and the process ends without it."""
+
+LAST_WORDS_SECONDS = 1.0
+"""For the log to be written then."""
+
 log = get_logger(__name__)
 
 
@@ -37,8 +44,9 @@ def run(parts: Parts, listener: socket.socket) -> int:
         service = Service(parts, listener, signals)
         service.thread.start()
         try:
-            parts.worker.run_forever()
+            parts.worker.run_forever()  # a first replica that is lost ends it: the others go on
         finally:
+            service.left.set()
             service.thread.join()
     return service.exit_code
 
@@ -48,6 +56,7 @@ class Service:
 
     def __init__(self, parts: Parts, listener: socket.socket, signals: socket.socket) -> None:
         self.exit_code = EXIT_ENGINE_DIED
+        self.left = Event()  # the main thread has no steps to run any more
         self.thread = Thread(target=self._run, name="event loop")
         self._parts = parts
         self._listener = listener
@@ -71,6 +80,15 @@ class Service:
                 log.exception("server_failed")
             finally:
                 self._parts.worker.stop()
+        self._end_without_main_thread()
+
+    def _end_without_main_thread(self) -> None:
+        """If it hangs in a step: a first replica that was given up may do so for ever."""
+        if self.left.wait(LEAVING_SECONDS):
+            return
+        log.critical("runner_hangs", seconds=LEAVING_SECONDS)
+        if not self.left.wait(LAST_WORDS_SECONDS):
+            os._exit(self.exit_code)
 
     async def _serve(self) -> int:
         self._loop.add_reader(self._signals, self._signalled)

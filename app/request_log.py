@@ -74,6 +74,8 @@ def accounts(request_id: str, request: OpenRequest) -> dict[str, object]:
         "recomputed_tokens": sum(choice.recomputed_tokens for choice in choices),
         "reloaded_tokens": sum(choice.reloaded_tokens for choice in choices),
         "promotions": sum(choice.promotions for choice in choices),
+        "replica": choices[-1].replica,  # where the last choice ended
+        "migrations": sum(choice.migrations for choice in choices),
         "class": choices[0].service,
         "tenant": choices[0].tenant[:TENANT_DIGITS],
     }

@@ -1,4 +1,5 @@
-"""Which tenant a request is, and the salt of its block keys: equal salts find each other's prefixes, others never do.
+"""Which tenant and session a request is of, and the salt of its block keys: equal salts find each other's prefixes,
+others never do.
 
 A tenant is the API key that came with the request. Any key is taken, so whoever invents one is a tenant of his own.
 The key itself goes no further than here: keys of blocks, `api_keys` of the configuration, logs and recordings have its
@@ -16,6 +17,11 @@ def salt_of(headers: Mapping[str, str], cache_salt: str | None, *, share_across_
     """
     tenant = "" if share_across_keys else tenant_of(headers)
     return f"{tenant}/{cache_salt or ''}"
+
+
+def session_of(tenant: str, session_id: str | None) -> str:
+    """One name a tenant and session, so that equal `session_id`s of two tenants are two; "": of none."""
+    return f"{tenant}/{session_id}" if session_id else ""
 
 
 def tenant_of(headers: Mapping[str, str]) -> str:

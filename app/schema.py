@@ -78,7 +78,7 @@ class CommonCall(Lenient):
     priority: Annotated[int, Field(ge=-INT32, le=INT32)] | None = None  # lower first
     cache_salt: Identifier | None = None
     expected_output_tokens: Tokens | None = None  # a hint for policies
-    session_id: Identifier | None = None  # checked; no policy reads it yet
+    session_id: Identifier | None = None  # calls of one session are best served where the last one was
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from app import (
     admin,
     admin_cache,
     admin_policies,
+    admin_replicas,
     admin_timeline,
     admin_verify,
     calls,
@@ -63,6 +64,9 @@ ROUTES = [
     web.post("/admin/requests/{id}/cancel", admin.cancel),
     web.post("/admin/requests/{id}/preempt", admin.preempt),
     web.post("/admin/requests/{id}/priority", admin.priority),
+    web.post("/admin/requests/{id}/migrate", admin_replicas.migrate),
+    web.post("/admin/replicas/{number}/drain", admin_replicas.drain),
+    web.post("/admin/replicas/{number}/resume", admin_replicas.resume),
     web.get("/admin/policies", admin_policies.show),
     web.put("/admin/policies", admin_policies.change),
     web.get("/admin/cache/stat", admin_cache.stat),
@@ -89,6 +93,8 @@ def application(served: Served, metrics: Metrics) -> web.Application:
     served.engine.on_copy.append(metrics.observe_copy)
     served.engine.on_tier.append(metrics.observe_tier)
     served.engine.on_resumed.append(metrics.policies.observe_resumed)
+    served.engine.on_migration.append(metrics.observe_migration)
+    served.engine.on_replica.append(metrics.observe_replica)
     served.engine.on_policy_failed.append(metrics.policies.observe_failure)
     metrics.expect_tiers(served.kvstore)
     served.engine.on_finished += [metrics.observe_finished, served.requests.finished]

@@ -13,6 +13,7 @@ from app.config import Config
 from app.keys import Keys
 from app.metrics import Metrics
 from app.policy_log import PolicyLog
+from app.replica_log import ReplicaLog
 from app.served import Model, Served
 from app.server import application
 from app.service_classes import Classes
@@ -57,7 +58,7 @@ class Parts:
 async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]:
     """The engine and its application, on this loop.
 
-    At the end the worker stops, the tiers are closed when what is under way has ended, and so is a recording.
+    At the end the workers stop, the tiers are closed when what is under way has ended, and so is a recording.
     """
     async with _recording(parts) as recorder:
         engine = Engine(
@@ -67,11 +68,15 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
             recorder=recorder,
             store=parts.store,
             revive=parts.revive,
-            hung_seconds=300.0,
-            restart_seconds=10.0,
+            hung_seconds=parts.config.engine.hung_seconds,
+            restart_seconds=parts.config.engine.restart_seconds,
         )
         engine.on_copy.append(TierLog().observe)
         engine.on_policy_failed.append(PolicyLog().observe)
+        replica_log = ReplicaLog()
+        engine.on_replica.append(replica_log.observe)
+        engine.on_migration.append(replica_log.observe_migration)
+        ticking = asyncio.create_task(_tick(engine), name="engine's timer")
         try:
             config = parts.config
             classes = Classes(config.classes)
@@ -86,17 +91,28 @@ async def serving(parts: Parts) -> AsyncIterator[tuple[Engine, web.Application]]
             )
             yield engine, application(served, _metrics(parts, classes))
         finally:
-            engine.stop()
+            ticking.cancel()
+            await asyncio.to_thread(engine.stop)  # it waits for workers
             if parts.store and not await asyncio.to_thread(parts.store.stop, STORE_STOP_SECONDS):
                 log.warning("store_stopped_early", seconds=STORE_STOP_SECONDS)
+
+
+async def _tick(engine: Engine) -> None:
+    """Until the engine dies, of which everybody hears by `engine.dead`."""
+    while engine.failure is None:
+        await asyncio.sleep(engine.fleet.config.balance.period_seconds)
+        try:
+            engine.tick()
+        except Exception:
+            if engine.failure is None:
+                log.exception("tick_failed")
 
 
 def _metrics(parts: Parts, classes: Classes) -> Metrics:
     fleet = parts.fleet
     return Metrics(
         parts.model.name,
-        block_size=parts.core.config.scheduler.block_size,
-        kv_blocks=[core.config.scheduler.blocks for core in fleet.cores],
+        cores=[core.config for core in fleet.cores],
         context=fleet.context,
         victims=fleet.common.catalog.names("victim"),
         classes=classes.tables,

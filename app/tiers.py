@@ -1,5 +1,6 @@
 """The composition root's part for the KV store: configuration → tiers, their sizes, the store that supervises them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,18 +34,22 @@ class Tiers:
     residency: ResidencyConfig
     store: Store | None  # None: there is no tier below the device
     fingerprint: str  # of all that decides the bytes of KV; "" where no key outlives the process
-    device: Tier
     host: Tier | None
 
 
 def make_tiers(
-    config: Config, directory: Path, files: Signature, loaded: Loaded, runner: ModelRunner | CudaRunner
+    config: Config,
+    directory: Path,
+    files: Signature,
+    loaded: Loaded,
+    devices: Sequence[Tier],
 ) -> Tiers:
     """Takes the host arena and opens the disk. What cannot be had is logged, and done without.
 
-    `files`: of the model, from before it was loaded. Raises ModelChanged.
+    `devices`: of all replicas, which share what is below; `loaded`: the first one's model. `files`: of the model, from
+    before it was loaded. Raises ModelChanged.
     """
-    device = device_tier(runner)
+    device = devices[0]
     memories: dict[str, Tier] = {DEVICE: device}
     if host := _host(config, device.block_bytes, pinned=loaded.model.device.type == "cuda"):
         memories[HOST] = host
@@ -53,7 +58,7 @@ def make_tiers(
         fingerprint = _fingerprint(weights_hash(directory, loaded=files), loaded, config.engine.block_size)
         fallible[DISK] = partial(_open_disk, config, device.block_bytes, fingerprint)
     if not host and not fallible:
-        return Tiers(ResidencyConfig(), None, fingerprint, device, None)
+        return Tiers(ResidencyConfig(), None, fingerprint, None)
     kvstore = config.kvstore
     store = Store(
         memories,
@@ -62,10 +67,12 @@ def make_tiers(
         retry_seconds=kvstore.retry_seconds,
         notes=_note,
     )
+    for number, each in enumerate(devices):
+        store.put_device(number, each)
     memory_tiers.warm_up()
     store.open()
     host_blocks = host.stats().capacity_bytes // device.block_bytes if host else 0
-    return Tiers(residency_config(config, device.block_bytes, host_blocks), store, fingerprint, device, host)
+    return Tiers(residency_config(config, device.block_bytes, host_blocks), store, fingerprint, host)
 
 
 def device_tier(runner: ModelRunner | CudaRunner) -> Tier:

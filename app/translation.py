@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from app.errors import ApiError, bad_request
+from app.salt import session_of
 from app.schema import MAX_CHOICES, MAX_LOGPROBS, ChatCall, CommonCall, CompletionCall, Message
 from app.served import Model, Served
 from engine.plan import Sampling
@@ -132,6 +133,7 @@ def engine_requests(
             tenant=caller.tenant,
             service=caller.service,
             expected_output_tokens=call.expected_output_tokens,
+            session=session_of(caller.tenant, call.session_id),
         )
         for index, prompt in enumerate(prompts)
     ]

@@ -175,6 +175,7 @@ class Live:
         engine.on_finished.append(lambda finished: self._finished.update({finished.request: finished}))
         engine.on_step.append(self._step)
         engine.on_resumed.append(self._resumed)
+        self.watch(engine)
         prompts = Prompts(trace, len(parts.model.vocabulary) - FIRST_TOKEN, FIRST_TOKEN)
         asked = []
         for each in trace:
@@ -186,10 +187,13 @@ class Live:
         answers = await asyncio.gather(*map(self._ask, [engine] * len(asked), asked, due))
         self._tell(engine, asked, due, answers, begun)
 
+    def watch(self, engine: Engine) -> None:
+        """For benches that look at more."""
+
     async def _ask(self, engine: Engine, request: Request, due: float) -> list[int]:
         await asyncio.sleep(due - time.perf_counter())
         self._late.append(time.perf_counter() - due)
-        return await _read(engine.submit(request))
+        return await read(engine.submit(request))
 
     def _step(self, record: StepRecord) -> None:
         self._outcome.computed += record.computed_tokens
@@ -198,7 +202,7 @@ class Live:
         self._outcome.peak_blocks = max(self._outcome.peak_blocks, record.kv_used_blocks)
         self._ways.update({f"{way} {tier}": count for (way, tier), count in record.resumptions.items()})
 
-    def _resumed(self, back: Resumed) -> None:
+    def _resumed(self, back: Resumed, replica: int) -> None:
         told = (
             f"{back.way} {back.tier}",
             back.predicted_seconds,
@@ -216,7 +220,7 @@ class Live:
         begun: float,
     ) -> None:
         outcome = self._outcome
-        engine.core.check()
+        engine.fleet.check()
         for request, at, answer in zip(asked, due, answers, strict=True):
             finished = self._finished[request.id]
             assert finished.first_token is not None
@@ -230,7 +234,7 @@ class Live:
         outcome.ways = dict(self._ways)
 
 
-async def _read(stream: Stream) -> list[int]:
+async def read(stream: Stream) -> list[int]:
     return [token async for delta in stream for token in delta.token_ids]
 
 

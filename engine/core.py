@@ -85,7 +85,7 @@ class Core:
         self._steps = 0
         self._step_ended = float("-inf")
         self.dead = False  # its device is given up: it computes nothing more
-        self.ended: list[Sequence] = []  # since somebody looked
+        self.ended: list[tuple[Sequence, bool]] = []  # since somebody looked; whether by themselves
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Changes the state by one event at time `now` (seconds, never falling). A next step comes first."""
@@ -274,8 +274,8 @@ class Core:
         by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
         self._life.retire(sequence, now, by_itself=by_itself)
         self._forget(sequence)
-        self.ended.append(sequence)
-        return [Report(sequence.accounts(reason, now))]
+        self.ended.append((sequence, by_itself))
+        return [Report(sequence.accounts(reason, now, self.replica))]
 
     def _forget(self, sequence: Sequence) -> None:
         siblings = self.sequences[sequence.request.id]

@@ -57,5 +57,9 @@ class DecodeSteps:
             longest_context=self._max_context,
             scratch={},
         )
-        run = self._model.kernels.record(lambda: self._model.forward(batch, self._pool))
+        model, pool = (
+            self._model,
+            self._pool,
+        )  # not self: what is recorded is kept, and a dropped pool must be free at once
+        run = model.kernels.record(lambda: model.forward(batch, pool))
         return None if run is None else _Step(tokens, positions, slots, run)

@@ -93,7 +93,7 @@ class Engine:
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finished: list[Callable[[Finished], None]] = []
         self.on_copy: list[Callable[[CopyRecord], None]] = []
-        self.on_resumed: list[Callable[[Resumed], None]] = []
+        self.on_resumed: list[Callable[[Resumed, int], None]] = []  # (what, at which replica)
         self.on_policy_failed: list[Callable[[PolicyFailed], None]] = []
         self.on_migration: list[Callable[[MigrationOver], None]] = []
         self.on_replica: list[Callable[[int, bool, str], None]] = []  # (number, up, reason)
@@ -212,7 +212,7 @@ class Engine:
         """
         if self.failure is None:
             self._feed(Drained(replica, draining))
-            if not draining and self.replicas[replica].lost:
+            if not draining and self.replicas[replica].lost and not self.replicas[replica].starting:
                 self.replicas[replica].restart_at = self._clock()
                 self.tick()
 
@@ -223,7 +223,7 @@ class Engine:
             if self.failure is None and replica.working_seconds(now) > self._hung_seconds:
                 self._lose(replica, TimeoutError(f"a step has taken longer than {self._hung_seconds:g} s"))
             if self.failure is None and self._revive is not None and now >= replica.restart_at:
-                replica.restart_at = float("inf")
+                replica.restart_at, replica.starting = float("inf"), True
                 restart = self._loop.create_task(self._restart(replica, self._revive))
                 self._restarts.add(restart)
                 restart.add_done_callback(self._restarts.discard)
@@ -258,6 +258,11 @@ class Engine:
         return len(cores[0].scheduler.residency.shelves.named(tier))
 
     # --- for operators --------------------------------------------------------------------------------------------
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a replica that is lost can be started again."""
+        return self._revive is not None
 
     @property
     def failure(self) -> BaseException | None:
@@ -322,7 +327,7 @@ class Engine:
                 self.timelines.note(request_id, choice, decision, self._now)
             case Resumed():
                 for observe in self.on_resumed:
-                    observe(instruction)
+                    observe(instruction, replica)
             case PolicyFailed():
                 for observe_failure in self.on_policy_failed:
                     observe_failure(instruction)
@@ -387,19 +392,22 @@ class Engine:
         reason = f"{type(failure).__name__}: {failure}"
         restarts = self._revive is not None and self._restart_seconds > 0
         replica.lose(reason, self._clock() + self._restart_seconds if restarts else float("inf"))
+        self._tell_replica(replica.number, False, reason)
         self._feed(ReplicaDown(replica.number, reason))
         if self._tiers is not None:
             self._tiers.replica_lost(replica.number)
-        self._tell_replica(replica.number, False, reason)
 
     async def _restart(self, replica: Replica, revive: Revive) -> None:
         try:
             revived = await revive(replica.number)
         except Exception as error:  # noqa: BLE001 (whatever a device raises, the others go on; it is tried again)
-            replica.restart_at = self._clock() + self._restart_seconds
+            replica.starting = False
+            if self._restart_seconds > 0:
+                replica.restart_at = self._clock() + self._restart_seconds
             self._tell_replica(replica.number, False, f"not started again: {type(error).__name__}: {error}")
             return
         if self.failure is not None or self.draining:
+            replica.starting = False
             revived.worker.abandon()
             return
         if self._tiers is not None and revived.device is not None:

@@ -214,13 +214,14 @@ class MigrationOver:
     request_id: str
     choice: int
     source: int
-    target: int
-    reason: str
+    target: int  # the source, where none was found
+    reason: str  # one of moves.REASONS
     failure: str  # "" where it has moved
     live: bool  # it ran, and went on without giving up its place before
     seconds: float
     pause_seconds: float
     pause_steps: int  # of the source's, that it would have been in
+    detail: str = ""  # to the reason, for people
 
 
 Instruction = (

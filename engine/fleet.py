@@ -39,10 +39,15 @@ from engine.moves import Move, Moves
 from engine.policy_set import Catalog
 from engine.request import Request
 from engine.sequence import Sequence as EngineSequence
+from engine.sequence import State
+from engine.size_classes import SizeClasses
 from kvstore.block import Key
 from kvstore.copies import DEVICE, CopyDone, TierDown, TierUp
 from policies.decisions import Decision, Kind
 from policies.rebalancing import Limits
+
+MOST_PERIOD_SECONDS = 60.0
+"""Between two looks at the loads: a replica that hangs is noticed by then."""
 
 KEPT_SESSIONS = 100_000
 """Whose last replica is remembered; the one that asked longest ago is forgotten first."""
@@ -57,16 +62,39 @@ class ReplicaConfig:
 
 @dataclass(frozen=True, slots=True)
 class BalanceConfig:
-    """How loads are evened out. Parameters of the table [policies.rebalance]."""
+    """How loads are evened out: the parameters of the table [policies.balance].
+
+    Every `period_seconds`, loads are compared, and replicas looked at that hang or may be started again.
+    """
 
     period_seconds: float = 1.0
     cooldown_seconds: float = 10.0
     max_moves: int = 3
     moves_per_round: int = 4
     min_gain: float = 2.0
-    least_gap: float = 0.0
+    least_gap: float = 0.0  # of two loads, as a share of the higher, for one to move
     at_once: int = 4  # migrations under way
     horizon_steps: int = 128  # of the forecast
+    limits: str = "fixed"  # of size classes: as configured, or "auto": learned (size_classes.py)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.period_seconds <= MOST_PERIOD_SECONDS:
+            raise ValueError(f"period_seconds must be above 0, and at most {MOST_PERIOD_SECONDS:g}")
+        if min(self.at_once, self.horizon_steps) < 1:
+            raise ValueError("at_once and horizon_steps must be at least 1")
+        if self.limits not in ("fixed", "auto"):
+            raise ValueError(f'limits must be "fixed" or "auto", not {self.limits!r}')
+        assert self.move_limits  # raises ValueError
+
+    @property
+    def move_limits(self) -> Limits:
+        return Limits(
+            cooldown_seconds=self.cooldown_seconds,
+            max_moves=self.max_moves,
+            moves_per_round=self.moves_per_round,
+            min_gain=self.min_gain,
+            least_gap=self.least_gap,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +103,11 @@ class FleetConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
     @classmethod
-    def of(cls, core: CoreConfig, replicas: int = 1) -> "FleetConfig":
+    def of(
+        cls, core: CoreConfig, replicas: int = 1, *, balance: BalanceConfig | None = None
+    ) -> "FleetConfig":
         """So many alike."""
-        return cls((ReplicaConfig(core),) * replicas)
+        return cls((ReplicaConfig(core),) * replicas, balance or BalanceConfig())
 
 
 class Told(NamedTuple):
@@ -100,17 +130,12 @@ class Fleet:
         self.members = [self._member(number, vocabulary) for number in range(len(config.replicas))]
         balance = config.balance
         self.moves = Moves(self.members, self.ledger, balance.at_once, self._better_place)
+        self.sizes = SizeClasses(self.members, auto=balance.limits == "auto")
         self.stayed = 0  # sequences that crossed their limit, and found no room elsewhere
         self._vocabulary = vocabulary
         self._sessions: OrderedDict[str, int] = OrderedDict()
         self._gone: list[Core] = []  # of lost devices, whose copies have not ended
-        self._limits = Limits(
-            cooldown_seconds=balance.cooldown_seconds,
-            max_moves=balance.max_moves,
-            moves_per_round=balance.moves_per_round,
-            min_gain=balance.min_gain,
-            least_gap=balance.least_gap,
-        )
+        self._limits = balance.move_limits
 
     def _member(self, number: int, vocabulary: tuple[bytes, ...]) -> Member:
         config = self.config.replicas[number]
@@ -217,8 +242,10 @@ class Fleet:
 
     def _changed(self, core: Core) -> None:
         self.members[core.replica].changed()
-        for sequence in core.ended:
+        for sequence, by_itself in core.ended:
             self.ledger.release((sequence.request.id, sequence.choice))
+            if by_itself:
+                self.sizes.observe(sequence.prompt_tokens, sequence.output_tokens)
         core.ended.clear()
 
     def _owner(self, done: CopyDone) -> Core:
@@ -266,7 +293,7 @@ class Fleet:
             for choice in range(request.n):
                 self.ledger.charge((request.id, choice), member.number, seconds)
             if decision is not None:
-                instructions.append(Decided(request.id, 0, decision))
+                instructions.insert(0, Decided(request.id, 0, decision))
             self._remember(request.session, member.number)
         told.append(Told(member.number, instructions))
         self._changed(member.core)
@@ -364,6 +391,8 @@ class Fleet:
             self._go_on(told, touched, now)
             everyone = [s for sequences in member.core.sequences.values() for s in sequences]
             self._want(((sequence, None) for sequence in everyone), "drain")
+        else:
+            self._rebalance(now)
 
     def _down(self, told: list[Told], member: Member, reason: str, now: float) -> None:
         """Whoever was there goes on elsewhere; who fits nowhere ends with an error."""
@@ -380,7 +409,8 @@ class Fleet:
                 told.append(Told(core.replica, core.fail(sequence, now)))
                 self._changed(core)
                 continue
-            self.moves.send(sequence, core, target.core, "failure", now)
+            move = Move(sequence.request.id, sequence.choice, target.number, "failure", reason)
+            self.moves.send(sequence, core, target.core, move, now)
             target.changed()
             touched.append(target.core)
         told.append(Told(core.replica, core.go_on(now)))  # what it had decided to save
@@ -396,12 +426,18 @@ class Fleet:
         )
         member.up, member.down_reason = True, ""
         member.changed()
+        self._rebalance(now)
 
     # --- evening out ----------------------------------------------------------------------------------------------
 
     def _timer(self, now: float) -> None:
         for member in self.members:
             member.compare_forecasts()
+        self.sizes.draw()
+        self._rebalance(now)
+
+    def _rebalance(self, now: float) -> None:
+        """On the period, and as soon as there is another replica to share with."""
         if self.alone:
             return
         moving = self.moves.moving
@@ -411,13 +447,14 @@ class Fleet:
             if member.up
             for sequences in member.core.sequences.values()
             for sequence in sequences
-            if (sequence.request.id, sequence.choice) not in moving
+            if sequence.state is not State.LOADING and (sequence.request.id, sequence.choice) not in moving
         ]
-        round_ = self.common.policies.rebalancing(
-            [member for member in self.members if member.up], movables, now, self._limits
-        )
+        round_ = self.common.policies.rebalancing(self.members, movables, now, self._limits)
         self.stayed += round_.stayed
-        self.moves.want(Move(m.request, m.choice, m.target, m.reason) for m in round_.moves)
+        self.moves.want(
+            Move(m.request, m.choice, m.target, "size" if m.for_size else "load", m.reason)
+            for m in round_.moves
+        )
 
     # --- invariants -----------------------------------------------------------------------------------------------
 
@@ -434,7 +471,8 @@ def _explained(over: MigrationOver) -> Decided:
     """For the request's timeline."""
     kind, chosen = (Kind.STAYED, over.source) if over.failure else (Kind.MIGRATED, over.target)
     way = f"live, paused for {over.pause_seconds:.4f} s" if over.live else "from its snapshot"
-    reason = f"{over.reason}: " + (over.failure or f"from replica {over.source}, {way}")
+    why = f"{over.reason} ({over.detail})" if over.detail else over.reason
+    reason = f"{why}: " + (over.failure or f"from replica {over.source}, {way}")
     return Decided(
         over.request_id, over.choice, Decision(kind, "", f"replica {chosen}", reason, over.seconds)
     )

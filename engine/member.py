@@ -92,7 +92,9 @@ class Member:
 
     @property
     def waiting(self) -> int:
-        return self.core.scheduler.waiting
+        """Who came since the last step does not count: there may be room."""
+        scheduler = self.core.scheduler
+        return min(scheduler.left_waiting, scheduler.waiting)
 
     @property
     def _account(self) -> Account:

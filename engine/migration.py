@@ -51,12 +51,11 @@ class Migration:
     `failure` says then why it goes on at the source; "" if it has moved.
     """
 
-    def __init__(self, sequence: Sequence, source: Core, target: Core, reason: str, now: float) -> None:
+    def __init__(self, sequence: Sequence, source: Core, target: Core, now: float) -> None:
         assert sequence.state is State.RUNNING
         self.sequence = sequence
         self.source = source
         self.target = target
-        self.reason = reason
         self.began = now
         self.paused_at: float | None = None
         self.pause_seconds = 0.0

@@ -16,18 +16,23 @@ from engine.member import Member
 from engine.migration import Migration, Stage
 from engine.sequence import Sequence, State
 
+REASONS = ("operator", "drain", "failure", "load", "size")
+"""Why a sequence moves: somebody wants it to; its replica drains, or is lost; by the rebalancing policy, to even loads
+out, or because it has outgrown its replica."""
+
 MOST_WANTED = 10_000
 """Moves that wait for their turn; more are not taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`target` None: to be chosen when its turn comes."""
+    """`target` None: to be chosen when its turn comes. `reason`: one of REASONS; `detail`: to it, for people."""
 
     request: str
     choice: int
     target: int | None
     reason: str
+    detail: str = ""
 
 
 Choose = Callable[[Sequence, Member], Member | None]
@@ -110,7 +115,7 @@ class Moves:
 
     def _begin(self, now: float, touched: list[Core]) -> bool:
         """Whether there was something to begin."""
-        began = False
+        began, loading = False, list[Move]()
         while self._wanted and len(self._under_way) < self._at_once:
             move = self._wanted.popleft()
             found = self._find(move)
@@ -119,15 +124,23 @@ class Moves:
             sequence, source = found
             target = self._choose(sequence, source) if move.target is None else self._members[move.target]
             stays = move.reason == "drain" and not source.draining  # any more
-            if stays or target is None or target is source or not target.up:
+            if stays or target is source:
+                continue
+            if sequence.state is State.LOADING:
+                loading.append(move)  # when all of it is there
                 continue
             began = True
-            if sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
-                migration = Migration(sequence, source.core, target.core, move.reason, now)
+            if target is None or (obstacle := _obstacle(sequence, target)):
+                why = obstacle if target else "no other replica takes it"
+                to = target.number if target else source.number
+                self._note(move, source.number, to, failure=why)
+            elif sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
+                migration = Migration(sequence, source.core, target.core, now)
                 self._under_way.append((migration, move))
-            elif sequence.state is not State.LOADING:
-                self.send(sequence, source.core, target.core, move.reason, now)
+            else:
+                self.send(sequence, source.core, target.core, move, now)
                 touched += (source.core, target.core)
+        self._wanted.extend(loading)
         return began
 
     def _find(self, move: Move) -> tuple[Sequence, Member] | None:
@@ -137,17 +150,23 @@ class Moves:
                     return sequence, member
         return None
 
-    def send(self, sequence: Sequence, source: Core, target: Core, reason: str, now: float) -> None:
+    def send(self, sequence: Sequence, source: Core, target: Core, move: Move, now: float) -> None:
         """It waits at the target from now on, with all that is kept of it below the devices."""
         snapshot = source.depart(sequence, now)
         twin = target.twin(sequence, snapshot)
         twin.pins, sequence.pins = sequence.pins, []
         twin.migrations, twin.migrated_at = twin.migrations + 1, now
-        twin.crossed = twin.crossed or reason == "size"
+        twin.crossed = twin.crossed or move.reason == "size"
         target.adopt(twin, now)
-        key = sequence.request.id, sequence.choice
-        self._ledger.move(key, target.replica)
-        self.over.append(MigrationOver(*key, source.replica, target.replica, reason, "", False, 0.0, 0.0, 0))
+        self._ledger.move((sequence.request.id, sequence.choice), target.replica)
+        self._note(move, source.replica, target.replica)
+
+    def _note(self, move: Move, source: int, target: int, failure: str = "") -> None:
+        """One that was no live migration is over."""
+        key = move.request, move.choice
+        self.over.append(
+            MigrationOver(*key, source, target, move.reason, failure, False, 0.0, 0.0, 0, move.detail)
+        )
 
     def _end(self, migration: Migration, move: Move, now: float) -> None:
         self._under_way.remove((migration, move))
@@ -156,10 +175,20 @@ class Moves:
         pause = migration.pause_seconds, migration.pause_steps
         self.over.append(
             MigrationOver(
-                move.request, move.choice, source, target, move.reason, failure, True, seconds, *pause
+                *(move.request, move.choice, source, target, move.reason, failure, True, seconds),
+                *pause,
+                move.detail,
             )
         )
 
     def take_over(self) -> list[MigrationOver]:
         over, self.over = self.over, []
         return over
+
+
+def _obstacle(sequence: Sequence, target: Member) -> str:
+    """Why it cannot begin to move there now, if so."""
+    if not target.up:
+        return "the target is down"
+    too_small = sequence.prompt_tokens + sequence.max_tokens > target.core.config.context
+    return "the target is too small for it" if too_small else ""

@@ -26,6 +26,7 @@ class Replica:
         self.epoch = 0
         self.lost = ""  # why its device is given up; "" while it works
         self.restart_at = float("inf")
+        self.starting = False  # again, after it was lost
         self.kv_peak_blocks = 0
         self._loop = asyncio.get_running_loop()
         self._reported = reported
@@ -36,7 +37,7 @@ class Replica:
     def start(self, worker: Worker) -> None:
         """Works with this from now on."""
         self.worker = worker
-        self.lost, self.restart_at = "", float("inf")
+        self.lost, self.restart_at, self.starting = "", float("inf"), False
         worker.start(partial(self._report, self.epoch))
 
     def count(self, scheduler: Scheduler) -> None:

@@ -95,6 +95,7 @@ class Finished:
     reloaded_tokens: int = 0  # positions brought up from below the device after a preemption
     promotions: int = 0
     migrations: int = 0
+    replica: int = 0  # where it ended
     service: str = ""  # the class's name
     tenant: str = ""
     token_times: list[float] = field(default_factory=list)  # when each token came, for inter-token latency

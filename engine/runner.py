@@ -146,8 +146,11 @@ class ModelRunner:
         max_sequences: int,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """Allocates the pool, and tables for contexts as long as the model and the pool allow."""
-        self._model = model
+        """Allocates the pool, and tables for contexts as long as the model and the pool allow.
+
+        Of `model` only what is never written is shared with others: each runner may have a thread of its own.
+        """
+        model = self._model = model.twin()
         self._kernels = model.kernels
         self._sampler = sampler
         self._clock = clock

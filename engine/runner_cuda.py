@@ -97,7 +97,7 @@ class CudaRunner:
 
         device: None is the model's card; graphs=False queues decode steps kernel by kernel.
         """
-        self._model = model
+        model = self._model = model.twin()
         self._sampler = sampler
         self._clock = clock
         self._device = device or CudaDevice(model.device)

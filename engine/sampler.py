@@ -142,7 +142,7 @@ class Sampler:
 
     @property
     def released_seconds(self) -> float:
-        """Seconds spent so far with the interpreter lock released, by the samplers of this process."""
+        """Seconds spent so far with the interpreter lock released, by the samplers on this thread."""
         return self._arithmetic.released_seconds()
 
     def _masked(self, logits: Tensor, slots: Integers, positions: Integers) -> Tensor:

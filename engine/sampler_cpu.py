@@ -4,6 +4,7 @@ What is drawn is defined in sampler.py; sampler_torch.py says the same in torch.
 """
 
 import ctypes
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.cpu_native import Clock, Native
-from engine.kernels.cpu_team import TEAM
+from engine.kernels.cpu_team import team
 from engine.sampler_loops import DrawArguments, SummaryArguments, draw_rows, summarise_rows
 from engine.sampler_rows import Summary
 from engine.sampler_table import Table
 
 ALONE_ELEMENTS = 1 << 14  # fewer logits take some 10 µs: not worth releasing the interpreter lock for
 
-_clock = Clock()
+
+class _OfThread(local):
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+
+_mine = _OfThread()
 
 
 def draw(
@@ -67,8 +74,8 @@ def summarise(logits: Tensor, wanted: NDArray[np.int64], tokens: Tensor, top: in
 
 
 def released_seconds() -> float:
-    """Seconds spent in the loops with the interpreter lock released, by all samplers of this process."""
-    return _clock.seconds
+    """Seconds spent in the loops with the interpreter lock released, by all samplers on this thread."""
+    return _mine.clock.seconds
 
 
 def _described(logits: Tensor, rows: int) -> dict[str, int]:
@@ -87,4 +94,4 @@ def _run(kernel: Native, arguments: Any) -> None:
     if arguments.rows * arguments.vocabulary < ALONE_ELEMENTS:
         kernel.alone(arguments)
     else:
-        TEAM.run(kernel, arguments, _clock)
+        team().run(kernel, arguments, _mine.clock)

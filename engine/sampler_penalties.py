@@ -9,8 +9,9 @@ For a row of logits l, in fp32 and in this order, which is vLLM's, with c the to
 
 Counts live on the device of the logits, for the slots that ask alone: what a draw adds is known there before the host
 knows it. A slot's counts begin with the history of its placement, so a sequence that was preempted, or whose prompt was
-cached, has what one that never stopped has. All is elementwise: a row's bits do not depend on its batch. What is drawn
-from the result is sampler.py's.
+cached, has what one that never stopped has. Beside the counts are the tokens themselves, so that only logits that may
+change are looked at: a vocabulary is much longer than most histories. A token that comes twice is written twice, with
+the same bits. All is elementwise: a row's bits do not depend on its batch. What is drawn is sampler.py's.
 """
 
 from typing import Any
@@ -28,15 +29,21 @@ Integers = NDArray[np.int64]
 IN_PROMPT = 1 << 30
 """Added to the count of a token that the prompt holds: a context is shorter than this."""
 
+LEAST_TOKENS = 256
+"""Room for so many tokens of each history, at least; then twice as many."""
+
 
 class Penalties:
-    """Per slot: counts of tokens [vocabulary] where a penalty is asked for, and pairs of ids and biases."""
+    """Per slot: tokens so far and their counts [vocabulary] where a penalty is asked for; pairs of ids and biases."""
 
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device) -> None:
         self.active = False  # whether any slot asks: most steps need not look
         self._vocab_size = vocab_size
         self._device = device
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        # the tokens that rows of counts have counted, in order; filled up with the first
+        self._tokens = torch.zeros((0, LEAST_TOKENS), dtype=torch.int64, device=device)
+        self._lengths = np.zeros(max_sequences, np.int64)
         self._places = np.full(max_sequences, -1, np.int64)  # which row of counts is a slot's; -1: none
         self._free: list[int] = []  # rows of counts that are nobody's
         self._repetition = np.ones(max_sequences, np.float32)
@@ -72,8 +79,7 @@ class Penalties:
             at = (upload(rows, out.device), upload(ids, out.device))
             out[at] = out[at] + upload(biases, out.device)
         if len(counted):
-            index = upload(counted, out.device)
-            out[index] = self._penalised(out[index], slots[counted])
+            self._penalise(out, counted, slots[counted])
         return out
 
     def drawn(self, tokens: Tensor, slots: Integers) -> None:
@@ -81,35 +87,55 @@ class Penalties:
         counted = np.flatnonzero(self._places[slots] >= 0)
         if not len(counted):
             return
-        starts = upload(self._places[slots[counted]] * self._vocab_size, self._device)
-        at = starts + tokens[upload(counted, self._device)]
+        self._make_room(int(self._lengths[slots[counted]].max()) + 1)
+        places, width = self._places[slots[counted]], self._tokens.shape[1]
+        drawn = tokens[upload(counted, self._device)]
+        at = upload(places * self._vocab_size, self._device) + drawn
+        ends = upload(places * width + self._lengths[slots[counted]], self._device)
         with torch.inference_mode():
             self._counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+            self._tokens.view(-1)[ends] = drawn
+        self._lengths[slots[counted]] += 1
 
-    def _penalised(self, logits: Tensor, slots: Integers) -> Tensor:
-        """Steps 2 to 4: fp32 [s, vocabulary]. No fused multiply-add, so that all devices round alike."""
+    def _penalise(self, logits: Tensor, rows: Integers, slots: Integers) -> None:
+        """Steps 2 to 4 for these rows of [S, vocabulary], fp32. No fused multiply-add: all devices round alike."""
 
         def column(values: NDArray[Any]) -> Tensor:
             return upload(values[slots], self._device)[:, None]
 
-        counts = self._counts[upload(self._places[slots], self._device)]
-        repetition = column(self._repetition)
-        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-        logits = torch.where(counts > 0, repeated, logits)
-        generated = counts.bitwise_and_(IN_PROMPT - 1)
-        logits -= column(self._frequency) * generated
-        logits -= column(self._presence) * (generated > 0)
-        return logits
+        places = column(self._places)
+        ids = self._tokens[places[:, 0], : int(self._lengths[slots].max())]
+        counts = self._counts.view(-1)[places * self._vocab_size + ids]
+        at = upload(rows, self._device)[:, None] * self._vocab_size + ids
+        found, repetition = logits.view(-1)[at], column(self._repetition)
+        found = torch.where(found > 0, found / repetition, found * repetition)
+        generated = counts & (IN_PROMPT - 1)
+        found -= column(self._frequency) * generated
+        found -= column(self._presence) * (generated > 0)
+        logits.view(-1)[at] = found
+
+    def _make_room(self, length: int) -> None:
+        """For so many tokens of each."""
+        width = self._tokens.shape[1]
+        if length > width:
+            with torch.inference_mode():
+                more = self._tokens[:, :1].expand(-1, max(width, length - width))
+                self._tokens = torch.cat((self._tokens, more), dim=1)
 
     def _count(self, slot: int, history: tuple[int, ...], prompt_tokens: int) -> None:
-        assert prompt_tokens <= len(history) < IN_PROMPT
+        assert 0 < prompt_tokens <= len(history) < IN_PROMPT
         if self._places[slot] < 0:
             self._places[slot] = self._free.pop() if self._free else self._grown()
         tokens = np.array(history, np.int64)
         counts = np.bincount(tokens[prompt_tokens:], minlength=self._vocab_size).astype(np.int32)
         counts[tokens[:prompt_tokens]] |= IN_PROMPT
+        self._make_room(len(tokens))
+        row = np.full(self._tokens.shape[1], tokens[0], np.int64)
+        row[: len(tokens)] = tokens
+        self._lengths[slot] = len(tokens)
         with torch.inference_mode():
             self._counts[int(self._places[slot])] = upload(counts, self._device)
+            self._tokens[int(self._places[slot])] = upload(row, self._device)
 
     def _grown(self) -> int:
         """Twice the rows of counts; one of the new ones."""
@@ -117,6 +143,9 @@ class Penalties:
         with torch.inference_mode():
             room = self._counts.new_zeros((max(1, held), self._vocab_size))
             self._counts = torch.cat((self._counts, room))
+            self._tokens = torch.cat(
+                (self._tokens, self._tokens.new_zeros((len(room), self._tokens.shape[1])))
+            )
         self._free.extend(range(len(self._counts) - 1, held, -1))
         return held
 

@@ -77,6 +77,7 @@ class Scheduler:
         self._intake, self._line = self.life.intake, self.life.line
         self._victims = Victims(self._policies, self._policy_config, self.valuation)
         self._steps_ahead = 0  # until it is looked who may be preempted
+        self.left_waiting = 0  # of those in line at the last look, who found no room
 
     @property
     def pool(self) -> DevicePool:
@@ -112,6 +113,7 @@ class Scheduler:
         self._grow(draft, now)
         self._start_loaded(draft, now)
         self._admit(draft, outstanding_step, now)
+        self.left_waiting = len(self._line)
         self._prefetch(now)
         self._save_ahead(now)
         return self._build(draft) if draft.shares else None

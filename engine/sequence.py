@@ -248,7 +248,7 @@ class Sequence:
         self.paused = False
         self.way_back = None
 
-    def accounts(self, reason: FinishReason, now: float) -> Finished:
+    def accounts(self, reason: FinishReason, now: float, replica: int) -> Finished:
         return Finished(
             request=self.request.id,
             choice=self.choice,
@@ -266,6 +266,7 @@ class Sequence:
             reloaded_tokens=self.reloaded_tokens,
             promotions=self.promotions,
             migrations=self.migrations,
+            replica=replica,
             service=self.class_name,
             tenant=self.tenant,
             token_times=self.token_times,

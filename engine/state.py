@@ -6,7 +6,6 @@ from engine.fleet import Fleet
 from engine.member import Member
 from engine.policy_set import FAMILIES
 from engine.replica import Replica
-from kvstore.copies import DEVICE
 
 
 def fleet_state(fleet: Fleet, replicas: Sequence_[Replica], block_bytes: int) -> dict[str, object]:
@@ -28,19 +27,25 @@ def fleet_state(fleet: Fleet, replicas: Sequence_[Replica], block_bytes: int) ->
         "policies": policies(fleet),
         "migrations_under_way": len(fleet.moves),
         "stayed": fleet.stayed,
-        "replicas": [
-            _replica_state(member, replica) for member, replica in zip(fleet.members, replicas, strict=True)
-        ],
+        "replicas": replica_states(fleet, replicas),
     }
 
 
+def replica_states(fleet: Fleet, replicas: Sequence_[Replica]) -> list[dict[str, object]]:
+    """Of each, by number."""
+    return [_replica_state(member, replica) for member, replica in zip(fleet.members, replicas, strict=True)]
+
+
 def _replica_state(member: Member, replica: Replica) -> dict[str, object]:
-    """`kv_peak_blocks`: most held after any step: demand, where there was no pressure."""
+    """`kv_peak_blocks`: most held after any step: demand, where there was no pressure. `epoch`: how often it was lost.
+
+    Counts begin anew with a lost one's restart.
+    """
     core, error = member.core, member.errors
     scheduler = core.scheduler
     return {
         "replica": member.number,
-        "state": "down" if not member.up else "draining" if member.draining else "up",
+        "state": _state(member, replica),
         "reason": member.down_reason,
         "role": member.role,
         "limit_tokens": member.limit_tokens,
@@ -53,6 +58,7 @@ def _replica_state(member: Member, replica: Replica) -> dict[str, object]:
         "running": len(scheduler.running),
         "loading": len(scheduler.loading),
         "waiting": scheduler.waiting,
+        "preemptions": scheduler.counts.preemptions,
         "charged": member.requests,
         "placed": member.placed,
         "charged_seconds": member.charged_seconds,
@@ -61,6 +67,12 @@ def _replica_state(member: Member, replica: Replica) -> dict[str, object]:
         "forecast_error": error.mean_relative_error,
         "forecast_bias": error.bias,
     }
+
+
+def _state(member: Member, replica: Replica) -> str:
+    if replica.starting:
+        return "starting"
+    return "down" if not member.up else "draining" if member.draining else "up"
 
 
 def policies(fleet: Fleet) -> dict[str, str]:
@@ -81,17 +93,24 @@ def _tiers(fleet: Fleet, block_bytes: int) -> dict[str, object]:
     }
 
 
-def tier_bytes(fleet: Fleet, block_bytes: int) -> dict[str, tuple[bool, int, int]]:
-    """By tier: whether it is in use, the bytes it may hold, and those it holds. None where there is no store."""
+TierBytes = tuple[bool, int, int]
+"""Whether a tier is in use, the bytes it may hold, and those it holds."""
+
+
+def device_bytes(fleet: Fleet, block_bytes: int) -> list[TierBytes]:
+    """By replica. None where there is no store."""
     if not block_bytes:
-        return {}
-    pools = [core.scheduler.pool for core in fleet.cores]
-    held = sum(pool.held + pool.idle for pool in pools)
-    below = {
+        return []
+    pools = [(member.up, member.core.scheduler.pool) for member in fleet.members]
+    return [(up, pool.blocks * block_bytes, (pool.held + pool.idle) * block_bytes) for up, pool in pools]
+
+
+def tier_bytes(fleet: Fleet, block_bytes: int) -> dict[str, TierBytes]:
+    """Of the tiers below the devices, by name. None where there is no store."""
+    return {
         shelf.name: (shelf.up, shelf.capacity * block_bytes, len(shelf) * block_bytes)
-        for shelf in fleet.common.below.shelves
+        for shelf in (fleet.common.below.shelves if block_bytes else ())
     }
-    return {DEVICE: (True, sum(pool.blocks for pool in pools) * block_bytes, held * block_bytes), **below}
 
 
 def summary(fleet: Fleet, request_id: str) -> dict[str, object]:

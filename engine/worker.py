@@ -12,6 +12,9 @@ from typing import Protocol, TypeVar
 
 from engine.plan import Launched, Plan, Runner, StepResult
 
+STOP_SECONDS = 60.0
+"""For a step under way when a ThreadWorker is stopped; one that takes longer hangs, and the process ends without it."""
+
 T = TypeVar("T")
 Report = Callable[[StepResult | BaseException], None]
 
@@ -41,6 +44,7 @@ class QueueWorker:
         self._plans: SimpleQueue[Plan | None] = SimpleQueue()
         self._launched: SimpleQueue[Launched | None] | None = SimpleQueue() if overlap else None
         self._report: Report = lambda result: None
+        self._abandoned = False
 
     def start(self, report: Report) -> None:
         self._report = report
@@ -53,7 +57,9 @@ class QueueWorker:
         self._plans.put(None)
 
     def abandon(self) -> None:
+        self._abandoned = True
         self._plans.put(None)
+        del self.runner  # its memory is wanted for the next one, as soon as no thread is in it
 
     def run_forever(self) -> None:
         """Works until `stop`. What the runner raises is reported, and ends the work."""
@@ -61,7 +67,7 @@ class QueueWorker:
         if collector:
             collector.start()
         try:
-            while (plan := self._plans.get()) is not None:
+            while (plan := self._plans.get()) is not None and not self._abandoned:
                 self._hand_on(self.runner.launch(plan))
         except Exception as error:  # noqa: BLE001 (whatever a device raises, its clients must hear of it)
             self._report(error)
@@ -108,11 +114,10 @@ class ThreadWorker(QueueWorker):
 
     def start(self, report: Report) -> None:
         super().start(report)
-        self._thread = Thread(
-            target=self.run_forever, name="runner", daemon=True
-        )  # one that hangs must not keep us
+        # a daemon: one that hangs must not keep us
+        self._thread = Thread(target=self.run_forever, name="runner", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         super().stop()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)

@@ -202,6 +202,8 @@ class Transfers:
     def put_device(self, replica: int, tier: Tier) -> None:
         """A replica's, perhaps in the place of one that was lost: copies queued before still go to that."""
         self._devices[replica] = tier
+        if replica == 0:
+            self.tiers[DEVICE] = tier
         if replica not in self._memory_lanes:
             up, down = (
                 Lane(f"kv {which} copier {replica}", 1, self._clock, self._joins) for which in ("up", "down")

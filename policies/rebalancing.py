@@ -117,7 +117,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`gain_seconds`: what the difference of the two replicas' backlogs falls by, as predicted."""
+    """`reason`: for people. `gain_seconds`: what the difference of the two replicas' backlogs falls by, as predicted.
+
+    `for_size`: it has outgrown its replica's limit; it is then `crossed`.
+    """
 
     request: str
     choice: int
@@ -126,6 +129,7 @@ class Move:
     reason: str
     gain_seconds: float
     cost_seconds: float
+    for_size: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +207,10 @@ def cache_size(
     neither repaid nor repeated.
 
     Assumes that the load of a class comes from sequences of its size (sizes.py). Ties: replicas of one limit by
-    backlog, then number; sequences of the highest classes first, as they make room for those that follow, of these
-    the longest, then by request and choice. Worst case: all sequences cross a limit at about the same length, and
-    all their KV is moved; at most once each. Source: ours; size intervals as in Harchol-Balter, Crovella and Murta,
-    1999, of which it needs no size in advance, as in "Task Assignment with Unknown Duration", Harchol-Balter, 2002.
+    backlog, then number; of sequences the longest first, which make room for those that come from below, then by
+    request and choice. Worst case: all sequences cross a limit at about the same length, and all their KV is moved;
+    at most once each. Source: ours; size intervals as in Harchol-Balter, Crovella and Murta, 1999, without a size
+    known in advance as in "Task Assignment with Unknown Duration", Harchol-Balter, 2002.
     """
     books = _Books(loads)
     limit = {load.number: load.limit_tokens or inf for load in loads}
@@ -216,7 +220,7 @@ def cache_size(
         for each in movables
         if not each.crossed and each.tokens > limit[each.replica] and each.replica in accepting
     ]
-    crossing.sort(key=lambda each: (-limit[each.replica], -each.tokens, each.request, each.choice))
+    crossing.sort(key=lambda each: (-each.tokens, each.request, each.choice))
     moves: list[Move] = []
     stayed = 0
     for each in crossing:
@@ -226,7 +230,7 @@ def cache_size(
             load
             for load in above
             if load.number in accepting
-            and limit[load.number] >= min(each.size_tokens, highest)
+            and limit[load.number] >= min(_at_end(each), highest)
             and books.has_room(load, each)
         ]
         if fitting and len(moves) < limits.moves_per_round:
@@ -234,7 +238,7 @@ def cache_size(
                 fitting, key=lambda load: (limit[load.number], books.seconds[load.number], load.number)
             )
             reason = f"{each.tokens} tokens, above {limit[each.replica]:.0f}"
-            moves.append(books.move(each, target.number, reason))
+            moves.append(books.move(each, target.number, reason, for_size=True))
         elif above and not fitting:
             stayed += 1
     return Round(tuple(moves), stayed)
@@ -256,16 +260,22 @@ class _Books:
 
     def has_room(self, target: LoadView, movable: MovableView) -> bool:
         """For all that it is expected to hold at its end."""
-        return max(movable.tokens, movable.size_tokens) <= self._free[target.number]
+        return _at_end(movable) <= self._free[target.number]
 
-    def move(self, movable: MovableView, target: int, reason: str) -> Move:
+    def move(self, movable: MovableView, target: int, reason: str, *, for_size: bool = False) -> Move:
         source, load = movable.replica, movable.load_seconds
         gain = _gain(self.seconds[source] - self.seconds[target], load)
         self.seconds[source] -= load
         self.seconds[target] += load
         self._free[source] += movable.tokens
-        self._free[target] -= max(movable.tokens, movable.size_tokens)
-        return Move(movable.request, movable.choice, source, target, reason, gain, movable.cost_seconds)
+        self._free[target] -= _at_end(movable)
+        cost = movable.cost_seconds
+        return Move(movable.request, movable.choice, source, target, reason, gain, cost, for_size)
+
+
+def _at_end(movable: MovableView) -> float:
+    """KV positions: what is expected, but no less than it holds already."""
+    return max(movable.tokens, movable.size_tokens)
 
 
 def _gain(gap: float, load: float) -> float:
@@ -296,7 +306,7 @@ def _nearest_to_half(
         each
         for each in movables
         if _gain(gap, each.load_seconds) > max(0.0, each.cost_seconds * limits.min_gain)
-        and max(each.tokens, each.size_tokens) <= limit
+        and _at_end(each) <= limit
         and books.has_room(low, each)
     ]
 

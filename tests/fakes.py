@@ -115,8 +115,9 @@ class ScriptedRunner:
 
 
 class ScriptedStore:
-    """Tiers below the pools of ScriptedRunners, one a replica. A copy takes no effect until `end`; its slots must be left
-    alone till then.
+    """Tiers below the pools of ScriptedRunners, one a replica.
+
+    A copy takes no effect until `end`; its slots must be left alone till then.
 
     From its beginning on a copy's target holds garbage; at its end the source must hold what it held at the beginning,
     but for records of the disk that were dropped meanwhile.

@@ -17,6 +17,7 @@ from app.remote import NoServer, Remote
 
 WIDE = 150
 MOST_ROWS = 200
+REPLICA_STATES = {"up": "green", "draining": "yellow", "starting": "cyan", "down": "red"}
 STATES = {"running": "green", "loading": "cyan", "waiting": "yellow"}
 COLUMNS = {
     "priority": "prio",
@@ -28,7 +29,8 @@ COLUMNS = {
     "recomputed_tokens": "recomp",
     "reloaded_tokens": "reload",
 }
-"""Of /admin/requests, and their heads."""
+SEVERAL = {"replica": "replica", "migrations": "moves"}
+"""Of /admin/requests, and their heads; the last ones where there are several replicas."""
 
 
 def ps(remote: Remote, options: argparse.Namespace) -> int:
@@ -81,7 +83,9 @@ class Speeds:
 
 
 def shown(found: dict[str, Any], speeds: Speeds | None) -> Group:
-    return Group(_head(found["state"]), _requests(found["requests"], speeds))
+    several = len(found["state"].get("replicas", ())) > 1
+    columns = SEVERAL | COLUMNS if several else COLUMNS
+    return Group(_head(found["state"]), _requests(found["requests"], speeds, columns))
 
 
 def _head(state: dict[str, Any]) -> Table:
@@ -100,6 +104,9 @@ def _head(state: dict[str, Any]) -> Table:
         f"{used:,} of {blocks:,} blocks held, {state['kv_cached_blocks']:,} cached",
     )
     table.add_row("device KV", bar)
+    if len(replicas := state.get("replicas", ())) > 1:
+        for each in replicas:
+            table.add_row(f"replica {each['replica']}", _replica(each))
     for name, tier in state["tiers"].items():
         if tier["up"]:
             table.add_row(f"{name} KV", f"{tier['blocks']:,} of {tier['capacity_blocks']:,} blocks")
@@ -107,21 +114,32 @@ def _head(state: dict[str, Any]) -> Table:
     return table
 
 
-def _requests(requests: list[dict[str, Any]], speeds: Speeds | None) -> Table:
+def _replica(replica: dict[str, Any]) -> str:
+    state = replica["state"]
+    told = f"[{REPLICA_STATES.get(state, 'white')}]{escape(str(state))}[/]"
+    if state == "down":
+        return f"{told}: {escape(str(replica['reason']))}"
+    return (
+        f"{told}: {replica['running']} running, {replica['waiting']} waiting, {replica['kv_used_blocks']:,} of "
+        f"{replica['kv_blocks']:,} blocks held, {replica['backlog_seconds']:.1f} s of work"
+    )
+
+
+def _requests(requests: list[dict[str, Any]], speeds: Speeds | None, columns: dict[str, str]) -> Table:
     classes = any(each.get("class") for each in requests)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("id", no_wrap=True, min_width=16)
     table.add_column("state", no_wrap=True)
     if classes:
         table.add_column("class")
-    for head in (*COLUMNS.values(), *(["tok/s"] if speeds else [])):
+    for head in (*columns.values(), *(["tok/s"] if speeds else [])):
         table.add_column(head, justify="right")
     rates = speeds.of(requests) if speeds else {}
     order = {state: place for place, state in enumerate(STATES)}
     ranked = sorted(requests, key=lambda each: (order.get(each["state"], len(order)), each["arrived"]))
     for each in ranked[:MOST_ROWS]:
         state = f"[{STATES.get(each['state'], 'white')}]{escape(str(each['state']))}[/]"
-        cells = [_cell(each.get(name)) for name in (["class"] if classes else []) + list(COLUMNS)]
+        cells = [_cell(each.get(name)) for name in (["class"] if classes else []) + list(columns)]
         rate = [f"{rates[each['id']]:.1f}" if each["id"] in rates else ""] if speeds else []
         table.add_row(escape(str(each["id"])), state, *cells, *rate)
     if len(ranked) > MOST_ROWS:

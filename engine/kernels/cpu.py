@@ -17,7 +17,7 @@ from engine.kernels.cpu_amx import amx_fits, attend_tiles
 from engine.kernels.cpu_lanes import BF16_INSTRUCTIONS
 from engine.kernels.cpu_native import MAX_THREADS, Clock, Native, sources_digest, target, threads
 from engine.kernels.cpu_program import Arena, Program, noted
-from engine.kernels.cpu_team import TEAM
+from engine.kernels.cpu_team import team
 from engine.kernels.cpu_tiles import amx_available
 from engine.kernels.protocol import AttentionShape, Batch, KVShape, Linear, UnsupportedDevice
 
@@ -32,7 +32,7 @@ class UnsupportedOnCpu(UnsupportedDevice):
 
 
 class CpuKernels:
-    """`engine.kernels.protocol.Kernels` for float32 and bfloat16. For one thread at a time."""
+    """`engine.kernels.protocol.Kernels` for float32 and bfloat16. For one thread at a time: see `twin`."""
 
     def __init__(self, dtype: torch.dtype, amx: bool | None = None) -> None:
         """amx: use AMX tiles for bfloat16; None is where the machine has them."""
@@ -106,18 +106,26 @@ class CpuKernels:
             raise UnsupportedOnCpu(
                 f"a bfloat16 layer of {inputs} inputs: an even number is needed; use float32"
             )
-        self._reserve(cpu_linear.scratch_bytes(inputs))
         tiles = self._amx and inputs % 32 == 0
-        weight = weight.to(self.dtype)
-        return cpu_linear.PackedLinear(
-            weight, bias, tiles, lambda: self._scratch.data_ptr(), self._new, self._run
-        )
+        return self._linear(cpu_linear.Packed(weight.to(self.dtype), bias, tiles))
+
+    def twin(self) -> "CpuKernels":
+        return CpuKernels(self.dtype, self._amx)
+
+    def bound(self, linear: Linear) -> Linear:
+        assert isinstance(linear, cpu_linear.PackedLinear)
+        return self._linear(linear.packed)
+
+    def _linear(self, packed: cpu_linear.Packed) -> cpu_linear.PackedLinear:
+        self._reserve(cpu_linear.scratch_bytes(packed.inputs))
+        return cpu_linear.PackedLinear(packed, lambda: self._scratch.data_ptr(), self._new, self._run)
 
     def record(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
         """See `Kernels.record`."""
         program = self._program = Program(self._arena)
+        program.keep(self._scratch)
         try:
-            found = noted(program, forward, self._scratch)
+            found = noted(program, forward)
         finally:
             self._program = None
         return None if found is None else partial(found.run, self._clock)
@@ -129,7 +137,7 @@ class CpuKernels:
         elif small:
             kernel.alone(arguments)
         else:
-            TEAM.run(kernel, arguments, self._clock)
+            team().run(kernel, arguments, self._clock)
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype) if self._program is None else self._program.lend(shape, dtype)
@@ -138,6 +146,8 @@ class CpuKernels:
         """Makes the scratch large enough for every thread a kernel may run on."""
         if len(self._scratch) < thread_bytes * MAX_THREADS:
             self._scratch = torch.empty(thread_bytes * MAX_THREADS, dtype=torch.uint8)
+            if self._program is not None:
+                self._program.keep(self._scratch)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         rows, width = len(tokens), table.shape[1]

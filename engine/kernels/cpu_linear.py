@@ -211,40 +211,48 @@ def scratch_bytes(inputs: int) -> int:
     return 4 * COLUMNS * 32 + 8 * 4 * inputs + 512
 
 
+class Packed:
+    """A layer's weights in panels: read only once made, so that layers on several threads share them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, tiles: bool) -> None:
+        """`tiles`: for AMX (bf16, `in` a multiple of 32)."""
+        self.weight = pack(weight)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.outputs, self.inputs = weight.shape
+        self.numbers = weight.numel()
+        self.tiles = tiles
+
+
 class PackedLinear:
-    """`engine.kernels.protocol.Linear` over packed weights. `tiles`: on AMX (bf16, `in` a multiple of 32)."""
+    """`engine.kernels.protocol.Linear` over packed weights, for one thread at a time."""
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
-        tiles: bool,
+        packed: Packed,
         scratch: Callable[[], int],
         new: Callable[[tuple[int, ...], torch.dtype], Tensor],
         run: Callable[[Native, ctypes.Structure, bool], None],
     ) -> None:
         """`scratch` gives its address; `new` makes a result; `run` calls a kernel, on one thread if told so."""
-        self._weight, self._scratch, self._new, self._run = pack(weight), scratch, new, run
-        self._bias = None if bias is None else bias.float().contiguous()
-        self._outputs, inputs = weight.shape
-        self._dtype, self._work = weight.dtype, weight.numel()
-        self._kernel = linear_tiles if tiles else linear_lanes
+        self.packed, self._scratch, self._new, self._run = packed, scratch, new, run
+        self._dtype = packed.weight.dtype
+        self._kernel = linear_tiles if packed.tiles else linear_lanes
         self._arguments = LinearArguments(
-            inputs=inputs,
-            weight=self._weight.data_ptr(),
-            bias=0 if self._bias is None else self._bias.data_ptr(),
-            outputs=self._outputs,
-            element=weight.element_size(),
-            block=256 if tiles else 64,
-            scratch_bytes=scratch_bytes(inputs),
+            inputs=packed.inputs,
+            weight=packed.weight.data_ptr(),
+            bias=0 if packed.bias is None else packed.bias.data_ptr(),
+            outputs=packed.outputs,
+            element=packed.weight.element_size(),
+            block=256 if packed.tiles else 64,
+            scratch_bytes=scratch_bytes(packed.inputs),
         )
         self._arguments.counters = ctypes.addressof(self._arguments)
 
     def __call__(self, x: Tensor) -> Tensor:
         assert x.dtype == self._dtype
         assert x.is_contiguous(), "kernels read rows by address"
-        rows = x.shape[0]
-        out = self._new((rows, self._outputs), self._dtype)
+        rows, outputs = x.shape[0], self.packed.outputs
+        out = self._new((rows, outputs), self._dtype)
         arguments = self._arguments
         arguments.next = arguments.thread = 0
         arguments.x = x.data_ptr()
@@ -252,5 +260,5 @@ class PackedLinear:
         arguments.out = out.data_ptr()
         arguments.scratch = self._scratch()
         arguments.threads = threads()
-        self._run(self._kernel, arguments, rows * self._work <= _ALONE_PRODUCTS)
+        self._run(self._kernel, arguments, rows * self.packed.numbers <= _ALONE_PRODUCTS)
         return out

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -35,6 +36,10 @@ class Clock:
         self.seconds = 0.0
 
 
+_compiling = Lock()
+"""Where compiled code is kept is numba's own global setting."""
+
+
 class Native:
     """A kernel, compiled on first use. Its one argument is a structure of type `arguments`."""
 
@@ -52,15 +57,17 @@ class Native:
         return self._address
 
     def compile(self) -> None:
-        """Compiles, or loads from the cache: seconds, or milliseconds."""
-        if self._address:
-            return
-        signature = numba.types.void(numba.types.CPointer(self._record))
-        with _cache_directory():
-            self._compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._body)
-        self._address = self._compiled.address
-        self._alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self._address)
-        self._call_released = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        """Compiles, or loads from the cache: seconds, or milliseconds. One thread does, others wait for it."""
+        with _compiling:
+            if self._address:
+                return
+            signature = numba.types.void(numba.types.CPointer(self._record))
+            with _cache_directory():
+                self._compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._body)
+            address = self._compiled.address
+            self._alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address)
+            self._call_released = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+            self._address = address  # last: whoever sees it calls
 
     @property
     def from_cache(self) -> bool:
@@ -147,5 +154,5 @@ MAX_THREADS = max(os.cpu_count() or 1, torch.get_num_threads())
 
 
 def threads() -> int:
-    """As many as torch was told to use."""
+    """As many as torch was told to use on this thread: what was last set when the thread first asked, or set itself."""
     return min(torch.get_num_threads(), MAX_THREADS)

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.kernels.cpu_native import Clock, Native
-from engine.kernels.cpu_team import EVERYBODY, TEAM
+from engine.kernels.cpu_team import EVERYBODY, team
 
 
 class Arena:
-    """Memory for results, shared by all programs: one runs at a time. Sizes are powers of two, so programs share it."""
+    """Memory for results, shared by a runner's programs: one runs at a time. Sizes are powers of two for that."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
@@ -70,15 +70,18 @@ class Program:
     def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._arena.lend(shape, dtype)
 
-    def ready(self, result: Tensor, *kept: object) -> None:
-        """All calls are noted. `kept`: whatever owns memory that they read."""
-        self._kept += kept
+    def keep(self, owner: object) -> None:
+        """Of memory that calls read or write."""
+        self._kept.append(owner)
+
+    def ready(self, result: Tensor) -> None:
+        """All calls are noted."""
         self._calls = (ctypes.c_int64 * len(self._words))(*self._words)
         self._result = self._arena.same_memory(result)
 
     def run(self, clock: Clock) -> Tensor:
         """Does it all. The result is good until another program runs."""
-        TEAM.run_calls(self._calls, clock)
+        team().run_calls(self._calls, clock)
         return self._result
 
 
@@ -97,11 +100,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
         return func(*args, **(kwargs or {}))
 
 
-def noted(program: Program, forward: Callable[[], Tensor], *kept: object) -> Program | None:
+def noted(program: Program, forward: Callable[[], Tensor]) -> Program | None:
     """The program with the calls of `forward`; None when torch computes a part of it itself."""
     with Watch() as watch:
         result = forward()
     if watch.computed:
         return None
-    program.ready(result, forward, *kept)
+    program.keep(forward)
+    program.ready(result)
     return program

@@ -5,13 +5,15 @@ the caller's too, enters the phase that is open, computes pieces until none is l
 the next. So whoever has a core goes on, and only a thread that the system stops in the middle of a piece is waited for.
 An OpenMP team meets twice in every call, and with one other busy process on two cores it waited up to 260 ms a step.
 
-A thread without work spins, then gives its core to whoever wants it, then sleeps. Which kernels there are, and how they
-share a phase (`claim`), is in cpu_native.py and theirs.
+A thread without work spins, then gives its core to whoever wants it, then sleeps. Every thread that calls kernels has
+a team of its own (`team`), which ends with it: runners side by side neither wait for each other nor for one that hangs.
+Which kernels there are, and how they share a phase (`claim`), is in cpu_native.py and theirs.
 """
 
 import atexit
 import ctypes
-from threading import Lock, Thread
+import weakref
+from threading import Thread, local
 from typing import Any
 
 from llvmlite import ir
@@ -24,6 +26,9 @@ EVERYBODY = 1 << 16  # more than there are threads
 _RING = 1024  # calls at most in one go
 _SPINS = 2000  # some 50 µs: longer than most pieces
 _YIELDS = 6000  # then 2 ms, unless others want the core: longer than the event loop needs between steps
+
+LEAVING_SECONDS = 1.0
+"""How long a team that is stopped waits for a member: a thousand times what one needs that does not hang."""
 
 _i64 = ctypes.c_int64
 _CALL_BYTES = 24  # function, argument, how many threads at most
@@ -182,38 +187,39 @@ def _stop(arguments: Any) -> None:
 
 
 class Team:
-    """As many threads as torch was told to use, the caller's included."""
+    """As many threads as torch was told to use, the caller's included. For one caller at a time."""
 
     def __init__(self) -> None:
         self._state = TeamState()
         self._leader = MemberArguments(team=ctypes.addressof(self._state))
         self._call = (_i64 * 3)(0, 0, EVERYBODY)
         self._members: list[Thread] = []
-        self._busy = Lock()
         library, address = ctypes.CDLL(None), ctypes.addressof(self._state)
         library.pthread_mutex_init(ctypes.c_void_p(address + _MUTEX), None)
         library.pthread_cond_init(ctypes.c_void_p(address + _CONDITION), None)
-        atexit.register(self.stop)
+        _stop.compile()  # not while a thread ends
+        weakref.finalize(self, _dismiss, self._state).atexit = False
+        _TEAMS.add(self)
 
     def run(self, kernel: Native, arguments: ctypes.Structure, clock: Clock) -> None:
-        """Calls the kernel on all threads, the interpreter lock released. Another caller waits meanwhile."""
-        with self._busy:
-            self._call[0], self._call[1] = kernel.address, ctypes.addressof(arguments)
-            self._lead(ctypes.addressof(self._call), 1, clock)
+        """Calls the kernel on all threads, the interpreter lock released."""
+        self._call[0], self._call[1] = kernel.address, ctypes.addressof(arguments)
+        self._lead(ctypes.addressof(self._call), 1, clock)
 
     def run_calls(self, calls: ctypes.Array[ctypes.c_int64], clock: Clock) -> None:
         """One call after another: function, argument, and how many threads at most may share it, for each."""
         address, count = ctypes.addressof(calls), len(calls) // 3
-        with self._busy:
-            for first in range(0, count, _RING):
-                self._lead(address + first * _CALL_BYTES, min(_RING, count - first), clock)
+        for first in range(0, count, _RING):
+            self._lead(address + first * _CALL_BYTES, min(_RING, count - first), clock)
 
     def stop(self) -> None:
-        """Ends the other threads: compiled code must not outlive what it reads. Callers are alone from now on."""
-        if self._members:
-            _stop.alone(self._leader)
+        """Ends the other threads, from any thread. The caller of `run` is alone from now on.
+
+        One that hangs in a kernel is waited for LEAVING_SECONDS.
+        """
+        _dismiss(self._state)
         for member in self._members:
-            member.join()
+            member.join(LEAVING_SECONDS)
 
     def _lead(self, calls: int, count: int, clock: Clock) -> None:
         if len(self._members) + 1 < threads():
@@ -223,14 +229,43 @@ class Team:
         _take_part.released(self._leader, clock)
 
     def _gather(self) -> None:
-        _take_part.compile()
         for number in range(len(self._members) + 1, threads()):
             arguments = MemberArguments(team=ctypes.addressof(self._state), number=number)
             member = Thread(
-                target=_take_part.released, args=(arguments, Clock()), name=f"kernels {number}", daemon=True
+                target=_belong, args=(self._state, arguments), name=f"kernels {number}", daemon=True
             )
             self._members.append(member)
             member.start()
 
 
-TEAM = Team()
+def _belong(state: ctypes.Structure, arguments: ctypes.Structure) -> None:
+    """A member's whole life. It holds the state it reads: its team may go before it has noticed."""
+    _take_part.released(arguments, Clock())
+
+
+def _dismiss(state: ctypes.Structure) -> None:
+    """Tells the members to end; waits for none, as it may be called while a thread is being taken apart."""
+    _stop.alone(MemberArguments(team=ctypes.addressof(state)))
+
+
+_TEAMS = weakref.WeakSet[Team]()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Compiled code must not outlive what it reads."""
+    for each in list(_TEAMS):
+        each.stop()
+
+
+class _OfThread(local):
+    def __init__(self) -> None:
+        self.team = Team()
+
+
+_mine = _OfThread()
+
+
+def team() -> Team:
+    """This thread's. Its members end when the thread has."""
+    return _mine.team

@@ -73,6 +73,13 @@ class CudaKernels:
         tiles = self._tiles[shape]
         return lambda x: triton_matmul.matmul(x, weight, bias, tiles)
 
+    def twin(self) -> "CudaKernels":
+        """They keep nothing between calls, but for the tiles that were chosen as weights were loaded."""
+        return self
+
+    def bound(self, linear: Linear) -> Linear:
+        return linear
+
     def record(self, forward: Callable[[], Tensor]) -> None:
         """Not these: decode steps are CUDA graphs (runner_cuda.py)."""
 

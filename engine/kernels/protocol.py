@@ -87,6 +87,12 @@ class Kernels(Protocol):
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Packs weight [out, in] once; the caller drops its own reference."""
 
+    def twin(self) -> "Kernels":
+        """The same kernels, in bits too, for another thread: these serve one at a time. Nothing is copied."""
+
+    def bound(self, linear: Linear) -> Linear:
+        """A layer that a twin of these has packed, to be called beside these: its weights are shared."""
+
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """[vocabulary, hidden], [T] -> a new residual stream [T, hidden] (dtype: the kernels' choice)."""
 

@@ -33,6 +33,13 @@ class ReferenceKernels:
         own = weight.clone()  # it may be a view of a mapped file
         return lambda x: _each_row(lambda row: F.linear(row, own, bias), x)
 
+    def twin(self) -> "ReferenceKernels":
+        """They keep nothing between calls."""
+        return self
+
+    def bound(self, linear: Linear) -> Linear:
+        return linear
+
     def record(self, forward: Callable[[], Tensor]) -> None:
         """Not these: see `Kernels.record`."""
 

@@ -5,6 +5,8 @@ config's `Traits`. Not here: what a family is (family.py), the KV pool and batch
 computed (engine/kernels).
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -95,9 +97,18 @@ class Layer:
         self.gate_up = pack(*(FUSED_GATE_UP if config.traits.fused else GATE_UP))
         self.down = pack("mlp.down_proj")
 
+    def twin(self, kernels: Kernels) -> "Layer":
+        twin = copy(self)
+        twin.qkv, twin.out = kernels.bound(self.qkv), kernels.bound(self.out)
+        twin.gate_up, twin.down = kernels.bound(self.gate_up), kernels.bound(self.down)
+        return twin
+
 
 class Decoder:
-    """A model on its device. Holds weights and the rotary table, no state of any sequence."""
+    """A model on its device. Holds weights and the rotary table, no state of any sequence.
+
+    For one thread at a time, as its kernels are; another takes a `twin`.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         self.config = config
@@ -110,6 +121,14 @@ class Decoder:
         ]
         self._norm = weights.own("model.norm.weight")
         self._head = kernels.linear(self._embedding if config.tied else weights.take("lm_head.weight"), None)
+
+    def twin(self) -> "Decoder":
+        """The same model for another thread: the weights are shared, the kernels are its own (`Kernels.twin`)."""
+        twin = copy(self)
+        twin.kernels = self.kernels.twin()
+        twin._layers = [layer.twin(twin.kernels) for layer in self._layers]
+        twin._head = twin.kernels.bound(self._head)
+        return twin
 
     @property
     def device(self) -> torch.device:

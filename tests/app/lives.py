@@ -4,7 +4,7 @@ Deaths by SIGKILL need a process of their own: bench/server.py has that.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from app.config import (
     PoliciesSection,
 )
 from app.listening import bind
+from app.replica_tables import ReplicaTable
 from app.server import listen
 from app.serving import Parts, serving
 from bench.client import Answer, complete
@@ -59,12 +60,12 @@ class Served:
 
     def check(self) -> None:
         """Asserts that nothing is held, pinned or on its way, and that the books balance."""
-        scheduler = self.engine.core.scheduler
         assert not self.engine.requests(), "a request outlived its client"
-        assert scheduler.pool.held == 0, "blocks leaked"
-        assert scheduler.residency.quiet, "copies are under way"
-        assert scheduler.residency.pinned == 0, "a snapshot outlived its sequence"
-        self.engine.core.check()
+        for core in self.engine.fleet.cores:
+            assert core.scheduler.pool.held == 0, "blocks leaked"
+            assert core.scheduler.residency.quiet, "copies are under way"
+            assert core.scheduler.residency.pinned == 0, "a snapshot outlived its sequence"
+        self.engine.fleet.check()
 
 
 def configuration(
@@ -77,6 +78,7 @@ def configuration(
     max_sequences: int = 8,
     host_bytes: int = 0,
     disk_bytes: int = 16 * 2**20,
+    replicas: Sequence[ReplicaTable] = (),
 ) -> Config:
     """A server of the shipped model, which admits whatever fits now; `store` None: no disk tier."""
     disk = DiskSection(path=str(store), bytes=disk_bytes) if store else DiskSection()
@@ -87,6 +89,7 @@ def configuration(
         policies=PoliciesSection.model_validate(
             {"resume": "reload", "admission": {"risk": 1.0, "wait_steps": 0}}
         ),
+        replicas=list(replicas),
     )
 
 

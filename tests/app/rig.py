@@ -6,7 +6,7 @@ Steps run on the event loop, one at a time, and only while the gate is open: tes
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,13 @@ from app.keys import Keys, KeyTable
 from app.listening import bind
 from app.metrics import Metrics
 from app.policy_log import PolicyLog
+from app.replica_log import ReplicaLog
 from app.served import Model, Served
 from app.server import application, listen
 from app.service_classes import Classes, ClassTable
 from engine.chat_template import ChatTemplateError
 from engine.core import CoreConfig
-from engine.engine import Engine
+from engine.engine import Engine, Revived
 from engine.fleet import Fleet, FleetConfig
 from engine.model.generation import GenerationDefaults
 from engine.plan import Plan
@@ -92,6 +93,11 @@ class GatedWorker:
             task.cancel()
 
 
+def gated(script: Script | None = None, max_sequences: int = 8) -> GatedWorker:
+    """With a runner of its own."""
+    return GatedWorker(ScriptedRunner(script or saying(STORY), block_size=16, max_sequences=max_sequences))
+
+
 @dataclass(slots=True)
 class Rig:
     """`client` speaks to the server at `url`."""
@@ -100,9 +106,14 @@ class Rig:
     listener: socket.socket
     client: aiohttp.ClientSession
     engine: Engine
-    worker: GatedWorker
+    workers: list[GatedWorker]  # one a replica
     served: Served
     metrics: Metrics
+
+    @property
+    def worker(self) -> GatedWorker:
+        """The first replica's."""
+        return self.workers[0]
 
     async def post(self, path: str, **body: object) -> tuple[int, dict[str, Any]]:
         async with self.client.post(path, json=body) as response:
@@ -118,6 +129,12 @@ class Rig:
         assert all(frame.startswith("data: ") for frame in frames[:-2])
         return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
 
+    async def get(self, path: str) -> dict[str, Any]:
+        async with self.client.get(path) as response:
+            assert response.status == 200, await response.text()
+            answer: dict[str, Any] = await response.json()
+            return answer
+
     async def until(self, running: int) -> None:
         """Waits, turn by turn of the loop, until so many requests are at hand."""
         async with asyncio.timeout(5):
@@ -129,6 +146,8 @@ class Rig:
 async def rig(
     script: Script | None = None,
     *,
+    replicas: int = 1,
+    revive: Callable[[int], Awaitable[Revived]] | None = None,
     blocks: int = 64,
     context: int = 512,
     max_sequences: int = 8,
@@ -152,9 +171,9 @@ async def rig(
     )
     catalog = Catalog(plugins)
     core = CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,))
-    fleet = Fleet(FleetConfig.of(core), VOCABULARY, catalog)
-    worker = GatedWorker(ScriptedRunner(script or saying(STORY), block_size=16, max_sequences=max_sequences))
-    engine = Engine(fleet, [worker], exact=True)
+    fleet = Fleet(FleetConfig.of(core, replicas), VOCABULARY, catalog)
+    workers = [gated(script, max_sequences) for _ in range(replicas)]
+    engine = Engine(fleet, workers, exact=True, revive=revive)
     model = Model(
         "otter",
         ByteTokenizer(),
@@ -164,13 +183,15 @@ async def rig(
         created=1,
     )
     engine.on_policy_failed.append(PolicyLog().observe)
+    replica_log = ReplicaLog()
+    engine.on_replica.append(replica_log.observe)
+    engine.on_migration.append(replica_log.observe_migration)
     served = Served(
         engine, model, server, kvstore or KVStoreSection(), classes=Classes(classes), keys=Keys(keys)
     )
     metrics = Metrics(
         "otter",
-        block_size=16,
-        kv_blocks=[blocks],
+        cores=[core] * replicas,
         context=served.context,
         victims=catalog.names("victim"),
         classes=served.classes.tables,
@@ -180,7 +201,7 @@ async def rig(
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
             async with aiohttp.ClientSession(url) as client:
-                yield Rig(url, listener, client, engine, worker, served, metrics)
+                yield Rig(url, listener, client, engine, workers, served, metrics)
         finally:
             await site.cleanup()
             engine.stop()

@@ -14,6 +14,8 @@ from rich.console import Console
 from app.check_config import as_json, print_table
 from app.config import Config, ConfigError
 from app.config_sources import all_keys, load
+from app.core_config import balance_config, policy_config
+from engine.fleet import BalanceConfig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -82,6 +84,13 @@ def test_values_written_as_text_get_their_keys_type() -> None:
         ("engine.port=1", "did you mean server.port?"),
         ("policies.order=fcsf", "did you mean fcfs?"),
         ("policies.victim=newest", "known names: cheapest_resume, fewest_output, last_admitted"),
+        ("policies.routing=hybrd", "did you mean hybrid?"),
+        ("policies.rebalancing=pairs", "known names: cache_size, load_pairs, none"),
+        ("policies.balance.period_seconds=0", "period_seconds must be above 0, and at most 60"),
+        ("policies.balance.period_seconds=nan", "period_seconds must be above 0"),
+        ("policies.balance.at_once=0", "at_once and horizon_steps must be at least 1"),
+        ("policies.balance.min_gain=0.5", "min_gain must be at least 1"),
+        ("policies.balance.max_moves=-1", "must not be negative"),
         ("log.level=warn", "did you mean warning?"),
         ("server.port=eighty", 'server.port = "eighty": input should be a valid integer'),
         ("server.port=70000", "less than or equal to 65535"),
@@ -118,9 +127,24 @@ def test_a_missing_file_is_refused_only_when_asked_for(tmp_path: Path) -> None:
     assert load([], {}, cwd=tmp_path).config == Config()
 
 
+def test_policies_of_replicas_and_their_parameters_reach_the_fleet() -> None:
+    flags = [
+        "policies.routing=session",
+        "policies.rebalancing=house:moves",
+        "policies.balance.at_once=7",
+        'policies.also.routing=["house:route"]',
+    ]
+    config = load(flags, {}, cwd=Path("/nowhere")).config
+    names = policy_config(config)
+    assert (names.routing, names.rebalancing) == ("session", "house:moves")
+    assert config.policies.also.routing == ["house:route"]
+    assert balance_config(config) == BalanceConfig(at_once=7)
+    assert balance_config(Config()) == BalanceConfig()
+
+
 def test_config_toml_has_every_key_with_its_default() -> None:
     tables = tomllib.loads((REPOSITORY / "config.toml").read_text())
-    assert tables == Config().model_dump(exclude={"classes", "keys"})
+    assert tables == Config().model_dump(exclude={"classes", "replicas", "keys"})
     assert list(_keys(tables)) == list(all_keys())
 
 
@@ -153,10 +177,10 @@ def test_every_key_of_config_toml_is_documented() -> None:
 def test_check_config_shows_every_key_with_its_source() -> None:
     loaded = load(["server.port=9"], {}, cwd=Path("/nowhere"))
     values = json.loads(as_json(loaded))
-    assert list(values) == [*all_keys(), "class"]
+    assert list(values) == [*all_keys(), "class", "replica"]
     assert values["server.port"] == {"value": 9, "source": "--set"}
     text = io.StringIO()
     print_table(loaded, Console(file=text, width=200))
     lines = text.getvalue().splitlines()
     assert any(line.split() == ["server.port", "9", "--set"] for line in lines)
-    assert len(lines) == len(all_keys()) + len(["class"]) + 1
+    assert len(lines) == len(all_keys()) + len(["class", "replica"]) + 1

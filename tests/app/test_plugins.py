@@ -73,6 +73,8 @@ def test_classes_are_made_and_functions_and_objects_taken(module: Callable[[str,
         "resume": [],
         "eviction": [],
         "placement": [],
+        "routing": [],
+        "rebalancing": [],
     }
     assert found["order"]["plugs_good:Newest"](SimpleNamespace(number=3)) == (-3,)
 

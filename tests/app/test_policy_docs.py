@@ -1,5 +1,6 @@
 """docs/policies.md says what there is, and its example works."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -19,11 +20,10 @@ from tests.engine.driving import UNFORESEEN
 PAGE = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
 
 
-def block(language: str) -> str:
-    """The first code block of a language."""
-    found = re.search(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    assert found
-    return found[1]
+def block(language: str, number: int = 0) -> str:
+    """A code block of a language."""
+    blocks = re.finditer(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    return [found[1] for found in blocks][number]
 
 
 def test_every_policy_and_every_parameter_is_on_the_page() -> None:
@@ -70,4 +70,42 @@ async def test_the_example_plug_in_decides_and_never_fails(
         assert await pressed(server) == truth
         samples = await scrape(server)
     assert value(samples, "sluice:preemptions_total", victim_policy="house:longest_prompt") > 0
+    assert not any(name == "sluice:policy_failures_total" for name, _ in samples)
+
+
+async def test_the_example_for_replicas_places_and_moves_and_never_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten at two replicas that run two each; then a third one takes requests, and who waits goes there."""
+    (tmp_path / "crowd.py").write_text(block("python", 1))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = {"routing": "crowd:fewest", "rebalancing": "crowd:spread"}
+    plugins = load_plugins(PoliciesSection.model_validate(names))
+    policies = PolicyConfig(parameters=UNFORESEEN).having(names)
+    async with rig(replicas=3, max_sequences=2, policies=policies, plugins=plugins, max_queue=20) as server:
+        server.engine.drain_replica(2, draining=True)
+        for worker in server.workers:
+            worker.gate.clear()
+        calls = [
+            asyncio.ensure_future(server.post("/v1/completions", prompt="a" * 40, max_tokens=5))
+            for _ in range(10)
+        ]
+        await server.until(running=10)
+        before = [str(each["replica"]) for each in server.engine.requests()]
+        server.engine.drain_replica(2, draining=False)
+        after = [str(each["replica"]) for each in server.engine.requests()]
+        for worker in server.workers:
+            worker.gate.set()
+        assert [status for status, _ in await asyncio.gather(*calls)] == [200] * 10
+        samples = await scrape(server)
+    assert sorted(before) == ["0"] * 5 + ["1"] * 5
+    assert after.count("2") >= 1
+    moved = [
+        number
+        for (name, labels), number in samples.items()
+        if name == "sluice:migrations_total"
+        and ("reason", "load") in labels
+        and ("outcome", "moved") in labels
+    ]
+    assert sum(moved) >= 1
     assert not any(name == "sluice:policy_failures_total" for name, _ in samples)

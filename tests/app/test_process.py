@@ -123,6 +123,38 @@ async def test_an_engine_that_dies_tells_its_clients_and_the_process_exits_1() -
         assert "engine_died" in await _rest_of_the_log(server)
 
 
+async def test_a_replica_that_dies_leaves_its_requests_to_the_others_and_the_last_one_ends_the_process() -> (
+    None
+):
+    """The first replica is the main thread's."""
+    async with started(*SCRIPTED, "2") as server:
+        call = asyncio.ensure_future(server.post(prompt="hello", max_tokens=3))
+        await server.running()
+        server.tell("go", "die", "go", "go")
+        status, body = await call
+        assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 3)
+        await server.until("/readyz", 200)
+        call = asyncio.ensure_future(server.post(prompt="hello", max_tokens=3))
+        await server.running()
+        server.tell("go", "die")
+        status, body = await call
+        assert (status, json.loads(body)["error"]["code"]) == (500, "engine_dead")
+        assert await server.process.wait() == 1
+        log = await _rest_of_the_log(server)
+    told = [event for event in log if event in ("replica_lost", "migrated", "engine_died")]
+    assert told == ["replica_lost", "migrated", "engine_died"]
+
+
+async def test_sigterm_ends_a_process_whose_first_replica_is_lost() -> None:
+    async with started(*SCRIPTED, "2") as server:
+        call = asyncio.ensure_future(server.post(prompt="hello", max_tokens=2))
+        await server.running()
+        server.tell("die", "go", "go")
+        assert (await call)[0] == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.process.wait() == 0
+
+
 async def test_the_shipped_model_answers_from_the_command_line() -> None:
     """Defaults all over: `sluice serve`, a streamed chat and a whole one with the same seed, Ctrl-C."""
     async with started(*SHIPPED) as server:

@@ -1,8 +1,9 @@
 """Recorded passes: the bits of the calls they were made of, and nothing recorded that would not be done again."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -59,6 +60,24 @@ def test_a_recorded_step_has_the_bits_of_a_step_in_python(
         assert torch.equal(found, eager(plain, decoding(plain, position)))
     assert given == [True] * 20
     assert torch.equal(recorded.pool, plain.pool)
+
+
+def test_scratch_that_a_recording_uses_stays_when_a_later_step_needs_more(
+    model_directory: Callable[[str], Path],
+) -> None:
+    """Regression: attention's was made while the first step was recorded, and given back by the first long prompt."""
+    runner = runner_for(load(model_directory("gqa"), "cpu", "float32"))
+    for slot in range(ROWS):
+        runner.tables.place(Placement(slot, Sampling()))
+    kernels = cast(CpuKernels, runner._kernels)
+    before = kernels._scratch
+    runner.logits(decoding(runner, 0))
+    used = weakref.ref(kernels._scratch)
+    assert used() is not before
+    runner.tables.place(Placement(ROWS, Sampling()))
+    runner.logits([Row(ROWS, 0, (1,) * 60, 0, (10, 11, 12, 13), samples=True)])
+    assert used() is not None
+    assert used() is not kernels._scratch
 
 
 def test_what_torch_computes_itself_is_not_recorded() -> None:

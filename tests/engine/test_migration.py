@@ -1,13 +1,17 @@
 """Live migration: whoever migrates, and whatever fails, a stream is what it would have been, and nothing is left."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import pytest
 
+from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
+from engine.moves import REASONS
 from engine.request import Delta, Request
 from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, HOST, Copy, Loss, Place
+from policies.decisions import Kind
 from tests.engine.driving import core_config, request
 from tests.engine.fleet_driving import FleetDriver, fleet_config
 
@@ -193,3 +197,63 @@ def test_a_drained_replica_hands_on_all_it_has_and_takes_again_when_it_may() -> 
     assert {key: driver.answer(*key) for key in driver.deltas if key[0].startswith("r")} == unmigrated(
         requests
     )
+
+
+def unlike(*replicas: ReplicaConfig, **policies: str) -> FleetConfig:
+    first, *others = replicas
+    names = fleet_config(first.core, 1, **policies).replicas[0].core
+    return FleetConfig((replace(first, core=names), *others))
+
+
+def test_a_replica_that_could_never_hold_it_gets_no_sequence() -> None:
+    """Whether it runs or waits: there it would wait for ever."""
+    sizes = (core_config(blocks=60, max_sequences=1), core_config(blocks=20))
+    driver = FleetDriver(unlike(*map(ReplicaConfig, sizes)))
+    for name in ("runs", "waits"):
+        driver.arrive(request(name, range(20), max_tokens=100))
+        driver.migrate(name, 1)
+        driver.migrate(name)
+    over = [(m.request_id, m.reason, m.failure) for m in driver.migrations]
+    assert over == [
+        (name, "operator", failure)
+        for name in ("runs", "waits")
+        for failure in ("the target is too small for it", "no other replica takes it")
+    ]
+    driver.finish()
+    assert driver.finished["waits", 0].replica == 0
+    assert {each.decision.kind for each in driver.decided} >= {Kind.STAYED}
+
+
+def test_who_has_outgrown_its_replica_moves_up_once_and_the_reason_says_so() -> None:
+    core = core_config(blocks=60, residency=TIERS)
+    replicas = (
+        ReplicaConfig(core, limit_tokens=20),
+        ReplicaConfig(core, limit_tokens=40),
+        ReplicaConfig(core),
+    )
+    driver = FleetDriver(unlike(*replicas, rebalancing="cache_size"))
+    driver.arrive(request("a", range(10), max_tokens=100))
+    random = Random(0)
+    while driver.fleet.requests:
+        driver.timer()
+        driver.anything(random)
+    (moved,) = driver.moved()
+    assert (moved.source, moved.target, moved.reason) == (0, 2, "size")
+    assert moved.detail.endswith("tokens, above 20")
+    assert all(each.reason in REASONS for each in driver.migrations)
+    driver.finish()
+
+
+def test_a_move_to_even_loads_out_says_so() -> None:
+    core = core_config(blocks=200, residency=TIERS, max_sequences=16)
+    config = unlike(ReplicaConfig(core), ReplicaConfig(core), routing="session", rebalancing="load_pairs")
+    driver = FleetDriver(replace(config, balance=BalanceConfig(min_gain=1.0)))
+    for number in range(8):
+        session = replace(request(f"r{number}", range(number, number + 20), max_tokens=60), session="s")
+        driver.arrive(session)
+    random = Random(0)
+    while driver.fleet.requests:
+        driver.timer()
+        driver.anything(random)
+    assert {each.reason for each in driver.moved()} == {"load"}
+    driver.finish()

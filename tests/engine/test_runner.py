@@ -164,6 +164,9 @@ class Releasing:
         self._inner = inner
         self.released_seconds = 0.0
 
+    def twin(self) -> "Releasing":
+        return self
+
     def __getattr__(self, name: str) -> object:
         if name == "add_norm":
             self.released_seconds += 0.25

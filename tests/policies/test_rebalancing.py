@@ -145,13 +145,10 @@ class TestLoadPairs:
         assert moves[0].reason == "12 s here, 1 s there"
 
     def test_the_sequence_nearest_to_half_the_gap_moves(self) -> None:
-        movables = [
-            Movable("a", 0, load_seconds=1.0),
-            Movable("b", 0, load_seconds=4.0),
-            Movable("c", 0, load_seconds=7.0),
-        ]
-        move = load_pairs(replicas_with(movables, 2), movables, 0.0, FREE).moves[0]
-        assert (move.request, move.gain_seconds) == ("c", 10.0), "12 against 0 becomes 5 against 7"
+        movables = [Movable(f"{load:.0f} s", 0, load_seconds=load) for load in (1.0, 4.0, 7.0, 11.0)]
+        loads = [Load(0, backlog_seconds=12.0), Load(1)]
+        move = load_pairs(loads, movables, 0.0, FREE).moves[0]
+        assert (move.request, move.gain_seconds) == ("7 s", 10.0), "12 against 0 becomes 5 against 7"
 
     def test_one_that_is_the_whole_gap_stays(self) -> None:
         only = [Movable("a", 0, load_seconds=9.0)]
@@ -212,6 +209,7 @@ class TestCacheSize:
         loads = [self.LARGE, self.SMALL, self.MIDDLE]
         assert self.moves(loads, Movable("at", 0, tokens=1000, size_tokens=9000.0)) == []
         assert self.moves(loads, Movable("over", 0, tokens=1001, size_tokens=1500.0)) == [("over", 1)]
+        assert self.moves(loads, Movable("longer", 0, tokens=4001, size_tokens=1500.0)) == [("longer", 2)]
         assert self.moves(loads, Movable("far", 0, tokens=1001, size_tokens=6000.0)) == [("far", 2)]
 
     def test_it_moves_exactly_once(self) -> None:

@@ -52,11 +52,12 @@ def test_a_load_is_positions_times_steps() -> None:
 
 
 def test_old_samples_fade() -> None:
+    """Even such as weighed 400 times as much."""
     limits = SizeLimits((1.0, 1.0), memory=500)
-    before = learnt(limits, drawn(3000, seed=1, median=200.0))[0]
-    after = learnt(limits, drawn(3000, seed=2, median=4000.0))[0]
-    fresh = learnt(SizeLimits((1.0, 1.0), memory=500), drawn(3000, seed=2, median=4000.0))[0]
-    assert before < 0.2 * after
+    before = learnt(limits, drawn(3000, seed=1, median=4000.0))[0]
+    after = learnt(limits, drawn(9000, seed=2, median=200.0))[0]
+    fresh = learnt(SizeLimits((1.0, 1.0), memory=500), drawn(9000, seed=2, median=200.0))[0]
+    assert after < 0.2 * before
     assert after == pytest.approx(fresh, rel=0.02)
 
 

@@ -57,6 +57,31 @@ async def test_requests_at_hand_are_shown_once_and_as_json(capsys: pytest.Captur
     assert "no request is running or waiting" in idle
 
 
+async def test_several_replicas_have_a_line_each_and_requests_say_where_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with rig(replicas=3) as server:
+        server.engine.drain_replica(2, draining=True)
+        for worker in server.workers:
+            worker.gate.clear()
+        tasks = await held(server, 2)
+        (moved, _) = server.engine.requests()
+        name, target = str(moved["id"]), 1 - int(str(moved["replica"]))
+        server.engine.migrate(name, target)
+        assert await ps(server, "--once") == 0
+        table = capsys.readouterr().out
+        for worker in server.workers:
+            worker.gate.set()
+        await asyncio.gather(*tasks)
+    lines = table.splitlines()
+    told = [line.split(None, 3)[1:3] for line in lines if line.startswith("replica ")]
+    assert told == [["0", "up:"], ["1", "up:"], ["2", "draining:"]]
+    head = next(line for line in lines if line.startswith("id")).split()
+    row = next(line for line in lines if name in line).split()
+    assert row[head.index("replica")] == str(target)
+    assert row[head.index("moves")] == "1"
+
+
 def test_speeds_are_tokens_between_two_looks() -> None:
     now = iter([10.0, 12.0])
     speeds = Speeds(lambda: next(now))
