@@ -12,6 +12,7 @@ from engine.ledger import Account, Ledger
 from engine.sequence import Sequence, State
 from kvstore.block import Key
 from kvstore.copies import DISK, HOST
+from policies.cost import StepCost
 from policies.forecast import ForecastError, forecast_tokens
 
 NOMINAL_ROWS = 8
@@ -157,6 +158,13 @@ class Member:
         step = steps.step_seconds(0, 0.0, rows, figures.decode_context)
         return prompt + sequence.expected_remaining_tokens * step / rows
 
+    def disturbs_seconds(self, sequence: Sequence) -> float:
+        """What a sequence delays each that is where it is: its prompt, and its rows in their steps."""
+        steps = self.core.scheduler.valuation.costs.steps
+        left = len(sequence.tokens) - sequence.computed
+        prompt = steps.added_seconds(sequence.computed, left) if left > 1 else 0.0
+        return prompt + sequence.expected_remaining_tokens * row_seconds(steps, len(sequence.tokens))
+
     def move_seconds(self, tokens: int) -> float:
         """To bring so many positions here, from the topmost tier below the device; without one, to compute them.
 
@@ -180,6 +188,11 @@ class Member:
         block_bytes = max(1, scheduler.config.block_bytes)
         copy_bytes = scheduler.residency.config.copy_blocks * block_bytes
         return costs.copies.reload_seconds(tier, -(-(end - start) // size) * block_bytes, copy_bytes)
+
+
+def row_seconds(steps: StepCost, context: float) -> float:
+    """What a decoding row adds to a step."""
+    return steps.step_seconds(0, 0.0, 1, int(context)) - steps.step_seconds(0, 0.0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +273,8 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
         saved_seconds=saved,
         decode_seconds=wanted.expected_tokens * step,
         ahead_seconds=sum(min(each, own) for each in figures.prompts_seconds) + figures.waiting_seconds,
-        disturbed_seconds=own * (figures.decode_rows + member.waiting),
+        disturbed_seconds=(own + wanted.expected_tokens * row_seconds(steps, context))
+        * (figures.decode_rows + member.waiting),
         session_home=wanted.session_home == member.number,
         work_seconds=own + wanted.expected_tokens * nominal,
     )
@@ -287,6 +301,7 @@ class Movable:
     choice: int
     replica: int
     load_seconds: float
+    disturbs_seconds: float
     tokens: int
     size_tokens: float
     remaining_tokens: float
@@ -303,6 +318,7 @@ def movable(member: Member, sequence: Sequence) -> Movable:
         choice=sequence.choice,
         replica=member.number,
         load_seconds=member.load_seconds(sequence),
+        disturbs_seconds=member.disturbs_seconds(sequence),
         tokens=len(sequence.tokens),
         size_tokens=len(sequence.tokens) + sequence.expected_remaining_tokens,
         remaining_tokens=sequence.expected_remaining_tokens,

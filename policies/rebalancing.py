@@ -45,6 +45,10 @@ class LoadView(Protocol):
     def waiting(self) -> int:
         """Sequences that wait here for room."""
 
+    @property
+    def requests(self) -> int:
+        """Sequences that are here."""
+
 
 class MovableView(Protocol):
     """A sequence in the snapshot."""
@@ -62,6 +66,10 @@ class MovableView(Protocol):
     @property
     def load_seconds(self) -> float:
         """What its replica's backlog falls by when it leaves."""
+
+    @property
+    def disturbs_seconds(self) -> float:
+        """What it delays each of those that are where it is: its prompt, and what it adds to steps."""
 
     @property
     def tokens(self) -> int:
@@ -105,12 +113,15 @@ class Limits:
     moves_per_round: int = 4
     min_gain: float = 2.0
     least_gap: float = 0.0  # share of the high one's load that a pair must differ by
+    disturbance: float = 0.1  # what a second of others' delay counts
 
     def __post_init__(self) -> None:
         if min(self.cooldown_seconds, self.max_moves, self.moves_per_round) < 0:
             raise ValueError("cooldown_seconds, max_moves and moves_per_round must not be negative")
         if not self.min_gain >= 1.0:
             raise ValueError("min_gain must be at least 1")
+        if not self.disturbance >= 0.0:
+            raise ValueError("disturbance must not be negative")
         if not 0.0 <= self.least_gap < 1.0:
             raise ValueError("least_gap must be at least 0 and below 1")
 
@@ -161,11 +172,12 @@ def load_pairs(
     until no pair has such a move.
 
     Only between replicas that differ by more than `least_gap`. Only a sequence whose move repays it: the gap of the
-    pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above; and only
-    if the target has room for it as long as expected, and takes its size. By each move Σ load² falls, as it does by
-    2 · load · (gap − load). Pools are balanced each by itself: it is for routing to spill between them. It never
-    moves one within `cooldown_seconds` of its last move, nor more than `max_moves` times in all: loads that go up
-    and down cannot send it back and forth.
+    pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above. If more are
+    at the low one than at the high one, its cost has what it delays these: a load that is high as few long ones are
+    there stays with those whom it delays least. And only if the target has room for it as long as expected, and takes
+    its size. By each move Σ load² falls, as it does by 2 · load · (gap − load). Pools are balanced each by itself: it
+    is for routing to spill between them. It never moves one within `cooldown_seconds` of its last move, nor more than
+    `max_moves` times in all: loads that go up and down cannot send it back and forth.
 
     Assumes that a load is the same on either replica. Ties: the cheaper move, then who moved less often, then by
     request and choice; of replicas, the lower number is the higher one. Worst case: a gap that consists of one
@@ -302,11 +314,13 @@ def _nearest_to_half(
     if gap <= limits.least_gap * books.seconds[high.number]:
         return None
     limit = low.limit_tokens or inf
+    crowd = limits.disturbance * max(0, low.requests - high.requests)
     worth = [
         each
         for each in movables
-        if _gain(gap, each.load_seconds) > max(0.0, each.cost_seconds * limits.min_gain)
-        and _at_end(each) <= limit
+        if _gain(gap, each.load_seconds)
+        > max(0.0, (each.cost_seconds + crowd * each.disturbs_seconds) * limits.min_gain)
+        and max(each.tokens, each.size_tokens) <= limit
         and books.has_room(low, each)
     ]
 

@@ -16,7 +16,7 @@ Ties, under all weights: fewer requests, then fewer ever placed, then the lowest
 same answer. How sequences move later: rebalancing.py. What a replica is expected to hold: forecast.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from typing import Protocol
@@ -127,15 +127,23 @@ case: a day whose sizes are of one class: replicas idle until the others are sat
 Harchol-Balter, Crovella and Murta, "On Choosing a Task Assignment Policy for a Distributed Server System", 1999.
 """
 
-HYBRID = Weights(work=1.0, saved=1.0, session=0.1, backlog=1.0, wait=1.0, misplaced=DECISIVE)
-"""All in seconds: a cached prefix is worth what it saves, a load costs what it is, and no more.
+HYBRID = Weights(
+    work=1.0, saved=1.0, session=0.1, ahead=1.0, disturbed=0.1, wait=1.0, backlog=0.3, misplaced=DECISIVE
+)
+"""All in seconds: what the request takes there, and what it takes from those there.
 
-The session's home counts a tenth of the prefill beside: the last turn's blocks may be there soon. Assumes that the
-seconds are about right beside each other; an error common to all replicas changes nothing. Worst case: that of
-PREDICTED_LOAD. Source: ours; weighing cache against load in one cost is Preble's and Dynamo's (NVIDIA, 2025).
+It waits for prompts that are computed before its own, and for room. Its prefill, less what the cache saves, and its
+rows in their steps delay all who are there; so a cached prefix is worth more where many are, long prompts go to where
+few are, and short ones keep away from these. The backlog counts a third: the rest of it is in the other parts. The
+session's home counts a tenth of the prefill beside: the last turn's blocks may be there soon.
+
+Assumes an order by which short ones go before long ones (policies/order.py), and seconds that are about right beside
+each other; an error common to all replicas changes nothing. Worst case: long prompts alone; they meet where fewest
+are, and wait for each other. Source: ours; a newcomer is charged for those whom it delays, as in Naor, "The Regulation
+of Queue Size by Levying Tolls", 1969; weighing cache against load in one cost is Preble's and Dynamo's (NVIDIA, 2025).
 """
 
-ROUTINGS: dict[str, Scored] = {
+ROUTINGS: Mapping[str, Scored] = {
     "hybrid": Scored(HYBRID),
     "round_robin": Scored(ROUND_ROBIN),
     "least_load": Scored(LEAST_LOAD),

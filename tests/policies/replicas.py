@@ -72,6 +72,7 @@ class Load:
     used_tokens: int = 0
     accepting: bool = True
     waiting: int = 0
+    requests: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,4 @@ class Movable:
     moved_at: float = -inf
     waits: bool = False
     crossed: bool = False
+    disturbs_seconds: float = 0.0

@@ -300,3 +300,20 @@ def test_every_policy_says_what_it_is_for() -> None:
     for policy in REBALANCINGS.values():
         for word in ("Worst case:", "Source:"):
             assert word in (policy.__doc__ or ""), policy
+
+
+def test_a_long_one_does_not_move_to_where_it_delays_many_unless_the_gap_repays_that() -> None:
+    few, many = Load(0, 10.0, requests=2), Load(1, 0.0, requests=42)
+    long, light = Movable("long", 0, 4.0, disturbs_seconds=3.0), Movable("light", 0, 1.0)
+    moved = load_pairs([few, many], [long, light], 0.0, Limits())
+    assert [move.request for move in moved.moves] == ["light"]
+    careless = load_pairs([few, many], [long, light], 0.0, Limits(disturbance=0.0))
+    assert [move.request for move in careless.moves][:1] == ["long"]
+    alike = load_pairs([few, replace(many, requests=2)], [long, light], 0.0, Limits())
+    assert [move.request for move in alike.moves][:1] == ["long"]
+
+
+def test_loads_that_differ_little_stay_where_a_least_gap_is_asked_for() -> None:
+    loads, movable = [Load(0, 10.0), Load(1, 6.0)], Movable("a", 0, 1.0)
+    assert load_pairs(loads, [movable], 0.0, Limits(least_gap=0.3)).moves
+    assert not load_pairs(loads, [movable], 0.0, Limits(least_gap=0.5)).moves
