@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config_sources import load as load_config
+from app.core_config import balance_config
 from app.simulate.figures import Objectives, figures
 from app.simulate.fleet_figures import fleet_figures
 from app.simulate.playing import TraceWorkload
@@ -34,7 +35,7 @@ from bench.fleet_workloads import CAP, CONTEXT, SCALES, WORKLOADS, at_once, chos
 from bench.fleet_worst import Decisions, show_worst
 from bench.policies_simulated import profile_of
 from bench.report import console
-from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
+from engine.fleet import FleetConfig, ReplicaConfig
 from engine.profile import Profile
 from engine.simulation import Outcome, Recorder, Simulation
 from policies.rebalancing import REBALANCINGS
@@ -94,7 +95,7 @@ def play(
     replicas = tuple(ReplicaConfig(core, limit_tokens=limit) for limit in limits or (0,) * cell.replicas)
     workload = TraceWorkload(trace, core.context, cap=CAP // scale)
     return Simulation(
-        FleetConfig(replicas, BalanceConfig()), profile, workload, recorder=recorder, tick_seconds=1e9
+        FleetConfig(replicas, balance_config(config)), profile, workload, recorder=recorder, tick_seconds=1e9
     ).run()
 
 

@@ -3,7 +3,8 @@
 Each replica is a core (core.py) with a device of its own; what lies below the devices, and what policies learn, is
 common to all (common.py). Here it is decided where a request runs: it is placed by the routing policy, and goes on
 elsewhere when the rebalancing policy or an operator says so (moves.py), or when its replica is lost. What is charged to
-whom is ledger.py's; what policies see of a replica is member.py's. No clock, no I/O, no torch: replays byte for byte.
+whom is ledger.py's; what policies see of a replica is member.py's and candidates.py's. No clock, no I/O, no torch:
+replays byte for byte.
 """
 
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.candidates import Wanted, below_match, candidate, movable, work_seconds
 from engine.common import Common
 from engine.core import Core, CoreConfig
 from engine.events import (
@@ -34,7 +36,7 @@ from engine.events import (
     Timer,
 )
 from engine.ledger import Ledger
-from engine.member import Member, Wanted, below_match, candidate, movable
+from engine.member import Member
 from engine.moves import Move, Moves
 from engine.policy_set import Catalog
 from engine.request import Request
@@ -72,7 +74,8 @@ class BalanceConfig:
     max_moves: int = 3
     moves_per_round: int = 4
     min_gain: float = 2.0
-    least_gap: float = 0.0  # of two loads, as a share of the higher, for one to move
+    least_gap: float = 0.5  # of two loads, as a share of the higher, for one to move
+    disturbance: float = 0.1  # what a second that a move delays others counts
     at_once: int = 4  # migrations under way
     horizon_steps: int = 128  # of the forecast
     limits: str = "fixed"  # of size classes: as configured, or "auto": learned (size_classes.py)
@@ -94,6 +97,7 @@ class BalanceConfig:
             moves_per_round=self.moves_per_round,
             min_gain=self.min_gain,
             least_gap=self.least_gap,
+            disturbance=self.disturbance,
         )
 
 
@@ -339,9 +343,9 @@ class Fleet:
         self, members: Sequence[Member], wanted: Wanted, request: Request
     ) -> tuple[Member, float, Decision | None]:
         """Where it runs, what it is charged there, and why."""
+        if self.alone:
+            return members[0], work_seconds(members[0], wanted), None
         candidates = [candidate(member, wanted) for member in members]
-        if len(self.members) == 1:
-            return members[0], candidates[0].work_seconds, None
         placed = self.common.policies.routing(candidates)
         chosen = next(each for each in candidates if each.number == placed.replica)
         name = self.common.config.routing

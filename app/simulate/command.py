@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
+from app.core_config import balance_config
 from app.plugins import PluginError, load_plugins
 from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
@@ -120,7 +121,7 @@ def _play(
     begun = time.perf_counter()
     catalog = Catalog(load_plugins(config.policies))
     simulation = Simulation(
-        FleetConfig.of(core, scenario.replicas),
+        FleetConfig.of(core, scenario.replicas, balance=balance_config(config)),
         profile,
         workload,
         catalog=catalog,

@@ -1,0 +1,168 @@
+"""What routing and rebalancing are shown of one request beside one replica: candidates, and who may be moved. Pure.
+
+Of the replica itself: member.py. Seconds are predicted ones of its device, by its own cost model (policies/cost.py).
+"""
+
+from dataclasses import dataclass
+
+from engine.core import Core
+from engine.member import Member, row_seconds
+from engine.sequence import Sequence
+from kvstore.block import Key
+from kvstore.copies import DISK, HOST
+
+NOMINAL_ROWS = 8
+"""A decoding sequence is charged its share of a step of so many: what it truly costs depends on who runs beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A replica, of one request that is to be placed. Implements policies.views.CandidateView."""
+
+    number: int
+    role: str
+    limit_tokens: int
+    capacity_tokens: int
+    used_tokens: int
+    requests: int
+    placed: int
+    charged_seconds: float
+    backlog_seconds: float
+    forecast_tokens: float
+    waiting: int
+    prompt_tokens: int
+    size_tokens: float
+    urgent: bool
+    cached_tokens: int
+    prefill_seconds: float
+    saved_seconds: float
+    decode_seconds: float
+    ahead_seconds: float
+    disturbed_seconds: float
+    session_home: bool
+    work_seconds: float  # what it will be charged here
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be placed. `keys`: of the full blocks of its tokens; `below_tokens`: of them, tiers below the
+    devices have, in the topmost `tier` that has the first."""
+
+    tokens: int
+    keys: list[Key]
+    expected_tokens: float
+    urgent: bool
+    session_home: int | None
+    below_tokens: int
+    tier: str
+
+
+def candidate(member: Member, wanted: Wanted) -> Candidate:
+    figures, steps = member.figures, member.core.scheduler.valuation.costs.steps
+    here, prefill, saved = prompt(member, wanted)
+    own = prefill - saved
+    context = wanted.tokens + wanted.expected_tokens / 2
+    beside = figures.decode_rows + 1
+    step = steps.step_seconds(0, 0.0, beside, int(figures.decode_context + context))
+    return Candidate(
+        number=member.number,
+        role=member.role,
+        limit_tokens=member.limit_tokens,
+        capacity_tokens=member.capacity_tokens,
+        used_tokens=figures.used_tokens,
+        requests=member.requests,
+        placed=member.placed,
+        charged_seconds=member.charged_seconds,
+        backlog_seconds=figures.backlog_seconds,
+        forecast_tokens=figures.forecast_tokens,
+        waiting=member.waiting,
+        prompt_tokens=wanted.tokens,
+        size_tokens=wanted.tokens + wanted.expected_tokens,
+        urgent=wanted.urgent,
+        cached_tokens=here,
+        prefill_seconds=prefill,
+        saved_seconds=saved,
+        decode_seconds=wanted.expected_tokens * step,
+        ahead_seconds=sum(min(each, own) for each in figures.prompts_seconds) + figures.waiting_seconds,
+        disturbed_seconds=(own + wanted.expected_tokens * row_seconds(steps, context))
+        * (figures.decode_rows + member.waiting),
+        session_home=wanted.session_home == member.number,
+        work_seconds=own + decode_share(member, wanted),
+    )
+
+
+def prompt(member: Member, wanted: Wanted) -> tuple[int, float, float]:
+    """Of its tokens, how many the device has; the seconds of its prefill without these, and what they save of it."""
+    core = member.core
+    size, steps = core.scheduler.config.block_size, core.scheduler.valuation.costs.steps
+    here = min(len(core.scheduler.pool.match(wanted.keys)) * size, wanted.tokens - 1)
+    below = wanted.below_tokens
+    load = member.load_or_compute_seconds(wanted.tier, 0, below)
+    prefill = load + steps.added_seconds(below, wanted.tokens - below)
+    saved = load if here >= below else member.load_or_compute_seconds(wanted.tier, 0, here)
+    if here > below:
+        saved += steps.added_seconds(below, here - below)
+    return here, prefill, saved
+
+
+def decode_share(member: Member, wanted: Wanted) -> float:
+    """Of its decode steps, with so many beside it as are nominal."""
+    steps = member.core.scheduler.valuation.costs.steps
+    context = int(NOMINAL_ROWS * (wanted.tokens + wanted.expected_tokens / 2))
+    return wanted.expected_tokens * steps.step_seconds(0, 0.0, NOMINAL_ROWS, context) / NOMINAL_ROWS
+
+
+def work_seconds(member: Member, wanted: Wanted) -> float:
+    """What a request is charged: as a candidate says, for who needs no more of it."""
+    _, prefill, saved = prompt(member, wanted)
+    return prefill - saved + decode_share(member, wanted)
+
+
+def below_match(core: Core, keys: list[Key]) -> tuple[int, str]:
+    """How many of the first blocks tiers below the devices have, and which has the first of them."""
+    shelves = core.scheduler.residency.shelves
+    count = 0
+    for key in keys:
+        if not any(shelf.readable(key) for shelf in shelves if shelf.up):
+            break
+        count += 1
+    if not count:
+        return 0, ""
+    return count, HOST if shelves.host.readable(keys[0]) else DISK
+
+
+@dataclass(frozen=True, slots=True)
+class Movable:
+    """A sequence that may go on elsewhere. Implements policies.rebalancing.MovableView."""
+
+    request: str
+    choice: int
+    replica: int
+    load_seconds: float
+    disturbs_seconds: float
+    tokens: int
+    size_tokens: float
+    remaining_tokens: float
+    cost_seconds: float
+    moves: int
+    moved_at: float
+    waits: bool
+    crossed: bool
+
+
+def movable(member: Member, sequence: Sequence) -> Movable:
+    return Movable(
+        request=sequence.request.id,
+        choice=sequence.choice,
+        replica=member.number,
+        load_seconds=member.load_seconds(sequence),
+        disturbs_seconds=member.disturbs_seconds(sequence),
+        tokens=len(sequence.tokens),
+        size_tokens=len(sequence.tokens) + sequence.expected_remaining_tokens,
+        remaining_tokens=sequence.expected_remaining_tokens,
+        cost_seconds=sequence.weight * member.move_seconds(max(sequence.computed, sequence.kept_tokens)),
+        moves=sequence.migrations,
+        moved_at=sequence.migrated_at,
+        waits=sequence.slot < 0,
+        crossed=sequence.crossed,
+    )
