@@ -26,9 +26,8 @@ def add(
     parser.add_argument(
         "--replicas",
         type=replicas,
-        default=1,
         metavar="N",
-        help="so many alike, from 1 to 64, each on such a machine; the tiers below are shared",
+        help="so many alike, from 1 to 64, whatever [[replica]] tables say",
     )
     parser.add_argument("--rate", type=positive, metavar="R", help="requests (or sessions) per second")
     parser.add_argument(

@@ -111,7 +111,7 @@ def _named(rate: float | None, highest: float) -> str:
 def _timeline(kind: "type[Figure]", result: Result) -> "Figure":
     """Running and waiting over time, how full the KV pools are, and what each of several replicas has to do."""
     ticks = result.outcome.ticks
-    fleet = result.scenario.replicas > 1
+    fleet = result.replicas > 1
     figure = kind(figsize=(10, 7 if fleet else 5), layout="constrained")
     ratios = (2, 1, 2) if fleet else (2, 1)
     panels: Sequence[Axes] = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
@@ -122,16 +122,16 @@ def _timeline(kind: "type[Figure]", result: Result) -> "Figure":
     counts.set(ylabel="requests", title=result.scenario.name)
     counts.set_ylim(bottom=0)
     counts.legend(loc="upper right", fontsize="small")
-    blocks = result.kv_blocks * result.scenario.replicas
+    blocks = sum(result.kv_blocks)
     full: list[Any] = [100 * tick.kv_used_blocks / blocks for tick in ticks]
     share.fill_between(times, full, color="tab:green", alpha=0.4)
     share.set(ylabel="KV held, %", ylim=(0, 101))
     if fleet:
-        for replica in range(result.scenario.replicas):
+        for replica in range(result.replicas):
             panels[2].plot(times, [tick.loads[replica] for tick in ticks], linewidth=1, label=f"{replica}")
         panels[2].set(ylabel="load by replica, s")
         panels[2].set_ylim(bottom=0)
-        if result.scenario.replicas <= MOST_NAMED:
+        if result.replicas <= MOST_NAMED:
             panels[2].legend(loc="upper right", fontsize="x-small", ncols=4)
     panels[-1].set_xlabel("virtual seconds")
     for axes in panels:

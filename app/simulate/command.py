@@ -12,18 +12,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
-from app.core_config import balance_config
 from app.plugins import PluginError, load_plugins
 from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
 from app.simulate.playing import TraceWorkload
 from app.simulate.report import Result, show, write_rows
-from app.simulate.scenario import BadSweep, Scenario, core_config, for_block_size, scenarios
+from app.simulate.scenario import BadSweep, Scenario, fleet_config, for_block_size, scenarios
 from app.workload.formats import DRAWN, detect, load
 from app.workload.playing import Playing
 from app.workload.trace import TraceError, TraceRequest
 from app.workload.transform import CannotTransform
-from engine.fleet import FleetConfig
 from engine.policy_set import Catalog
 from engine.profile import Profile, ProfileError, read_profile
 from engine.simulation import Simulation, Tick
@@ -114,24 +112,20 @@ def _play(
     progress: Progress,
     task: TaskID,
 ) -> Result:
-    core = core_config(config, profile)
-    trace = traces.at(scenario.rate, core.context)
+    fleet = fleet_config(config, profile, scenario.replicas)
+    context = max(each.core.context for each in fleet.replicas)
+    trace = traces.at(scenario.rate, context)
     progress.update(task, total=len(trace), state="")
-    workload = TraceWorkload(trace, core.context, lengths_known=options.lengths_known)
+    workload = TraceWorkload(trace, context, lengths_known=options.lengths_known)
     begun = time.perf_counter()
     catalog = Catalog(load_plugins(config.policies))
-    simulation = Simulation(
-        FleetConfig.of(core, scenario.replicas, balance=balance_config(config)),
-        profile,
-        workload,
-        catalog=catalog,
-        on_tick=_watch(progress, task),
-    )
+    simulation = Simulation(fleet, profile, workload, catalog=catalog, on_tick=_watch(progress, task))
     outcome = simulation.run()
     wall = time.perf_counter() - begun
     progress.update(task, completed=len(outcome.served), state="")
     found = figures(outcome, Objectives(options.ttft, options.tpot))
-    return Result(scenario, outcome, found, core.scheduler.blocks, wall)
+    blocks = tuple(each.core.scheduler.blocks for each in fleet.replicas)
+    return Result(scenario, outcome, found, blocks, wall)
 
 
 def _watch(progress: Progress, task: TaskID) -> Callable[[Tick, int], None]:

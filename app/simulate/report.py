@@ -20,13 +20,17 @@ MOST_SHARES = 8
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`kv_blocks`: of each device. `wall_seconds`: what the simulation itself took."""
+    """`kv_blocks`: by replica. `wall_seconds`: what the simulation itself took."""
 
     scenario: Scenario
     outcome: Outcome
     figures: Figures
-    kv_blocks: int
+    kv_blocks: tuple[int, ...]
     wall_seconds: float
+
+    @property
+    def replicas(self) -> int:
+        return len(self.kv_blocks)
 
     @property
     def fleet(self) -> FleetFigures:
@@ -41,7 +45,7 @@ class Result:
 def show(results: Sequence[Result], objectives: Objectives, console: Console) -> None:
     console.print(latencies((result.scenario.name, result.figures.spreads) for result in results))
     console.print(_accounts(results))
-    if fleets := [result for result in results if result.scenario.replicas > 1]:
+    if fleets := [result for result in results if result.replicas > 1]:
         console.print(_fleets(fleets))
     if objectives != Objectives():
         for policies, rate in capacities(results).items():
@@ -90,7 +94,7 @@ def _fleets(results: Iterable[Result]) -> Table:
         pauses = (found.pauses.p50, found.pauses.p99) if found.pauses else ()
         table.add_row(
             result.scenario.name,
-            str(result.scenario.replicas),
+            str(result.replicas),
             _shares(found.busy),
             f"{found.imbalance:.3f}",
             f"{result.figures.hit_rate:.1%}",
@@ -138,8 +142,8 @@ def _run(result: Result) -> dict[str, Any]:
         "scenario": result.scenario.name,
         "settings": result.scenario.settings,
         "rate": result.scenario.rate,
-        "replicas": result.scenario.replicas,
-        "kv_blocks": result.kv_blocks,
+        "replicas": result.replicas,
+        "kv_blocks": sum(result.kv_blocks),
         **result.figures.row(),
         "fleet": result.fleet.row(),
         "steps": outcome.steps,

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from app.config import Config
-from app.core_config import residency_config, scheduler_config
+from app.core_config import balance_config, residency_config, scheduler_config
+from app.replica_tables import ReplicaTable, replicas_of
 from app.simulate.arguments import MOST_REPLICAS
 from engine.core import CoreConfig
+from engine.fleet import FleetConfig, ReplicaConfig
 from engine.profile import Profile
 from engine.simulation import EOS
 
@@ -21,17 +23,19 @@ class BadSweep(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`settings`: `section.key=value` over the configuration's own; `rate` None: the trace's. Replicas are alike."""
+    """`settings`: `section.key=value` over the configuration's own; `rate` None: the trace's. `replicas`: so many
+    alike; None: the configuration's.
+    """
 
     settings: tuple[str, ...] = ()
     rate: float | None = None
-    replicas: int = 1
+    replicas: int | None = None
 
     @property
     def policies(self) -> str:
         """What tells it from others at the same rate."""
         told = [setting.removeprefix("policies.") for setting in self.settings]
-        if self.replicas > 1:
+        if self.replicas is not None:
             told.append(f"replicas={self.replicas}")
         return " ".join(told) or "as configured"
 
@@ -40,7 +44,7 @@ class Scenario:
         return self.policies if self.rate is None else f"{self.policies} @ {self.rate:g}/s"
 
 
-def scenarios(sweeps: Iterable[str], rate: float | None, replicas: int = 1) -> list[Scenario]:
+def scenarios(sweeps: Iterable[str], rate: float | None, replicas: int | None = None) -> list[Scenario]:
     """The product of sweeps such as `policies.order=fcfs,hybrid`, `rate=1,2` and `replicas=4,8`. Raises BadSweep."""
     axes = [_axis(sweep) for sweep in sweeps]
     found = []
@@ -89,9 +93,24 @@ def for_block_size(profile: Profile, block_size: int) -> Profile:
     )
 
 
-def core_config(config: Config, profile: Profile) -> CoreConfig:
+def fleet_config(config: Config, profile: Profile, replicas: int | None = None) -> FleetConfig:
+    """So many replicas alike, or as the `[[replica]]` tables say but for their devices: each is the profile's machine.
+
+    Tiers below the devices have the bytes of the configuration in all, as in a server: replicas share them.
+    """
+    tables = replicas_of(config.replicas) if replicas is None else (ReplicaTable(),) * replicas
+    return FleetConfig(
+        tuple(
+            ReplicaConfig(core_config(config, profile, table.kv_blocks), table.role, table.limit_tokens)
+            for table in tables
+        ),
+        balance_config(config),
+    )
+
+
+def core_config(config: Config, profile: Profile, kv_blocks: int = 0) -> CoreConfig:
     """The core as the server would make it on the profile's machine, whose block size is the configuration's."""
-    blocks = config.engine.kv_blocks or profile.kv_blocks
+    blocks = kv_blocks or config.engine.kv_blocks or profile.kv_blocks
     host_blocks = config.kvstore.host.bytes // profile.block_bytes
     residency = residency_config(config, profile.block_bytes, host_blocks)
     return CoreConfig(

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from app.cli import main
+from app.config_sources import load
 from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
 from app.simulate.fleet_figures import fleet_figures, imbalance
 from app.simulate.playing import TraceWorkload
-from app.simulate.scenario import BadSweep, for_block_size, scenarios
+from app.simulate.scenario import BadSweep, fleet_config, for_block_size, scenarios
 from app.workload.playing import Playing
 from app.workload.trace import TraceRequest
 from engine.events import MigrationOver
@@ -118,6 +119,22 @@ def test_replicas_are_swept_beside_the_rest() -> None:
     assert found[1].name == "routing=hybrid replicas=4"
     (alone,) = scenarios([], rate=None, replicas=8)
     assert (alone.replicas, alone.name) == (8, "replicas=8")
+    assert scenarios([], rate=None)[0].replicas is None
+
+
+def test_replicas_are_those_of_the_tables_unless_so_many_alike_are_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(
+        '[[replica]]\nrole = "burst"\nlimit_tokens = 100\nkv_blocks = 20\n[[replica]]\nrole = "long"\n'
+    )
+    loaded = load(["policies.balance.period_seconds=2.5"], {}, file).config
+    fleet = fleet_config(loaded, PROFILE)
+    assert [(each.role, each.limit_tokens) for each in fleet.replicas] == [("burst", 100), ("long", 0)]
+    assert [each.core.scheduler.blocks for each in fleet.replicas] == [20, PROFILE.kv_blocks]
+    assert fleet.balance.period_seconds == 2.5
+    alike = fleet_config(loaded, PROFILE, 3)
+    assert [each.role for each in alike.replicas] == ["any"] * 3
+    assert all(each == alike.replicas[0] for each in alike.replicas)
 
 
 def test_figures_of_a_fleet_are_as_defined() -> None:
