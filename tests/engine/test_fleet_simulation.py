@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from engine.fleet import BalanceConfig, FleetConfig
-from engine.simulation import Outcome, Simulation
+from engine.candidates import Wanted, candidate, work_seconds
+from engine.events import Arrived
+from engine.fleet import BalanceConfig, Fleet, FleetConfig
+from engine.simulation import VOCABULARY, Outcome, Simulation
 from kvstore.below import ResidencyConfig
 from tests.engine.fleet_driving import fleet_config
-from tests.engine.test_simulation import PROFILE, Jobs, config, workload
+from tests.engine.test_simulation import PROFILE, Jobs, config, job, workload
 
 BALANCE = BalanceConfig(period_seconds=0.2, cooldown_seconds=0.5, min_gain=1.0)
 """Eager, so that short runs have migrations."""
@@ -51,6 +53,23 @@ def test_every_request_gets_its_length_on_whichever_replica(routing: str, rebala
     assert lengths(outcome) == wanted(jobs)
     assert len(outcome.busy_by_replica) == 4
     assert sum(outcome.busy_by_replica) == pytest.approx(outcome.busy_seconds)
+
+
+def test_what_a_request_waits_for_and_delays_is_seen_where_it_might_go() -> None:
+    """Another's prompt counts as far as its own takes; its prefill delays all who are there."""
+    machine = Fleet(fleet(2, routing="hybrid"), VOCABULARY)
+    keys = machine.cores[0].chain
+    long, short = job(1, [7] * 400, 5).request, job(2, [8] * 40, 5).request
+    machine.handle(Arrived(long), 0.0)
+    member, idle = machine.members if machine.cores[0].sequences else reversed(machine.members)
+    size = machine.cores[0].config.scheduler.block_size
+    wanted = Wanted(len(short.prompt), keys(short)[1][: 39 // size], 5.0, False, None, 0, "")
+    there, elsewhere = candidate(member, wanted), candidate(idle, wanted)
+    own = there.prefill_seconds - there.saved_seconds
+    assert there.ahead_seconds == pytest.approx(own)
+    assert there.disturbed_seconds > own
+    assert (elsewhere.ahead_seconds, elsewhere.disturbed_seconds) == (0.0, 0.0)
+    assert work_seconds(member, wanted) == there.work_seconds
 
 
 def test_several_replicas_are_sooner_done_than_one() -> None:

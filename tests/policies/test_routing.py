@@ -63,6 +63,22 @@ def test_hybrid_weighs_what_a_cache_saves_against_load() -> None:
     assert chosen("hybrid", *SCENE) == 5, "where there are size classes it heeds them"
 
 
+def test_hybrid_sends_who_delays_many_to_where_few_are_and_who_delays_few_away_from_long_prompts() -> None:
+    """A replica with many short ones, and one with few, of whom one has a long prompt under way."""
+    many, few = Candidate(0, requests=40, backlog_seconds=4.0), Candidate(1, requests=3, backlog_seconds=6.0)
+    long = (
+        replace(many, disturbed_seconds=40 * 3.0),
+        replace(few, disturbed_seconds=3 * 3.0, ahead_seconds=2.0),
+    )
+    short = (
+        replace(many, disturbed_seconds=40 * 0.01),
+        replace(few, disturbed_seconds=0.03, ahead_seconds=0.1),
+    )
+    assert chosen("hybrid", *long) == 1
+    assert route(long).reason == "its prefill delays others least"
+    assert chosen("hybrid", *short) == 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_alternatives_are_all_replicas_with_the_score_of_each(name: str) -> None:
     placed = ROUTINGS[name](SCENE)
