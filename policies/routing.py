@@ -128,13 +128,14 @@ Harchol-Balter, Crovella and Murta, "On Choosing a Task Assignment Policy for a 
 """
 
 HYBRID = Weights(
-    work=1.0, saved=1.0, session=0.1, ahead=1.0, disturbed=0.1, wait=1.0, backlog=0.3, misplaced=DECISIVE
+    work=1.0, saved=3.0, session=0.1, ahead=1.0, disturbed=0.1, wait=1.0, backlog=0.3, misplaced=DECISIVE
 )
 """All in seconds: what the request takes there, and what it takes from those there.
 
 It waits for prompts that are computed before its own, and for room. Its prefill, less what the cache saves, and its
 rows in their steps delay all who are there; so a cached prefix is worth more where many are, long prompts go to where
-few are, and short ones keep away from these. The backlog counts a third: the rest of it is in the other parts. The
+few are, and short ones keep away from these. What a cache saves counts three times: who comes where its prefix is
+leaves the room elsewhere to other prefixes. The backlog counts a third: the rest of it is in the other parts. The
 session's home counts a tenth of the prefill beside: the last turn's blocks may be there soon.
 
 Assumes an order by which short ones go before long ones (policies/order.py), and seconds that are about right beside
