@@ -1,18 +1,17 @@
 """All replicas of the process as one pure machine: `handle(event, now)` → what each replica is told (design §7).
 
 Each replica is a core (core.py) with a device of its own; what lies below the devices, and what policies learn, is
-common to all (common.py). Here it is decided where a request runs: it is placed by the routing policy, and goes on
-elsewhere when the rebalancing policy or an operator says so (moves.py), or when its replica is lost. What is charged to
-whom is ledger.py's; what policies see of a replica is member.py's and candidates.py's. No clock, no I/O, no torch:
-replays byte for byte.
+common to all (common.py). A request is placed by the routing policy (placing.py), and goes on elsewhere when the
+rebalancing policy or an operator says so (moves.py), or when its replica is lost. What is charged to whom is
+ledger.py's; what policies see of a replica is member.py's and candidates.py's. No clock, no I/O, no torch: replays byte
+for byte.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.candidates import Wanted, below_match, candidate, movable, work_seconds
+from engine.candidates import movable
 from engine.common import Common
 from engine.core import Core, CoreConfig
 from engine.events import (
@@ -38,21 +37,18 @@ from engine.events import (
 from engine.ledger import Ledger
 from engine.member import Member
 from engine.moves import Move, Moves
+from engine.placing import Placing
 from engine.policy_set import Catalog
 from engine.request import Request
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import State
 from engine.size_classes import SizeClasses
-from kvstore.block import Key
 from kvstore.copies import DEVICE, CopyDone, TierDown, TierUp
 from policies.decisions import Decision, Kind
 from policies.rebalancing import Limits
 
 MOST_PERIOD_SECONDS = 60.0
 """Between two looks at the loads: a replica that hangs is noticed by then."""
-
-KEPT_SESSIONS = 100_000
-"""Whose last replica is remembered; the one that asked longest ago is forgotten first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +129,11 @@ class Fleet:
         self.ledger = Ledger(len(config.replicas))
         self.members = [self._member(number, vocabulary) for number in range(len(config.replicas))]
         balance = config.balance
-        self.moves = Moves(self.members, self.ledger, balance.at_once, self._better_place)
+        self._placing = Placing(self.members, self.common)
+        self.moves = Moves(self.members, self.ledger, balance.at_once, self._placing.better)
         self.sizes = SizeClasses(self.members, auto=balance.limits == "auto")
         self.stayed = 0  # sequences that crossed their limit, and found no room elsewhere
         self._vocabulary = vocabulary
-        self._sessions: OrderedDict[str, int] = OrderedDict()
         self._gone: list[Core] = []  # of lost devices, whose copies have not ended
         self._limits = balance.move_limits
 
@@ -271,7 +267,7 @@ class Fleet:
             told.append(Told(over.source, [over, _explained(over)]))
             if not over.failure:
                 for sequence in self.sequences_of(over.request_id):
-                    self._remember(sequence.request.session, over.target)
+                    self._placing.remember(sequence.request.session, over.target)
         for core in [core for core in self._gone if core.scheduler.residency.quiet]:
             self._gone.remove(core)
             self.common.below.part(core.scheduler.residency.flights)
@@ -286,26 +282,20 @@ class Fleet:
             return
         chain = first.chain(request)
         wanted_tokens = len(request.prompt) + request.stopping.max_tokens
-        members = self._taking(wanted_tokens)
+        members = self._placing.taking(wanted_tokens)
         if not members:
             told.append(Told(0, [self._refusal(request, wanted_tokens)]))
             return
-        placed = self._place(members, self._wanted(request, chain[1]), request)
-        member, seconds, decision = placed
+        member, seconds, decision = self._placing.newcomer(members, request, chain[1])
         instructions = member.core.arrive(request, chain, now)
         if not any(type(instruction) is Reject for instruction in instructions):
             for choice in range(request.n):
                 self.ledger.charge((request.id, choice), member.number, seconds)
             if decision is not None:
                 instructions.insert(0, Decided(request.id, 0, decision))
-            self._remember(request.session, member.number)
+            self._placing.remember(request.session, member.number)
         told.append(Told(member.number, instructions))
         self._changed(member.core)
-
-    def _taking(self, tokens: int) -> list[Member]:
-        """Replicas that may take a request of so many tokens: those that drain, only when there are no others."""
-        fitting = [member for member in self.members if member.up and tokens <= member.core.config.context]
-        return [member for member in fitting if member.accepting] or fitting
 
     def _refusal(self, request: Request, tokens: int) -> Reject:
         largest = max(self.members, key=lambda member: (member.up, member.core.config.context))
@@ -314,52 +304,6 @@ class Fleet:
                 request.id, "no_replica", "No replica can take a request of this size just now.", None
             )
         return largest.core.too_long(request)
-
-    def _wanted(self, request: Request, keys: list[Key]) -> Wanted:
-        expected = self._expected_tokens(request)
-        return self._wanted_of(request, len(request.prompt), keys, expected)
-
-    def _wanted_of(self, request: Request, tokens: int, keys: list[Key], expected: float) -> Wanted:
-        size = self.cores[0].config.scheduler.block_size
-        keys = keys[: (tokens - 1) // size]
-        below, tier = (0, "") if self.alone else below_match(self.cores[0], keys)
-        return Wanted(
-            tokens=tokens,
-            keys=keys,
-            expected_tokens=expected,
-            urgent=request.service.rank == 0 and bool(request.service.name),
-            session_home=self._sessions.get(request.session) if request.session else None,
-            below_tokens=below * size,
-            tier=tier,
-        )
-
-    def _expected_tokens(self, request: Request) -> float:
-        """Of one choice's answer."""
-        if self.alone:
-            return float(request.stopping.max_tokens)
-        return self.common.policies.prediction.remaining(self.cores[0].preview(request))
-
-    def _place(
-        self, members: Sequence[Member], wanted: Wanted, request: Request
-    ) -> tuple[Member, float, Decision | None]:
-        """Where it runs, what it is charged there, and why."""
-        if self.alone:
-            return members[0], work_seconds(members[0], wanted), None
-        candidates = [candidate(member, wanted) for member in members]
-        placed = self.common.policies.routing(candidates)
-        chosen = next(each for each in candidates if each.number == placed.replica)
-        name = self.common.config.routing
-        decision = Decision(
-            Kind.PLACED, name, f"replica {placed.replica}", placed.reason, placed.score, placed.alternatives
-        )
-        return self.members[placed.replica], chosen.work_seconds, decision
-
-    def _remember(self, session: str, replica: int) -> None:
-        if session:
-            self._sessions[session] = replica
-            self._sessions.move_to_end(session)
-            if len(self._sessions) > KEPT_SESSIONS:
-                self._sessions.popitem(last=False)
 
     # --- moving ---------------------------------------------------------------------------------------------------
 
@@ -373,20 +317,6 @@ class Fleet:
 
     def _want(self, sequences: Iterable[tuple[EngineSequence, int | None]], reason: str) -> None:
         self.moves.want(Move(s.request.id, s.choice, target, reason) for s, target in sequences)
-
-    def _better_place(self, sequence: EngineSequence, here: Member) -> Member | None:
-        """By the routing policy, among the other replicas that accept."""
-        tokens = sequence.prompt_tokens + sequence.max_tokens
-        others = [member for member in self._taking(tokens) if member is not here and member.accepting]
-        return self._place_again(sequence, others)
-
-    def _place_again(self, sequence: EngineSequence, members: Sequence[Member]) -> Member | None:
-        if not members:
-            return None
-        size = self.cores[0].config.scheduler.block_size
-        keys, tokens = sequence.block_keys(size), len(sequence.tokens)
-        wanted = self._wanted_of(sequence.request, tokens, keys, sequence.expected_remaining_tokens)
-        return self._place(members, wanted, sequence.request)[0]
 
     def _drained(self, told: list[Told], member: Member, draining: bool, now: float) -> None:
         member.draining = draining
@@ -408,7 +338,9 @@ class Fleet:
         core.give_up()
         everyone = sorted((s for each in core.sequences.values() for s in each), key=lambda s: s.number)
         for sequence in everyone:
-            target = self._place_again(sequence, self._taking(sequence.prompt_tokens + sequence.max_tokens))
+            target = self._placing.anew(
+                sequence, self._placing.taking(sequence.prompt_tokens + sequence.max_tokens)
+            )
             if target is None:
                 told.append(Told(core.replica, core.fail(sequence, now)))
                 self._changed(core)
