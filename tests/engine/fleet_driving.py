@@ -1,8 +1,9 @@
 """Drives a fleet by hand, with virtual time: runners and copies end in whichever order a test wants."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 from engine.core import CoreConfig
@@ -126,7 +127,7 @@ class FleetDriver:
     def anything(self, random: Random) -> bool:
         """Ends some step, or one of the copies, which are quicker. False when there is none."""
         replicas = [number for number, steps in enumerate(self._steps) if steps]
-        choices: list[Callable[[], bool]] = [lambda n=n: self.step(n) for n in replicas]  # type: ignore[misc]  # mypy does not infer a default's type
+        choices = [partial(self.step, number) for number in replicas]
         if self.store.under_way and (not choices or random.random() < 0.7):
             return self.copy(random.randrange(len(self.store.under_way)))
         return bool(choices) and random.choice(choices)()
@@ -152,8 +153,7 @@ class FleetDriver:
         """All its deltas as one: text, tokens, logprobs, and how it ended."""
         deltas = self.deltas[request_id, choice]
         assert all(delta.finish_reason is None for delta in deltas[:-1])
-        return replace_fields(
-            deltas[-1],
+        return deltas[-1]._replace(
             text="".join(delta.text for delta in deltas),
             token_ids=self.tokens(request_id, choice),
             logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
@@ -195,12 +195,6 @@ class FleetDriver:
                 self.decided.append(instruction)
             case MigrationOver():
                 self.migrations.append(instruction)
-
-
-def replace_fields(
-    delta: Delta, *, text: str, token_ids: tuple[int, ...], logprobs: Sequence[object]
-) -> Delta:
-    return delta._replace(text=text, token_ids=token_ids, logprobs=logprobs)  # type: ignore[arg-type]  # of Logprob
 
 
 def fleet_config(core: CoreConfig, replicas: int, **policies: str) -> FleetConfig:
