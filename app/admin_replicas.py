@@ -1,7 +1,7 @@
 """For operators: sending a request to another replica; draining a replica, and resuming it. docs/replicas.md.
 
-Each takes a JSON object, perhaps an empty one, so that no other web page can make a browser ask. An answer says what
-has begun: what comes of it is in `/admin/state`, the request's timeline, the log and the metrics.
+Each takes a JSON object, or no body; a browser must send one, so that no other web page can make it ask. An answer says
+what has begun: what comes of it is in `/admin/state`, the request's timeline, the log and the metrics.
 """
 
 from typing import Annotated, Any

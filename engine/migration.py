@@ -9,7 +9,7 @@
     COMING     they are here; the target's step under way ends
 
 Until the target runs it, it is the source's, and whatever fails, it goes on there as if nothing had been. Where there
-is no tier below the device, nothing can be copied: see Fleet. Pure. Who migrates, and why: policies/rebalancing.py.
+is no tier below the device, nothing can be copied: see moves.py. Pure. Who migrates, and why: policies/rebalancing.py.
 Staged copies under a running sequence are Clark et al., "Live Migration of Virtual Machines", NSDI'05; of KV, Sun et
 al., "Llumnix", OSDI'24.
 """

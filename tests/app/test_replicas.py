@@ -348,3 +348,16 @@ async def test_a_session_goes_where_it_was_and_two_tenants_have_two_of_one_name(
         assert (await ask("", "alice"))[0] == ""
         status, answer = await server.post(TEXT, prompt="a", session_id="x" * 257)
         assert (status, answer["error"]["param"]) == (400, "session_id")
+
+
+async def test_another_web_page_cannot_make_a_browser_drain_a_replica() -> None:
+    """Who sends no body need say nothing of its type; a browser says where the page is from, and must say JSON."""
+    async with rig(replicas=2) as server:
+        async with server.client.post(
+            "/admin/replicas/1/drain", headers={"Origin": "http://evil.test"}
+        ) as answer:
+            assert answer.status == 415
+        assert server.engine.fleet.members[1].accepting
+        async with server.client.post("/admin/replicas/1/drain") as answer:
+            assert answer.status == 200
+        assert not server.engine.fleet.members[1].accepting
