@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -48,6 +48,9 @@ from engine.worker import QueueWorker
 FIRST_TOKEN = 10  # special tokens lie below
 UNPRESSURED_BLOCKS = 8192
 MAX_SEQUENCES = 64
+BEGINS_AFTER = 0.1
+"""Seconds from when all requests are made."""
+
 LATE_SECONDS = 0.01
 """A run in which half of the requests were submitted later than this is void."""
 
@@ -79,9 +82,9 @@ class Outcome:
     recomputed: int = 0
     preemptions: int = 0
     ways: dict[str, int] = field(default_factory=dict)
-    resumed: list[tuple[str, float, float, float | None]] = field(
+    resumed: list[tuple[float, str, float, float, float | None]] = field(
         default_factory=list
-    )  # predicted, actual, regret
+    )  # when it was chosen, since the beginning; the way and tier; predicted, actual, regret
 
     @property
     def tax(self) -> float:
@@ -140,22 +143,6 @@ def workload(run: Run) -> list[TraceRequest]:
     return [replace(each, arrival=0.0) for each in clipped]
 
 
-def play(run: Run) -> Outcome:
-    """On the main thread, which torch gets."""
-    policies = SYSTEMS[run.system]
-    flags = [f"policies.{key}={value}" for key, value in policies.items()]
-    flags += [f"engine.kv_blocks={run.blocks}", f"engine.max_sequences={MAX_SEQUENCES}", "log.level=warning"]
-    flags += ["engine.max_queue=100000"] + ([f"model.path={run.model}"] if run.model else [])
-    parts = load(load_config(flags, {}, cwd=Path("/")).config)
-    ending = Ending(parts.worker.runner, parts.core.config.eos_token_ids[0])
-    parts = replace(parts, workers=[QueueWorker(ending)])
-    outcome = Outcome()
-    parts.worker.run_beside(lambda: asyncio.run(Live(parts, ending, outcome).play(workload(run), run.cap)))
-    if parts.store:
-        parts.store.stop(10.0)
-    return outcome
-
-
 class Live:
     """The engine on an event loop; every request is submitted when it is due."""
 
@@ -166,6 +153,7 @@ class Live:
         self._finished: dict[str, Finished] = {}
         self._late: list[float] = []
         self._ways: Counter[str] = Counter()
+        self._begun = 0.0
 
     async def play(self, trace: Sequence[TraceRequest], cap: int) -> None:
         parts = self._parts
@@ -182,13 +170,17 @@ class Live:
             prompt = tuple(prompts.tokens(each))
             self._ending.lengths[each.number] = (len(prompt), each.output_tokens)
             asked.append(Request(str(each.number), prompt, Sampling(0.0, seed=each.number), Stopping(cap)))
-        begun = time.perf_counter() + 0.1
-        due = [begun + each.arrival for each in trace]
+        self._begun = time.perf_counter() + BEGINS_AFTER
+        due = [self._begun + each.arrival for each in trace]
         answers = await asyncio.gather(*map(self._ask, [engine] * len(asked), asked, due))
-        self._tell(engine, asked, due, answers, begun)
+        self._tell(engine, asked, due, answers)
 
     def watch(self, engine: Engine) -> None:
         """For benches that look at more."""
+
+    def at(self, seconds: float, work: Callable[[], None]) -> None:
+        """Has something done so many seconds after the beginning."""
+        asyncio.get_running_loop().call_later(BEGINS_AFTER + seconds, work)
 
     async def _ask(self, engine: Engine, request: Request, due: float) -> list[int]:
         await asyncio.sleep(due - time.perf_counter())
@@ -204,6 +196,7 @@ class Live:
 
     def _resumed(self, back: Resumed, replica: int) -> None:
         told = (
+            time.perf_counter() - back.actual_seconds - self._begun,
             f"{back.way} {back.tier}",
             back.predicted_seconds,
             back.actual_seconds,
@@ -217,7 +210,6 @@ class Live:
         asked: Sequence[Request],
         due: Sequence[float],
         answers: Sequence[list[int]],
-        begun: float,
     ) -> None:
         outcome = self._outcome
         engine.fleet.check()
@@ -229,9 +221,27 @@ class Live:
             outcome.ttft.append(finished.first_token - at)
             outcome.answers.append(hash(tuple(answer)))  # of ints alone: the same in every process
             outcome.output_tokens += len(answer)
-        outcome.seconds = max(finished.finished for finished in self._finished.values()) - begun
+        outcome.seconds = max(finished.finished for finished in self._finished.values()) - self._begun
         outcome.late = median(self._late)
         outcome.ways = dict(self._ways)
+
+
+def play(
+    run: Run, policies: Mapping[str, str], live: Callable[[Parts, Ending, Outcome], Live] = Live
+) -> Outcome:
+    """On the main thread, which torch gets. `policies`: keys of the configuration; what is left out has its default."""
+    flags = [f"policies.{key}={value}" for key, value in policies.items()]
+    flags += [f"engine.kv_blocks={run.blocks}", f"engine.max_sequences={MAX_SEQUENCES}", "log.level=warning"]
+    flags += ["engine.max_queue=100000"] + ([f"model.path={run.model}"] if run.model else [])
+    parts = load(load_config(flags, {}, cwd=Path("/")).config)
+    ending = Ending(parts.worker.runner, parts.core.config.eos_token_ids[0])
+    parts = replace(parts, workers=[QueueWorker(ending)])
+    outcome = Outcome()
+    made = live(parts, ending, outcome)
+    parts.worker.run_beside(lambda: asyncio.run(made.play(workload(run), run.cap)))
+    if parts.store:
+        parts.store.stop(10.0)
+    return outcome
 
 
 async def read(stream: Stream) -> list[int]:
@@ -241,8 +251,8 @@ async def read(stream: Stream) -> list[int]:
 # --- all systems of one cell ------------------------------------------------------------------------------------------
 
 
-def in_a_process(run: Run) -> Outcome:
-    command = [sys.executable, "-m", "bench.policies", "--play", json.dumps(asdict(run))]
+def in_a_process(run: Run, module: str = "bench.policies") -> Outcome:
+    command = [sys.executable, "-m", module, "--play", json.dumps(asdict(run))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Outcome(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -279,7 +289,7 @@ def rotated(systems: Sequence[str], repeat: int) -> list[str]:
 
 def figures(outcome: Outcome) -> dict[str, Any]:
     errors: dict[str, list[float]] = defaultdict(list)
-    for way, predicted, actual, _ in outcome.resumed:
+    for _, way, predicted, actual, _ in outcome.resumed:
         if actual > 0:
             errors[way].append(abs(predicted / actual - 1))
     regrets = [regret for *_, regret in outcome.resumed if regret is not None]
@@ -360,7 +370,8 @@ def main() -> int:
     parser.add_argument("--play", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.play:
-        outcome = play(Run(**json.loads(options.play)))
+        run = Run(**json.loads(options.play))
+        outcome = play(run, SYSTEMS[run.system])
         sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
         return 0
     if options.rows is None or not (options.report or options.trace):

@@ -6,13 +6,16 @@ their device blocks are free at once. Not their tails: a tail is another one at 
 Where it goes, and whether there is room, is the residency's; these are only offers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from engine.sequence import Sequence
 from engine.snapshot import Snapshot
 from kvstore.copies import Place
 from kvstore.residency import Residency
+
+MOST_BEHIND_SECONDS = 0.1
+"""Blocks on their way down are held on the device: nothing is saved ahead of need behind more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +28,17 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    def __init__(self, residency: Residency, block_size: int, config: CheckpointConfig) -> None:
+    """`behind_seconds`: until what is on its way down now is there."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        block_size: int,
+        config: CheckpointConfig,
+        behind_seconds: Callable[[], float],
+    ) -> None:
         self._residency = residency
+        self._behind_seconds = behind_seconds
         self._block_size = block_size
         self._config = config
         self._every_blocks = -(-config.every_tokens // block_size)
@@ -52,8 +64,8 @@ class Checkpoints:
         return sequence.saved - before
 
     def save(self, sequence: Sequence, now: float) -> None:
-        """Offers the full blocks that have not been offered yet."""
-        if self._residency.keeps:
+        """Offers the full blocks that have not been offered yet, if the way down is clear."""
+        if self._residency.keeps and self._behind_seconds() <= MOST_BEHIND_SECONDS:
             chain = list(self._full_blocks(sequence, sequence.saved))
             sequence.saved += self._residency.save(chain, now)
             sequence.saved_at = now

@@ -44,7 +44,9 @@ class Lifecycle:
         self.line = WaitingLine(policies.order, policies.promotion)
         self.intake = Intake(places, residency, valuation, decide)
         self.intake.use(policies.resume, config.resume)
-        self.checkpoints = Checkpoints(residency, places.block_size, checkpoint)
+        self.checkpoints = Checkpoints(
+            residency, places.block_size, checkpoint, valuation.saving_seconds
+        )
         self.landings = Landings(places, residency, valuation, self.intake)
         self.landed: list[Sequence] = []  # from another replica, since somebody looked
         self._prediction = policies.prediction
@@ -167,7 +169,8 @@ class Lifecycle:
     def _give_up(self, sequence: Sequence, now: float) -> None:
         snapshot = sequence.take_snapshot(self._block_size)
         if self.intake.saves:
-            self.checkpoints.save_snapshot(sequence, snapshot, now)
+            if self._valuation.worth_saving(sequence, self._valuation.situation(self._places.running)):
+                self.checkpoints.save_snapshot(sequence, snapshot, now)
             sequence.pins = self._residency.pin(snapshot.all_keys)
         sequence.resume_seconds = self._valuation.resume_seconds(sequence)
         self._places.leave(sequence)

@@ -16,7 +16,7 @@ from kvstore.flights import InFlight
 from kvstore.residency import Residency
 from kvstore.shelf import Entry
 from policies.cost import CopySample, CostModel, StepSample
-from policies.pricing import RELOAD, Situation, Stake, Standing, price, ways
+from policies.pricing import RECOMPUTE, RELOAD, Situation, Stake, Standing, Way, price, ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,30 +192,54 @@ class Valuation:
     def price(self, sequence: Sequence, frees: int, situation: Situation) -> float:
         """Of preempting it, per block that this frees."""
         stake = self._stake(sequence, frees)
-        weight = sequence.weight
-        beside = replace(
-            situation,
-            decode_rows=max(0, situation.decode_rows - 1),
-            decode_context=max(0, situation.decode_context - sequence.computed),
-            running_weight=max(0.0, situation.running_weight - weight),
-        )
-        return price(stake, weight, beside, self.enabled)
+        return price(stake, sequence.weight, _without(situation, sequence), self.enabled)
 
     def resume_seconds(self, sequence: Sequence) -> float:
         """Of a running sequence, what coming back would take alone, by the quickest way there would be."""
         standing = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence)).standing
         return min(way.seconds for way in ways(standing, 1.0, self.situation(()), self.enabled))
 
-    def comes_back_whole(self, sequence: Sequence) -> bool:
-        """Whether all that a running one has computed could be loaded, should it give way now."""
+    def comes_back_whole(self, sequence: Sequence, situation: Situation) -> bool:
+        """Whether all that a running one has computed could be loaded, and would be, should it give way now."""
         stake = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence))
-        saved = stake.unsaved_blocks <= self._residency.spilling_room
-        return RELOAD in self.enabled and saved and (stake.survival >= 1.0 or not stake.frees)
+        if RELOAD not in self.enabled or stake.unsaved_blocks > self._residency.spilling_room:
+            return False
+        if not stake.frees:
+            return True
+        best = self._best_way(sequence, stake, situation)
+        return stake.survival >= 1.0 and best is not None and best.name == RELOAD
+
+    def worth_saving(self, sequence: Sequence, situation: Situation) -> bool:
+        """Whether one that gives way now would rather be loaded than computed again, what saving it takes included.
+
+        What is on its way down holds its device blocks: to a slow tier, for long.
+        """
+        stake = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence))
+        best = self._best_way(sequence, stake, situation)
+        return best is None or best.name != RECOMPUTE
+
+    def _best_way(self, sequence: Sequence, stake: Stake, situation: Situation) -> Way | None:
+        """The cheapest way back when those that load cost the saving, too. None: there is none that loads."""
+        beside = _without(situation, sequence)
+        found = ways(stake.standing, sequence.weight, beside, self.enabled)
+        if not stake.standing.below_blocks:
+            return None
+        saving = sequence.weight * self.saving_seconds(stake.unsaved_blocks)
+        return min(found, key=lambda way: way.price + saving * (way.name != RECOMPUTE))
+
+    def saving_seconds(self, blocks: int = 0) -> float:
+        """Until so many blocks more than are on their way down now would be below the device."""
+        size = (self._residency.flights.spilling + blocks) * self._block_bytes
+        tier = self._save_tier()
+        return self.costs.copies.seconds(DEVICE, tier, size) if tier and size else 0.0
+
+    def _save_tier(self) -> str:
+        return next((shelf.name for shelf in self._residency.shelves if shelf.up), "")
 
     def _stake(self, sequence: Sequence, frees: int) -> Stake:
         blocks = len(sequence.table)
         kept = min((blocks - frees) * self._block_size, sequence.computed)
-        tier = next((shelf.name for shelf in self._residency.shelves if shelf.up), "")
+        tier = self._save_tier()
         below = ((tier, frees),) if tier and frees else ()
         standing = Standing(
             device_tokens=kept,
@@ -231,3 +255,13 @@ class Valuation:
             preemptions=sequence.preemptions,
             save_tier=tier,
         )
+
+
+def _without(situation: Situation, sequence: Sequence) -> Situation:
+    """What goes on beside one of those that run."""
+    return replace(
+        situation,
+        decode_rows=max(0, situation.decode_rows - 1),
+        decode_context=max(0, situation.decode_context - sequence.computed),
+        running_weight=max(0.0, situation.running_weight - sequence.weight),
+    )

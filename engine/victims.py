@@ -91,7 +91,8 @@ class Victims:
             return found
         self._peer_may = False
         peers = [s for s in running if not s.promoted and displaces(waiter, s)]
-        return [s for s in peers if self.valuation.comes_back_whole(s)]
+        situation = self.valuation.situation(running)
+        return [s for s in peers if self.valuation.comes_back_whole(s, situation)]
 
     def _choose(
         self, candidates: List[Sequence], running: List[Sequence]

@@ -31,7 +31,7 @@ def test_a_sequence_ends_at_its_recorded_length_whatever_is_drawn() -> None:
 def test_tax_is_what_was_computed_again_of_all_that_was_computed() -> None:
     outcome = Outcome(seconds=2.0, normalised=[0.1, 0.3], ttft=[0.1, 0.1], output_tokens=10, computed=200)
     outcome.recomputed = 20
-    outcome.resumed = [("reload host", 0.9, 1.0, 0.5), ("reload host", 1.5, 1.0, None)]
+    outcome.resumed = [(0.1, "reload host", 0.9, 1.0, 0.5), (0.2, "reload host", 1.5, 1.0, None)]
     told = figures(outcome)
     assert told["tax"] == 0.1
     assert told["resume_errors"] == {"reload host": (2, pytest.approx(0.3))}
