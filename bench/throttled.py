@@ -178,7 +178,9 @@ def _predicted(found: dict[str, list[dict[str, Any]]]) -> Table:
 
 def timeline(row: dict[str, Any]) -> None:
     begin, end = row["slow"]
-    table = Table("second", "link", "recompute", "others", title=f"{row['slowdown']:g} times slower for a while")
+    table = Table(
+        "second", "link", "recompute", "others", title=f"{row['slowdown']:g} times slower for a while"
+    )
     seconds = defaultdict[int, Counter[bool]](Counter)
     decisions = sorted((at, way.startswith(RECOMPUTE)) for at, way, *_ in row["resumed"])
     for at, computed in decisions:

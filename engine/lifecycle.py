@@ -44,9 +44,7 @@ class Lifecycle:
         self.line = WaitingLine(policies.order, policies.promotion)
         self.intake = Intake(places, residency, valuation, decide)
         self.intake.use(policies.resume, config.resume)
-        self.checkpoints = Checkpoints(
-            residency, places.block_size, checkpoint, valuation.saving_seconds
-        )
+        self.checkpoints = Checkpoints(residency, places.block_size, checkpoint, valuation.saving_seconds)
         self.landings = Landings(places, residency, valuation, self.intake)
         self.landed: list[Sequence] = []  # from another replica, since somebody looked
         self._prediction = policies.prediction

@@ -183,6 +183,47 @@ def test_decisions_turn_when_a_tier_becomes_slow_and_turn_back() -> None:
     assert chosen[-1] == "reload"
 
 
+@pytest.mark.parametrize(("load", "step", "saved"), [(QUICK, SLOW, True), (SLOW, QUICK, False)])
+def test_who_is_computed_again_more_cheaply_is_not_saved(load: float, step: float, saved: bool) -> None:
+    """What is on its way to a slow tier holds its blocks on the device, and nobody would load it."""
+    made = driver("cheapest", load_seconds=load, step_seconds=step, every_tokens=1000)
+    flights = made.core.scheduler.residency.flights
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    while len(made.deltas.get(("a", 0), ())) < 4:
+        assert made.step()
+    assert flights.spilling == 0
+    made.preempt("a")
+    assert (flights.spilling > 0) == saved
+    made.finish()
+    assert made.tokens("a") == expected_tokens(request("a", PROMPT, max_tokens=12))
+
+
+@pytest.mark.parametrize(("load", "more"), [(QUICK, True), (SLOW, False)])
+def test_nothing_is_saved_ahead_of_need_behind_a_slow_way_down(load: float, more: bool) -> None:
+    made = driver("cheapest", load_seconds=load, every_tokens=4)
+    flights = made.core.scheduler.residency.flights
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    while not flights.spilling:
+        assert made.step()
+    first = flights.spilling
+    while len(made.deltas.get(("a", 0), ())) < 10:
+        assert made.step()
+    assert (flights.spilling > first) == more
+    made.finish()
+
+
+def test_nobody_gives_way_to_a_peer_only_to_be_computed_again() -> None:
+    """All of it could be loaded; on a slow tier it would not be."""
+    for load, step, whole in ((QUICK, SLOW, True), (SLOW, QUICK, False)):
+        made = driver("cheapest", load_seconds=load, step_seconds=step)
+        made.arrive(request("a", PROMPT, max_tokens=12))
+        while len(made.deltas.get(("a", 0), ())) < 4:
+            assert made.step() or made.copy()
+        valuation, running = made.core.scheduler.valuation, made.core.scheduler.running
+        assert valuation.comes_back_whole(running[0], valuation.situation(running)) == whole
+        made.finish()
+
+
 def test_the_victim_is_whose_way_back_costs_least() -> None:
     """With nowhere to save, the one with the longest context is spared, though it came last."""
     policies = PolicyConfig(victim="cheapest_resume", resume="recompute", parameters=UNFORESEEN)
