@@ -52,16 +52,17 @@ class Records:
         self._pages = value_pages(about.block_bytes, PAGESIZE)
         self._staging = np.zeros(value_bytes(about.block_bytes, PAGESIZE), np.uint8)
 
-    def insert(self, txn: "lmdb.Transaction[memoryview]", blocks: Sequence[tuple[Place, Buffer]]) -> None:
-        """Raises NoRoom or PagesDamaged: the transaction must then be aborted."""
+    def insert(
+        self, txn: "lmdb.Transaction[memoryview]", blocks: Sequence[tuple[Place, Buffer]]
+    ) -> dict[Key, int]:
+        """The page that each value begins on. Raises NoRoom or PagesDamaged: the transaction must then be aborted."""
         for place, _ in blocks:
             self.forget(txn, place.key)  # never written over: LMDB would trust the old value's page header
         if txn.stat(self._databases.index)["entries"] + len(blocks) > self._capacity_blocks:
             raise NoRoom
         for place, buffer in blocks:
             self._put_value(txn, place, buffer)
-        for place, _ in blocks:
-            self._put_index(txn, place)
+        return {place.key: self._put_index(txn, place) for place, _ in blocks}
 
     def forget(self, txn: "lmdb.Transaction[memoryview]", key: Key) -> None:
         """Nothing, if there is none. Raises PagesDamaged."""
@@ -78,10 +79,11 @@ class Records:
         new = txn.put(place.key, self._staging.data, overwrite=False, db=self._databases.data)
         assert new, "a block twice in one write"
 
-    def _put_index(self, txn: "lmdb.Transaction[memoryview]", place: Place) -> None:
+    def _put_index(self, txn: "lmdb.Transaction[memoryview]", place: Place) -> int:
         page = _page_of(txn.get(place.key, db=self._databases.data))
         new = txn.put(place.key, pack_index(place, txn.id(), page), overwrite=False, db=self._databases.index)
         assert new, "values and index have the same keys"
+        return page
 
     def _check_pages(self, key: Key, known: bytes) -> None:
         """LMDB would free as many pages as the value's page header says."""
