@@ -82,7 +82,7 @@ class Rig:
         memories = {DEVICE: device or memory(DEVICE), HOST: memory(HOST)}
         self.transfers = Transfers(
             memories,
-            lambda task, done: self.done.put(done),
+            lambda ended: [self.done.put(done) for _, done in ended],
             lambda copy, error: self.failures.append((copy.id, error)),
             clock=self.clock,
         )
