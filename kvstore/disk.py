@@ -12,7 +12,8 @@ LMDB's rules, and how they are kept:
 - pages that a transaction frees are used again two transactions later: `capacity_blocks` leaves room for four;
 - a reader keeps the pages of its snapshot from reuse, so one transaction reads SNAPSHOT_BYTES at most;
 - a value is read by `preadv` of its pages (values.py), not through the memory map: a bad sector is then an error, not a
-  SIGBUS. The index says where it is, as py-lmdb touches every page of a value that it is asked for;
+  SIGBUS. The index says where it is, as py-lmdb touches every page of a value that it is asked for, and what it said
+  is kept (`_pages`, about 75 bytes a record): LMDB gives up the interpreter's lock for each key;
 - LMDB frees as many pages as the header before a value says, so that is looked at before (disk_transaction.py).
 """
 
@@ -192,9 +193,9 @@ class DiskTier:
     ) -> list[Loss | None]:
         """In one transaction; bytes move in one call without the interpreter's lock.
 
-        `pages`: only what is not in it is looked up. LMDB lets go of the interpreter's lock for every key that it is
-        asked for: with another thread waiting for that, 84 keys took 550 µs instead of 50. A page that is another
-        value's by now is harmless: its header has another key.
+        `pages`: only what is not in it is looked up. Where another thread waited for the interpreter's lock, 84 keys
+        took 550 µs instead of 50, and that thread as long. A page that is another value's by now is harmless: its
+        header has another key.
         """
         losses: list[Loss | None] = [None] * len(places)
         found, offsets = [], []
