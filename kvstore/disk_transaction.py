@@ -105,7 +105,7 @@ def payload(buffer: Buffer, block_bytes: int) -> int:
 def _address(bytes_: Buffer) -> int:
     """0.2 µs where they may be written, else one, as `ctypes.data` takes."""
     if bytes_.flags.writeable:
-        return addressof(c_char.from_buffer(bytes_))
+        return addressof(c_char.from_buffer(bytes_.data))
     return int(bytes_.ctypes.data)
 
 
