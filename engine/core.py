@@ -295,6 +295,11 @@ class Core:
         """The last step told, if it is not done: its rows may still write to blocks given up since. Else 0."""
         return self._steps if self._outstanding else 0
 
+    @property
+    def stands_still(self) -> bool:
+        """Somebody waits, and no step is under way: a block that another replica saves may be what is waited for."""
+        return not self._outstanding and self.scheduler.waiting > 0
+
     def depart(self, sequence: Sequence, now: float) -> Snapshot:
         """A sequence is to go on elsewhere, from this."""
         snapshot = self._life.depart(sequence, now)
