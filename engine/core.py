@@ -44,7 +44,7 @@ class CoreConfig:
     max_queue: int  # sequences that may wait
     max_outstanding: int = 1  # steps launched and not collected: 2 lets a CUDA device run ahead
     eos_token_ids: tuple[int, ...] = ()
-    fingerprint: str = ""  # of all that changes KV bytes, for block keys
+    fingerprint: str = ""  # of all that changes KV bytes, for block keys; replicas of one are alike
 
     @property
     def context(self) -> int:
@@ -77,7 +77,9 @@ class Core:
         self.config = config
         self.replica = replica
         self.common = common or Common(config.scheduler.policies, config.scheduler.residency)
-        self.scheduler = Scheduler(config.scheduler, self.common, replica)
+        self.scheduler = Scheduler(
+            config.scheduler, self.common, replica, self.common.steps[config.fingerprint]
+        )
         self._life = self.scheduler.life
         self.sequences: dict[str, list[Sequence]] = {}  # unfinished ones, by request
         self._vocabulary = vocabulary
