@@ -1,6 +1,6 @@
 """What routing and rebalancing are shown of one request beside one replica: candidates, and who may be moved. Pure.
 
-Of the replica itself: member.py. Seconds are predicted ones of its device, by its own cost model (policies/cost.py).
+Of the replica itself: member.py. Seconds are predicted ones of its device, by its cost model (policies/cost.py).
 """
 
 from dataclasses import dataclass
