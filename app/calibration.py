@@ -7,7 +7,7 @@ its first copies come soon enough, and a record written to be read would have to
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
@@ -141,8 +141,9 @@ def _copies(device: Tier, host: Tier, blocks: int, copy_blocks: int) -> Iterator
     """
     ended = SimpleQueue[CopyDone]()
 
-    def report(task: Task, done: CopyDone) -> None:
-        ended.put(done)
+    def report(told: Sequence[tuple[Task, CopyDone]]) -> None:
+        for _, done in told:
+            ended.put(done)
 
     slots = min(blocks, host.stats().capacity_bytes // host.block_bytes)
     most = min(slots, copy_blocks)

@@ -41,6 +41,7 @@ class Replica:
     saved_seconds: float = 0.0
     decode_seconds: float = 0.0
     ahead_seconds: float = 0.0
+    behind_seconds: float = 0.0
     disturbed_seconds: float = 0.0
     session_home: bool = False
 

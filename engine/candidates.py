@@ -1,6 +1,6 @@
 """What routing and rebalancing are shown of one request beside one replica: candidates, and who may be moved. Pure.
 
-Of the replica itself: member.py. Seconds are predicted ones of its device, by its own cost model (policies/cost.py).
+Of the replica itself: member.py. Seconds are predicted ones of its device, by its cost model (policies/cost.py).
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ class Candidate:
     saved_seconds: float
     decode_seconds: float
     ahead_seconds: float
+    behind_seconds: float
     disturbed_seconds: float
     session_home: bool
     work_seconds: float  # what it will be charged here
@@ -84,8 +85,8 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
         saved_seconds=saved,
         decode_seconds=wanted.expected_tokens * step,
         ahead_seconds=sum(min(each, own) for each in figures.prompts_seconds) + figures.waiting_seconds,
-        disturbed_seconds=(own + wanted.expected_tokens * row_seconds(steps, context))
-        * (figures.decode_rows + member.waiting),
+        behind_seconds=own * member.core.scheduler.waiting,
+        disturbed_seconds=(own + wanted.expected_tokens * row_seconds(steps, context)) * figures.decode_rows,
         session_home=wanted.session_home == member.number,
         work_seconds=own + decode_share(member, wanted),
     )

@@ -1,15 +1,18 @@
 """What the cores of one process have in common: the policies in force, what lies below all devices, arrival numbers.
 
-What a policy has learned (lengths, which blocks are found again) it has learned for all replicas. Costs are each
-replica's own (valuation.py), as devices differ. Pure.
+What a policy has learned (lengths, which blocks are found again) it has learned for all replicas. What steps take is
+learned by replicas that are alike: of one fingerprint, which says what model they have, on what kind of device, with
+which kernels. What copies take is each replica's own (valuation.py). Pure.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import count
 
 from engine.events import PolicyFailed
 from engine.policy_set import Catalog, PolicyConfig
 from kvstore.below import Below, ResidencyConfig
+from policies.cost import StepGroup
 
 
 class Common:
@@ -23,6 +26,7 @@ class Common:
         self._failures: list[PolicyFailed] = []
         self.policies = self.catalog.make(policies, self._failed)
         self.below = Below(residency, self.policies.eviction, self.policies.placement)
+        self.steps: defaultdict[str, StepGroup] = defaultdict(StepGroup)  # by fingerprint
         self.arrivals = count(1)
 
     def use(self, names: Mapping[str, str]) -> None:

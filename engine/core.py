@@ -44,7 +44,7 @@ class CoreConfig:
     max_queue: int  # sequences that may wait
     max_outstanding: int = 1  # steps launched and not collected: 2 lets a CUDA device run ahead
     eos_token_ids: tuple[int, ...] = ()
-    fingerprint: str = ""  # of all that changes KV bytes, for block keys
+    fingerprint: str = ""  # of all that changes KV bytes, for block keys; replicas of one are alike
 
     @property
     def context(self) -> int:
@@ -77,7 +77,9 @@ class Core:
         self.config = config
         self.replica = replica
         self.common = common or Common(config.scheduler.policies, config.scheduler.residency)
-        self.scheduler = Scheduler(config.scheduler, self.common, replica)
+        self.scheduler = Scheduler(
+            config.scheduler, self.common, replica, self.common.steps[config.fingerprint]
+        )
         self._life = self.scheduler.life
         self.sequences: dict[str, list[Sequence]] = {}  # unfinished ones, by request
         self._vocabulary = vocabulary
@@ -294,6 +296,11 @@ class Core:
     def outstanding_step(self) -> int:
         """The last step told, if it is not done: its rows may still write to blocks given up since. Else 0."""
         return self._steps if self._outstanding else 0
+
+    @property
+    def stands_still(self) -> bool:
+        """Somebody waits, and no step is under way: a block that another replica saves may be what is waited for."""
+        return not self._outstanding and self.scheduler.waiting > 0
 
     def depart(self, sequence: Sequence, now: float) -> Snapshot:
         """A sequence is to go on elsewhere, from this."""

@@ -197,7 +197,11 @@ class Fleet:
             case Arrived(request):
                 self._arrived(told, request, now)
             case CopyDone():
-                self._tell(told, self._owner(event), event, now)
+                owner = self._owner(event)
+                self._tell(told, owner, event, now)
+                self._go_on(
+                    told, (core for core in self.cores if core is not owner and core.stands_still), now
+                )
             case TierDown():
                 touched = self.moves.abort(lambda migration: True, "a tier is out of use", now)
                 for core in (*self.cores, *self._gone):

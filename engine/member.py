@@ -1,7 +1,7 @@
 """One replica in the fleet's books: what routing and rebalancing see of it. Pure.
 
 Figures are looked up when somebody asks, and kept until the replica's core has handled something. Seconds are predicted
-ones of its device, by its own cost model (policies/cost.py).
+ones of its device, by its cost model (policies/cost.py).
 """
 
 from collections import deque

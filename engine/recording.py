@@ -56,7 +56,7 @@ EVENTS: dict[str, TypeAdapter[Any]] = {
     )
 }
 CONFIG = TypeAdapter(FleetConfig)
-VERSION = 5
+VERSION = 6
 
 
 class RecordingError(Exception):

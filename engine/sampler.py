@@ -174,9 +174,9 @@ def _arithmetic(device: torch.device) -> Arithmetic:
 
 
 def _check(sound: Tensor) -> None:
-    flags = sound.tolist()
-    if False in flags:
-        broken = [row for row, good in enumerate(flags) if not good]
+    flags = sound.numpy()
+    if not flags.all():
+        broken = np.flatnonzero(~flags).tolist()
         raise BrokenLogits(
             f"logits of rows {broken} of {len(flags)} hold NaN or +inf, or nothing finite: the weights are "
             "damaged, or the dtype is too narrow for this model (try model.dtype = 'float32')"

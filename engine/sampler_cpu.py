@@ -34,17 +34,17 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Tokens int64 [S], and bool [S]: whether the row could be drawn from. logits: fp32 or bf16 [S, V]."""
     logits = logits.contiguous()
-    tokens = torch.empty(len(slots), dtype=torch.int64)
+    tokens = np.empty(len(slots), np.int64)
     arguments = DrawArguments(
         **_described(logits, len(slots)),
-        tokens=tokens.data_ptr(),
+        tokens=tokens.ctypes.data,
         max_sequences=len(table.keys),
         slots=slots.ctypes.data,
         positions=positions.ctypes.data,
         **table.addresses,
     )
     _run(draw_rows, arguments)
-    return tokens, tokens >= 0
+    return torch.from_numpy(tokens), torch.from_numpy(tokens >= 0)
 
 
 def summarise(logits: Tensor, wanted: NDArray[np.int64], tokens: Tensor, top: int) -> Summary:

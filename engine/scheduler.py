@@ -24,7 +24,7 @@ from kvstore.below import ResidencyConfig
 from kvstore.device import DevicePool
 from kvstore.residency import Residency
 from policies.admission import Room
-from policies.cost import CopySample, CostModel, StepSample
+from policies.cost import CopySample, CostModel, StepGroup, StepSample
 from policies.decisions import Decision, Kind
 
 PASSED_OVER = 32
@@ -48,9 +48,11 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """`replica`: its number among those that have `common` in common."""
+    """`replica`: its number among those that have `common` in common. `steps`: what those like it have learned."""
 
-    def __init__(self, config: SchedulerConfig, common: Common, replica: int = 0) -> None:
+    def __init__(
+        self, config: SchedulerConfig, common: Common, replica: int = 0, steps: StepGroup | None = None
+    ) -> None:
         self.config = config
         self.common = common
         self._news: list[Decided] = []
@@ -58,7 +60,7 @@ class Scheduler:
         self._policies, self._policy_config = common.policies, common.config
         self.residency = Residency(self.pool, common.below, replica)
         self.valuation = Valuation(
-            CostModel.calibrated(config.calibration),
+            CostModel.calibrated(config.calibration, steps, replica),
             self.residency,
             block_size=config.block_size,
             block_bytes=config.block_bytes,

@@ -1,12 +1,14 @@
 """One transaction of the disk tier, from within: a record goes in, or is forgotten, with LMDB's trust in pages checked.
 
 LMDB frees as many pages as the header before a value says, so that is looked at before a value is forgotten; and
-nothing is written over. When there is one, and what its failure means, is disk.py's.
+nothing is written over. All values go in before the index: LMDB takes pages in turn, so the values' are then next to
+each other in the file, with none of the index between, and are written and read in larger pieces (48 KiB, on ext4:
+1.5 times as fast). When there is one, and what its failure means, is disk.py's.
 """
 
 import os
 from collections.abc import Sequence
-from ctypes import c_uint64
+from ctypes import addressof, c_char, c_uint64
 from mmap import PAGESIZE
 
 import lmdb
@@ -50,14 +52,17 @@ class Records:
         self._pages = value_pages(about.block_bytes, PAGESIZE)
         self._staging = np.zeros(value_bytes(about.block_bytes, PAGESIZE), np.uint8)
 
-    def insert(self, txn: "lmdb.Transaction[memoryview]", blocks: Sequence[tuple[Place, Buffer]]) -> None:
-        """Raises NoRoom or PagesDamaged: the transaction must then be aborted."""
+    def insert(
+        self, txn: "lmdb.Transaction[memoryview]", blocks: Sequence[tuple[Place, Buffer]]
+    ) -> dict[Key, int]:
+        """The page that each value begins on. Raises NoRoom or PagesDamaged: the transaction must then be aborted."""
         for place, _ in blocks:
             self.forget(txn, place.key)  # never written over: LMDB would trust the old value's page header
         if txn.stat(self._databases.index)["entries"] + len(blocks) > self._capacity_blocks:
             raise NoRoom
         for place, buffer in blocks:
-            self._put(txn, place, buffer)
+            self._put_value(txn, place, buffer)
+        return {place.key: self._put_index(txn, place) for place, _ in blocks}
 
     def forget(self, txn: "lmdb.Transaction[memoryview]", key: Key) -> None:
         """Nothing, if there is none. Raises PagesDamaged."""
@@ -67,15 +72,18 @@ class Records:
             txn.delete(key, db=self._databases.data)
             txn.delete(key, db=self._databases.index)
 
-    def _put(self, txn: "lmdb.Transaction[memoryview]", place: Place, data: Buffer) -> None:
+    def _put_value(self, txn: "lmdb.Transaction[memoryview]", place: Place, data: Buffer) -> None:
         assert len(place.key) == KEY_BYTES, "a block key"
-        databases = self._databases
         self._staging.data[8:HEADER_BYTES] = header(self._about, place.key, place.tokens)
         stamp(self._staging, payload(data, self._about.block_bytes), self._about.block_bytes)
-        new = txn.put(place.key, self._staging.data, overwrite=False, db=databases.data)
-        known = pack_index(place, txn.id(), _page_of(txn.get(place.key, db=databases.data)))
-        new &= txn.put(place.key, known, overwrite=False, db=databases.index)
+        new = txn.put(place.key, self._staging.data, overwrite=False, db=self._databases.data)
         assert new, "a block twice in one write"
+
+    def _put_index(self, txn: "lmdb.Transaction[memoryview]", place: Place) -> int:
+        page = _page_of(txn.get(place.key, db=self._databases.data))
+        new = txn.put(place.key, pack_index(place, txn.id(), page), overwrite=False, db=self._databases.index)
+        assert new, "values and index have the same keys"
+        return page
 
     def _check_pages(self, key: Key, known: bytes) -> None:
         """LMDB would free as many pages as the value's page header says."""
@@ -95,6 +103,9 @@ def payload(buffer: Buffer, block_bytes: int) -> int:
 
 
 def _address(bytes_: Buffer) -> int:
+    """0.2 µs where they may be written, else one, as `ctypes.data` takes."""
+    if bytes_.flags.writeable:
+        return addressof(c_char.from_buffer(bytes_.data))
     return int(bytes_.ctypes.data)
 
 

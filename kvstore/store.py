@@ -12,7 +12,7 @@ engine is told comes in the order of the books. Nothing here is on the event loo
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,10 +337,11 @@ class Store:
 
     # --- the transfers' side --------------------------------------------------------------------------------------
 
-    def _copied(self, task: Task, done: CopyDone) -> None:
+    def _copied(self, ended: Sequence[tuple[Task, CopyDone]]) -> None:
         with self._lock:
-            self._ended(task)
-            self._outbox.put(done)
+            for task, done in ended:
+                self._ended(task)
+                self._outbox.put(done)
         self._outbox.tell()
 
     def _ended(self, task: Task) -> None:

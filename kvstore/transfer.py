@@ -174,13 +174,14 @@ class Transfers:
     """`memories`: tiers that go by slots, the first replica's device among them; those of the others come by
     `put_device`, those that keep records by `put_tier`.
 
-    `report` is called once a copy, on the thread that did it; before it `failed`, when a tier raised. Neither raises.
+    `report` hears of every copy once, on the thread that did it, and of all that were carried out together at once;
+    before it `failed`, when a tier raised. Neither raises.
     """
 
     def __init__(
         self,
         memories: Mapping[str, Tier],
-        report: Callable[[Task, CopyDone], None],
+        report: Callable[[Sequence[tuple[Task, CopyDone]]], None],
         failed: Callable[[Copy, Exception], None],
         *,
         readers: int = 2,
@@ -281,35 +282,37 @@ class Transfers:
         """Reports each copy as if they had been made one after another. `seconds`: a block; no losses: none is lost."""
         began = task.began
         assert began is not None
+        ended: list[tuple[Task, CopyDone]] = []
         at = 0
         for each, copy in zip((task, *task.others), _copies(task), strict=True):
             count = len(copy.sources)
-            done = CopyDone(
-                copy.id,
-                tuple(
-                    (index, loss) for index, loss in enumerate(losses[at : at + count]) if loss is not None
-                ),
-                seconds * count,
-                began + seconds * at - each.queued_at,
+            lost = tuple(
+                (index, loss) for index, loss in enumerate(losses[at : at + count]) if loss is not None
             )
+            queued = began + seconds * at - each.queued_at
+            ended.append((each, CopyDone(copy.id, lost, seconds * count, queued)))
             at += count
-            self._measure(copy, done)
-            self._report(each, done)
+        with self._lock:
+            for copy, (_, done) in zip(_copies(task), ended, strict=True):
+                self._measure(copy, done)
+        self._report(ended)
 
     # --- figures --------------------------------------------------------------------------------------------------
 
     def _measure(self, copy: Copy, done: CopyDone) -> None:
+        """The lock is held."""
         size = self.tiers[copy.source].block_bytes * (len(copy.sources) - len(done.lost))
-        with self._lock:
-            self._totals[copy.source].read_bytes += size
-            self._totals[copy.target].written_bytes += size
-            for _, loss in done.lost:
-                writes = loss is Loss.FULL or copy.target in self._records
-                self._totals[copy.target if writes else copy.source].losses[loss] += 1
-            if size:
-                route = (copy.source, copy.target, 1 << (size - 1).bit_length())
-                means = self._measured.setdefault(route, Measured(*route))
-                means.add(size, done.seconds, done.queued_seconds)
+        self._totals[copy.source].read_bytes += size
+        self._totals[copy.target].written_bytes += size
+        for _, loss in done.lost:
+            writes = loss is Loss.FULL or copy.target in self._records
+            self._totals[copy.target if writes else copy.source].losses[loss] += 1
+        if size:
+            route = (copy.source, copy.target, 1 << (size - 1).bit_length())
+            means = self._measured.get(route)
+            if means is None:
+                means = self._measured[route] = Measured(*route)
+            means.add(size, done.seconds, done.queued_seconds)
 
     def measured(self) -> list[Measured]:
         """The running means as they are now, by route and size class."""

@@ -3,8 +3,8 @@
 A step: base + β · prefill tokens + γ · attended + δ · decode rows + ε · decode context.
 A copy: latency + bytes ÷ bandwidth, per route.
 
-Pure arithmetic on samples that the core is told of, so a replay fits the same figures. How they are fitted: fitting.py.
-What they are for: coming back the cheapest way (design §5).
+Pure arithmetic on samples that the core is told of, so a replay fits the same figures. How they are fitted: fitting.py;
+how one replica is told from others like it: pace.py. What they are for: coming back the cheapest way (design §5).
 """
 
 from collections import deque
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from policies.fitting import Fit
+from policies.fitting import SHORTEST_SECONDS, Fit
+from policies.pace import Paces
 
 DEVICE = "device"
 DISK = "disk"
@@ -50,38 +51,59 @@ class CopySample:
     queued_seconds: float  # before that; not fitted: whoever asks knows what is queued now
 
 
-class StepCost:
-    """Seconds of steps of one replica."""
+class StepGroup:
+    """What steps take on replicas that are alike: learned by all together."""
 
     def __init__(self) -> None:
-        self._fit = Fit(STEP_PRIOR)
+        self.fit = Fit(STEP_PRIOR)
+        self.paces = Paces()
+
+    def observe(self, sample: StepSample, pace: float = 1.0) -> float:
+        """Learns from a step of a replica of that pace; one without rows teaches nothing.
+
+        Returns how many times what was predicted it took, for pace 1.
+        """
+        features = _features(sample)
+        ratio = sample.seconds / max(self.fit.predict(features), SHORTEST_SECONDS)
+        if sample.prefill_tokens or sample.decode_rows:
+            self.fit.observe(_step_class(sample), features, sample.seconds / pace)
+        return ratio
+
+
+class StepCost:
+    """Seconds of steps of one replica: what its group has learned, times its own pace beside the others.
+
+    `number`: which of the group; its pace begins anew. `group` None: it is alone.
+    """
+
+    def __init__(self, group: StepGroup | None = None, number: int = 0) -> None:
+        self._group = group or StepGroup()
+        self._fit, self._paces, self._number = self._group.fit, self._group.paces, number
+        self._paces.join(number)
 
     @property
     def samples(self) -> int:
-        """Observed so far, outliers included."""
+        """Observed so far by the group, outliers included."""
         return self._fit.samples
+
+    @property
+    def pace(self) -> float:
+        """Its seconds over those of the others, where the two differ for good; else 1."""
+        return self._paces.of(self._number)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
         """base, β, γ, δ, ε."""
-        return self._fit.coefficients
+        return tuple(self.pace * each for each in self._fit.coefficients)
 
     def observe(self, sample: StepSample) -> None:
         """Learns from a step; one without rows teaches nothing."""
-        if sample.prefill_tokens or sample.decode_rows:
-            features = (
-                1.0,
-                sample.prefill_tokens,
-                sample.attended,
-                sample.decode_rows,
-                sample.decode_context,
-            )
-            self._fit.observe(_step_class(sample), features, sample.seconds)
+        self._paces.observe(self._number, self._group.observe(sample, self.pace))
 
     def step_seconds(
         self, prefill_tokens: int, attended: float, decode_rows: int, decode_context: int
     ) -> float:
-        return self._fit.predict((1.0, prefill_tokens, attended, decode_rows, decode_context))
+        return self.pace * self._fit.predict((1.0, prefill_tokens, attended, decode_rows, decode_context))
 
     def recompute_seconds(
         self, cached: int, count: int, chunk: int, decode_rows: int = 0, decode_context: int = 0
@@ -96,7 +118,11 @@ class StepCost:
     def added_seconds(self, cached: int, count: int) -> float:
         """What `count` positions after `cached` add to steps that run anyway: βn + γn(c + n/2)."""
         _, token, attended, _, _ = self._fit.coefficients
-        return token * count + attended * count * (cached + count / 2)
+        return self.pace * (token * count + attended * count * (cached + count / 2))
+
+
+def _features(sample: StepSample) -> tuple[float, ...]:
+    return 1.0, sample.prefill_tokens, sample.attended, sample.decode_rows, sample.decode_context
 
 
 def _step_class(sample: StepSample) -> int:
@@ -165,11 +191,17 @@ class CostModel:
     copies: CopyCost = field(default_factory=CopyCost)
 
     @classmethod
-    def calibrated(cls, samples: Sequence[StepSample | CopySample] = ()) -> "CostModel":
-        """Knows these samples; none: the priors."""
-        model = cls()
+    def calibrated(
+        cls, samples: Sequence[StepSample | CopySample] = (), group: StepGroup | None = None, number: int = 0
+    ) -> "CostModel":
+        """Knows these samples; none: the priors. Of steps, a group that has seen any knows better already."""
+        group = group or StepGroup()
+        model, known = cls(StepCost(group, number)), group.fit.samples > 0
         for sample in samples:
-            model.observe(sample)
+            if isinstance(sample, CopySample):
+                model.copies.observe(sample)
+            elif not known:
+                group.observe(sample)
         return model
 
     def observe(self, sample: StepSample | CopySample) -> None:

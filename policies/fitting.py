@@ -22,6 +22,10 @@ FORGET = 1 / 64
 PRIOR_WEIGHT = 0.003
 """Of the prior's shape, in samples: (noise of a sample, 0.1)² over (how far the shape may be off, 2)²."""
 
+LEAST = 0.001
+"""Of what the prior's shape, at the scale of what was measured, has of a coefficient: nothing is free. Where it seemed
+so by chance, a session's home or a cached prefix would be worth nothing."""
+
 SURE_AFTER = 8
 """Samples of a class, before another may be called an outlier."""
 
@@ -157,7 +161,10 @@ class Fit:
             rows[i][i] += PRIOR_WEIGHT / value**2
             moment[i] += PRIOR_WEIGHT / value
         solution = solve_non_negative(rows, moment)
-        self.coefficients = tuple(unit * z for unit, z in zip(self._units, solution, strict=True))
+        self.coefficients = tuple(
+            unit * max(found, LEAST * usual)
+            for unit, found, usual in zip(self._units, solution, expected, strict=True)
+        )
         self._unsolved = 0
 
 

@@ -56,7 +56,8 @@ class Weights:
     backlog: float = 0.0  # what all that are there are predicted to take yet
     wait: float = 0.0  # the backlog, for as much of the request as lacks room
     ahead: float = 0.0  # what is computed before its prompt
-    disturbed: float = 0.0  # what its prefill delays all that are there
+    behind: float = 0.0  # what its prefill delays those who wait for their first tokens
+    disturbed: float = 0.0  # what its prefill, and its rows, delay those who have a place
     misplaced: float = 0.0  # a second where it does not belong by its size
     turns: float = 0.0  # a second for each request ever placed there
 
@@ -128,15 +129,24 @@ Harchol-Balter, Crovella and Murta, "On Choosing a Task Assignment Policy for a 
 """
 
 HYBRID = Weights(
-    work=1.0, saved=3.0, session=0.1, ahead=1.0, disturbed=0.1, wait=1.0, backlog=0.3, misplaced=DECISIVE
+    work=1.0,
+    saved=3.0,
+    session=0.1,
+    ahead=1.0,
+    behind=1.0,
+    disturbed=0.1,
+    wait=1.0,
+    backlog=0.3,
+    misplaced=DECISIVE,
 )
 """All in seconds: what the request takes there, and what it takes from those there.
 
-It waits for prompts that are computed before its own, and for room. Its prefill, less what the cache saves, and its
-rows in their steps delay all who are there; so a cached prefix is worth more where many are, long prompts go to where
-few are, and short ones keep away from these. What a cache saves counts three times: who comes where its prefix is
-leaves the room elsewhere to other prefixes. The backlog counts a third: the rest of it is in the other parts. The
-session's home counts a tenth of the prefill beside: the last turn's blocks may be there soon.
+It waits for prompts that are computed before its own, and for room. Its prefill, less what the cache saves, delays the
+first tokens of those who wait there, each of which counts as its own does. That and its rows in their steps delay all
+who have a place; a tenth of it counts, as it is spread over their answers. So a cached prefix is worth more where many
+are, long prompts go to where few are, and short ones keep away from these. What a cache saves counts three times: who
+comes where its prefix is leaves the room elsewhere to other prefixes. The backlog counts a third: the rest of it is in
+the other parts. The session's home counts a tenth of the prefill beside: the last turn's blocks may be there soon.
 
 Assumes an order by which short ones go before long ones (policies/order.py), and seconds that are about right beside
 each other; an error common to all replicas changes nothing. Worst case: long prompts alone; they meet where fewest
@@ -192,6 +202,7 @@ class _Score:
             "backlog": weights.backlog * view.backlog_seconds,
             "wait": weights.wait * wait_seconds(view, headroom),
             "ahead": weights.ahead * view.ahead_seconds,
+            "behind": weights.behind * view.behind_seconds,
             "disturbed": weights.disturbed * view.disturbed_seconds,
             "turns": weights.turns * view.placed,
             **{name: 0.0 if full else -seconds for name, seconds in credit.items()},
@@ -270,6 +281,7 @@ _REASONS = {
     "backlog": "least load predicted",
     "wait": "room soonest",
     "ahead": "least to be computed before",
+    "behind": "its prefill delays least who waits",
     "disturbed": "its prefill delays others least",
     "turns": "its turn",
     "saved": "{view.cached_tokens} of {view.prompt_tokens} prompt tokens are on its device",

@@ -211,8 +211,12 @@ class CandidateView(ReplicaView, Protocol):
         """What is computed before its own prompt: what is left of others, each as far as its own, and who waits."""
 
     @property
+    def behind_seconds(self) -> float:
+        """What its prefill, as far as it is not saved, delays the first tokens of those who wait, summed over them."""
+
+    @property
     def disturbed_seconds(self) -> float:
-        """What its prefill, as far as it is not saved, delays those there, summed over them."""
+        """What its prefill and its rows in their steps delay those who have a place, summed over them."""
 
     @property
     def session_home(self) -> bool:

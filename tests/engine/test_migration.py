@@ -6,9 +6,11 @@ from random import Random
 
 import pytest
 
+from engine.events import Preempted
 from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
 from engine.moves import REASONS
 from engine.request import Delta, Request
+from engine.sequence import State
 from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, HOST, Copy, Loss, Place
 from policies.decisions import Kind
@@ -259,3 +261,21 @@ def test_a_move_to_even_loads_out_says_so() -> None:
         driver.anything(random)
     assert {each.reason for each in driver.moved()} == {"load"}
     driver.finish()
+
+
+def test_a_waiter_goes_on_when_what_another_replica_saves_of_it_is_there() -> None:
+    """It moved while the tail of its snapshot was being written: nothing else happens where it waits."""
+    core = core_config(blocks=100, every_tokens=4, residency=TIERS)
+    driver = FleetDriver(fleet_config(core, 2, routing="round_robin"))
+    driver.arrive(request("a", range(10), max_tokens=20, ignore_eos=True))
+    for _ in range(6):
+        driver.step(0)
+        while driver.copy():
+            pass
+    driver.feed(Preempted("a"))
+    driver.migrate("a", 1)
+    waiter = driver.fleet.sequences_of("a")[0]
+    assert waiter.state is State.WAITING
+    assert waiter in driver.fleet.cores[1].sequences["a"]
+    driver.finish()
+    assert len(driver.tokens("a")) == 20

@@ -4,7 +4,7 @@ How fast it is: `python -m bench.transfers`. Not yet run on a card.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone
 from kvstore.cuda import CudaTier
 from kvstore.memory import MemoryTier, host_tier
-from kvstore.transfer import Transfers
+from kvstore.transfer import Task, Transfers
 from tests.kvstore.conformance import places
 from tests.kvstore.memory_tier import MemoryRecords
 
@@ -81,9 +81,14 @@ def test_blocks_make_the_round_through_host_and_records(pool: Tensor, host: Memo
     """Device → host → device, and device → records → device through the bounce: each time to other slots."""
     expected, done = bytes_of(pool).copy(), SimpleQueue[CopyDone]()
     errors: list[Exception] = []
+
+    def report(told: Sequence[tuple[Task, CopyDone]]) -> None:
+        for _, end in told:
+            done.put(end)
+
     transfers = Transfers(
         {DEVICE: CudaTier(pool), HOST: host},
-        lambda task, end: done.put(end),
+        report,
         lambda copy, error: errors.append(error),
     )
     transfers.put_tier(DISK, MemoryRecords(DISK, host.block_bytes))

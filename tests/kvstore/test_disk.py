@@ -24,7 +24,7 @@ from kvstore import disk_files
 from kvstore.audit import LEAF_PAGE, VALUE_PAGE
 from kvstore.copies import Loss, Place
 from kvstore.disk import DiskTier
-from kvstore.format import KEY_BYTES, About, value_bytes
+from kvstore.format import KEY_BYTES, About, value_bytes, value_pages
 from kvstore.lmdb_pages import BIG, LEAF_NODE
 from kvstore.tier import TierUnusable
 from tests.kvstore.disk_rig import (
@@ -127,6 +127,26 @@ def test_readers_and_the_writer_do_not_disturb_each_other(tier: DiskTier) -> Non
     for thread in threads:
         thread.join()
     assert answers == [None] * 160
+
+
+def test_values_of_one_write_are_next_to_each_other_in_the_file(tier: DiskTier, tmp_path: Path) -> None:
+    write(tier, range(tier.transaction_blocks))
+    firsts = sorted(pages(tmp_path / "data.mdb", VALUE_PAGE))
+    assert len(firsts) == tier.transaction_blocks * value_pages(BLOCK_BYTES, PAGESIZE)
+    assert firsts == list(range(firsts[0], firsts[0] + len(firsts)))
+
+
+def test_a_page_that_is_another_values_by_now_costs_one_read_and_no_wrong_byte(tier: DiskTier) -> None:
+    write(tier, range(3))
+    tier._pages[key_of(1)] = tier._pages[key_of(2)]
+    assert losses(tier, range(3)) == [None, Loss.CORRUPT, None]
+    assert losses(tier, range(3)) == [None] * 3
+
+
+def test_verify_goes_by_the_index_and_not_by_what_is_remembered(tier: DiskTier) -> None:
+    write(tier, range(3))
+    tier._pages[key_of(1)] = tier._pages[key_of(2)]
+    assert tier.verify(lambda done, total: None).lost == ()
 
 
 def test_verify_reads_every_record_and_names_the_damaged(tmp_path: Path) -> None:

@@ -82,12 +82,16 @@ class Rig:
         memories = {DEVICE: device or memory(DEVICE), HOST: memory(HOST)}
         self.transfers = Transfers(
             memories,
-            lambda task, done: self.done.put(done),
+            self._ended,
             lambda copy, error: self.failures.append((copy.id, error)),
             clock=self.clock,
         )
         self.transfers.put_tier(DISK, disk or self.disk)
         self.transfers.put_tier(REMOTE, MemoryRecords(REMOTE, BLOCK_BYTES))
+
+    def _ended(self, ended: Sequence[tuple[Task, CopyDone]]) -> None:
+        for _, done in ended:
+            self.done.put(done)
 
     def fill(self, tier: str, numbers: Sequence[int]) -> None:
         data = [block_of(number, BLOCK_BYTES) for number in numbers]

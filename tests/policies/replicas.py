@@ -30,6 +30,7 @@ class Candidate:
     saved_seconds: float = 0.0
     decode_seconds: float = 1.0
     ahead_seconds: float = 0.0
+    behind_seconds: float = 0.0
     disturbed_seconds: float = 0.0
     session_home: bool = False
 
