@@ -133,7 +133,7 @@ HYBRID = Weights(
     saved=3.0,
     session=0.1,
     ahead=1.0,
-    behind=1.0,
+    behind=3.0,
     disturbed=0.1,
     wait=1.0,
     backlog=0.3,
@@ -142,8 +142,10 @@ HYBRID = Weights(
 """All in seconds: what the request takes there, and what it takes from those there.
 
 It waits for prompts that are computed before its own, and for room. Its prefill, less what the cache saves, delays the
-first tokens of those who wait there, each of which counts as its own does. That and its rows in their steps delay all
-who have a place; a tenth of it counts, as it is spread over their answers. So a cached prefix is worth more where many
+first tokens of those who wait there. Each of them counts three times: for itself, and for those who come before the
+line is empty, who are delayed as well. Where prompts take a share r of the device's time, one who waits stands for
+1 / (1 - r), and r is about two thirds on devices that are well used. That and its rows in their steps delay all who
+have a place; a tenth of it counts, as it is spread over their answers. So a cached prefix is worth more where many
 are, long prompts go to where few are, and short ones keep away from these. What a cache saves counts three times: who
 comes where its prefix is leaves the room elsewhere to other prefixes. The backlog counts a third: the rest of it is in
 the other parts. The session's home counts a tenth of the prefill beside: the last turn's blocks may be there soon.

@@ -79,6 +79,13 @@ def test_hybrid_sends_who_delays_many_to_where_few_are_and_who_delays_few_away_f
     assert chosen("hybrid", *short) == 0
 
 
+@pytest.mark.parametrize(("later", "replica"), [(2.9, 1), (3.1, 0)])
+def test_hybrid_counts_a_second_of_one_who_waits_three_times_its_own(later: float, replica: int) -> None:
+    """It stands also for those who come while it waits."""
+    delays, waits = Candidate(0, behind_seconds=1.0), Candidate(1, ahead_seconds=later)
+    assert chosen("hybrid", delays, waits) == replica
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_alternatives_are_all_replicas_with_the_score_of_each(name: str) -> None:
     placed = ROUTINGS[name](SCENE)
