@@ -351,23 +351,26 @@ def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return found
 
 
+def arguments(description: str | None, *, requests: int, answers_over: int) -> argparse.ArgumentParser:
+    """What a run of a trace is told; the numbers are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--trace", help="a recorded trace (docs/simulation.md has the formats)")
+    add("--model", default="", help="a model directory; the shipped one unless told otherwise")
+    add("--requests", type=int, default=requests)
+    add("--answers-over", type=int, default=answers_over, help="recorded output lengths are divided by this")
+    add("--cap", type=int, default=512, help="what clients ask for as max_tokens")
+    add("--load", type=float, default=0.85, help="of the throughput when all come at once")
+    add("--share", type=float, default=0.4, help="of the demand, as KV blocks")
+    add("--rows", type=Path, help="where rows are added")
+    add("--report", action="store_true")
+    add("--play", help=argparse.SUPPRESS)
+    return parser
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--trace", help="a recorded trace (docs/simulation.md has the formats)")
-    parser.add_argument(
-        "--model", default="", help="a model directory; the shipped one unless told otherwise"
-    )
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument(
-        "--answers-over", type=int, default=4, help="recorded output lengths are divided by this"
-    )
-    parser.add_argument("--cap", type=int, default=512, help="what clients ask for as max_tokens")
-    parser.add_argument("--load", type=float, default=0.85, help="of the throughput when all come at once")
-    parser.add_argument("--share", type=float, default=0.4, help="of the demand, as KV blocks")
+    parser = arguments(__doc__, requests=200, answers_over=4)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--rows", type=Path, help="where rows are added")
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--play", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.play:
         run = Run(**json.loads(options.play))

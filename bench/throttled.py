@@ -11,7 +11,6 @@ in the middle third of the arrivals; told is what came back by which way in each
 turn: until, of the last five, more went the new way.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter, defaultdict, deque
@@ -33,6 +32,7 @@ from bench.policies import (
     Live,
     Outcome,
     Run,
+    arguments,
     figures,
     in_a_process,
     play,
@@ -108,10 +108,15 @@ def repeat(base: SlowRun, load: float, share: float, slowdown: float, number: in
         same, void = outcome.answers == free.answers, outcome.late > LATE_SECONDS
         wrong += not same or void
         row = asdict(slowed) | {
-            "system": way, "demand": free.peak_blocks, "same": same, "void": void,
-            "trace": Path(base.trace).name, "free": figures(free)["mean"],
-            **figures(outcome), "resumed": outcome.resumed,
-        }  # fmt: skip
+            "system": way,
+            "demand": free.peak_blocks,
+            "same": same,
+            "void": void,
+            "trace": Path(base.trace).name,
+            "free": figures(free)["mean"],
+            **figures(outcome),
+            "resumed": outcome.resumed,
+        }
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         console().print(f"{way}: { {key: value for key, value in row.items() if key != 'resumed'} }")
@@ -156,10 +161,14 @@ def _compared(found: dict[str, list[dict[str, Any]]]) -> Table:
         for row in rows:
             ways.update({name: count / len(rows) for name, count in row["ways"].items()})
         table.add_row(
-            way, str(len(rows)), *(f"{value:.1f}" for value in scaled), f"{_median(rows, 'preemptions'):.0f}",
-            f"{_median(rows, 'tax'):.1%}", ", ".join(f"{name} {n:.0f}" for name, n in ways.most_common()),
+            way,
+            str(len(rows)),
+            *(f"{value:.1f}" for value in scaled),
+            f"{_median(rows, 'preemptions'):.0f}",
+            f"{_median(rows, 'tax'):.1%}",
+            ", ".join(f"{name} {n:.0f}" for name, n in ways.most_common()),
             f"{_median(rows, 'regret_seconds'):.2f}",
-        )  # fmt: skip
+        )
     return table
 
 
@@ -210,25 +219,14 @@ def _median(rows: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--trace", help="a recorded trace (docs/simulation.md has the formats)")
-    parser.add_argument(
-        "--model", default="", help="a model directory; the shipped one unless told otherwise"
-    )
-    parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--answers-over", type=int, default=1, help="recorded lengths are divided by this")
-    parser.add_argument("--cap", type=int, default=512, help="what clients ask for as max_tokens")
-    parser.add_argument("--load", type=float, default=0.85, help="of the throughput when all come at once")
-    parser.add_argument("--per-second", type=float, default=0.0, help="requests, instead of a load")
-    parser.add_argument("--share", type=float, default=0.4, help="of the demand, as KV blocks")
-    parser.add_argument("--latency", type=float, default=0.02, help="seconds of each copy")
-    parser.add_argument("--rate", type=float, default=100e6, help="bytes per second")
-    parser.add_argument("--slowdown", type=float, default=1.0)
-    parser.add_argument("--order", default="hybrid")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", type=Path, help="where rows are added")
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--play", help=argparse.SUPPRESS)
+    parser = arguments(__doc__, requests=300, answers_over=1)
+    add = parser.add_argument
+    add("--per-second", type=float, default=0.0, help="requests, instead of a load")
+    add("--latency", type=float, default=0.02, help="seconds of each copy")
+    add("--rate", type=float, default=100e6, help="bytes per second")
+    add("--slowdown", type=float, default=1.0)
+    add("--order", default="hybrid")
+    add("--repeats", type=int, default=5)
     options = parser.parse_args()
     if options.play:
         outcome = play_slow(SlowRun(**json.loads(options.play)))
@@ -239,9 +237,18 @@ def main() -> int:
     if options.report:
         return report(options.rows)
     base = SlowRun(
-        WAYS[0], options.trace, options.model, options.requests, options.answers_over, options.cap, options.per_second,
-        UNPRESSURED_BLOCKS, options.latency, options.rate, order=options.order,
-    )  # fmt: skip
+        WAYS[0],
+        options.trace,
+        options.model,
+        options.requests,
+        options.answers_over,
+        options.cap,
+        options.per_second,
+        UNPRESSURED_BLOCKS,
+        options.latency,
+        options.rate,
+        order=options.order,
+    )
     return max(
         repeat(base, options.load, options.share, options.slowdown, number, options.rows)
         for number in range(options.repeats)

@@ -151,9 +151,7 @@ class DiskTier:
         self._blocks = self._db.blocks_at_start
         self._writing = Lock()
         self._closed = False
-        self._pages: dict[
-            Key, int
-        ] = {}  # where values begin, of those written or read: saves asking the index
+        self._pages: dict[Key, int] = {}  # where values begin, of those written or read
         self._to_drop: dict[Key, None] = {}  # what could not be dropped so far: it is with the next write
         self._snapshot_blocks = max(1, SNAPSHOT_BYTES // about.block_bytes)
 
