@@ -91,6 +91,8 @@ class Victims:
             return found
         self._peer_may = False
         peers = [s for s in running if not s.promoted and displaces(waiter, s)]
+        if not peers:
+            return []
         situation = self.valuation.situation(running)
         return [s for s in peers if self.valuation.comes_back_whole(s, situation)]
 
