@@ -83,6 +83,11 @@ class ReplicaMetrics:
         self._backlog = families.gauge(
             number, "sluice:replica_backlog_seconds", "Predicted device seconds of all that are there."
         )
+        self._pace = families.gauge(
+            number,
+            "sluice:replica_pace",
+            "Seconds of its steps over those of replicas like it, where the two differ for good, else 1.",
+        )
         self._forecast = families.gauge(
             number,
             "sluice:replica_forecast_tokens",
@@ -252,6 +257,7 @@ class ReplicaMetrics:
         self._is_up.set(member.up)
         self._draining.set(member.draining)
         self._backlog.set(member.backlog_seconds)
+        self._pace.set(scheduler.valuation.costs.steps.pace)
         self._forecast.set(member.forecast_tokens)
         self._forecast_error.set(member.errors.mean_relative_error)
 

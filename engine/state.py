@@ -63,6 +63,7 @@ def _replica_state(member: Member, replica: Replica) -> dict[str, object]:
         "placed": member.placed,
         "charged_seconds": member.charged_seconds,
         "backlog_seconds": member.backlog_seconds,
+        "pace": scheduler.valuation.costs.steps.pace,
         "forecast_tokens": member.forecast_tokens,
         "forecast_error": error.mean_relative_error,
         "forecast_bias": error.bias,

@@ -309,6 +309,7 @@ async def test_metrics_of_each_replica_are_its_own() -> None:
         assert value(during, "vllm:num_requests_waiting", engine=engine) == requests - 1
         assert value(during, "vllm:kv_cache_usage_perc", engine=engine) == 2 / 64
         assert value(during, "sluice:replica_backlog_seconds", engine=engine) > 0
+        assert value(during, "sluice:replica_pace", engine=engine) == 1, "too few steps to say more"
         assert value(during, "sluice:replica_forecast_tokens", engine=engine) >= 0
         assert value(after, "vllm:prompt_tokens_total", engine=engine) == 20 * requests
         ended = {"engine": engine, "finished_reason": "length"}
