@@ -120,7 +120,7 @@ class Service:
 
 
 def _spare_collector() -> None:
-    """What is loaded by now stays: else the garbage collector looks through all of it again and again, 0.2 s each time."""
+    """What is loaded by now stays: the garbage collector need not look through it, 0.2 s each time."""
     gc.collect()
     gc.freeze()
 
