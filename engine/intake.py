@@ -13,7 +13,7 @@ from engine.events import Resumed
 from engine.places import Places
 from engine.resumption import Load, Loads, Match, find, lowest_tier
 from engine.sequence import Return, Sequence, State
-from engine.valuation import Valuation
+from engine.valuation import Valuation, Work
 from kvstore.copies import CopyDone
 from kvstore.residency import Residency
 from policies.decisions import Alternative, Decision, Kind
@@ -212,6 +212,13 @@ class Intake:
         sequence.way_back = Return(
             way.name, lowest_tier(tiers), now, target, seconds, min(others, default=None)
         )
+
+    def built(self, sequence: Sequence, work: Work) -> None:
+        """The step that it comes in with is known whole: so are those who came in after it, and cost it time too."""
+        back = sequence.way_back
+        if back and back.way == RECOMPUTE:
+            rest = max(0, back.target - sequence.scheduled)
+            back.seconds = self._valuation.computing_seconds(work, sequence.scheduled, rest)
 
     def computed(self, sequence: Sequence, now: float) -> None:
         """Positions of it have been computed."""

@@ -141,6 +141,8 @@ class Scheduler:
             request, count = sequence.request, len(row.tokens)
             output = count == 1 and row.samples
             self.life.tenants.serve(request.tenant, count, request.service.weight, output=output)
+        for sequence in draft.placed:
+            self._intake.built(sequence, scheduled.work)
         return scheduled
 
     # --- grow, and preempt ----------------------------------------------------------------------------------------

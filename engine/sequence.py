@@ -24,14 +24,14 @@ class State(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Return:
-    """A preempted sequence's way back, under way. Seconds and prices as predicted when it was chosen."""
+    """A preempted sequence's way back, under way. `seconds` as predicted when the step was built that it begins in."""
 
     way: str
     tier: str  # the lowest that it takes from
     since: float
     target: int  # positions that it must have again
     seconds: float
-    alternative_seconds: float | None  # of the best way not taken
+    alternative_seconds: float | None  # of the best way not taken, as predicted when the way was chosen
 
 
 @dataclass(slots=True, eq=False)

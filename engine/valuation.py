@@ -158,6 +158,12 @@ class Valuation:
             ahead_bytes=self._residency.below.bytes_up(self._block_bytes),
         )
 
+    def computing_seconds(self, work: Work, cached: int, rest: int) -> float:
+        """Of a step that computes all this, and after it `rest` positions of one sequence, beside those who decode."""
+        steps, rows, context = self.costs.steps, work.decode_rows, work.decode_context
+        step = steps.step_seconds(work.prefill_tokens, work.attended, rows, context)
+        return step + steps.recompute_seconds(cached, rest, max(1, self._max_batch_tokens - rows), rows, context)
+
     def step_seconds(self, situation: Situation) -> float:
         """Of a step in which all only decode."""
         return self.costs.steps.step_seconds(0, 0.0, situation.decode_rows, situation.decode_context)

@@ -161,6 +161,26 @@ def test_the_cheapest_way_is_taken(load: float, step: float, way: str) -> None:
     assert (sequence.recomputed_tokens > 1) == (way != "reload")  # the step under way counts for one
 
 
+def test_what_comes_in_after_it_is_in_what_is_predicted() -> None:
+    """The step in which it is computed again has the newcomers' prompts too."""
+    assert predicted_beside(late=100) > 1.5 * predicted_beside(late=1)
+
+
+def predicted_beside(late: int) -> float:
+    """Seconds of a recompute, when a prompt of so many tokens is taken in after it."""
+    made = driver("recompute", max_batch_tokens=256)
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    while len(made.deltas.get(("a", 0), ())) < 4:
+        assert made.step() or made.copy()
+    made.preempt("a")
+    made.prune(DEVICE)
+    made.arrive(request("late", range(100, 100 + late), max_tokens=2))
+    (sequence,) = made.core.sequences["a"]
+    while sequence.state is State.WAITING:
+        assert made.step()
+    return finish(made).predicted_seconds
+
+
 def test_decisions_turn_when_a_tier_becomes_slow_and_turn_back() -> None:
     """A dozen copies that take long are enough to compute instead; a dozen quick ones to load again."""
     made = driver("cheapest", load_seconds=1e-3, step_seconds=0.01)
