@@ -7,7 +7,6 @@ signal, or with the last replica. Nothing here knows what is served: see `app/co
 """
 
 import asyncio
-import gc
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +95,6 @@ class Service:
         server = self._parts.config.server
         async with serving(self._parts) as (engine, app):
             site = await listen(app, server, self._listener)
-            _spare_collector()
             log.info("ready", url=_url(self._listener), model=self._parts.model.name)
             try:
                 return await self._until_the_end(engine, server)
@@ -117,12 +115,6 @@ class Service:
         log.critical("engine_died", exc_info=engine.failure)
         await asyncio.sleep(DEATH_NOTICE_SECONDS)
         return EXIT_ENGINE_DIED
-
-
-def _spare_collector() -> None:
-    """What is loaded by now stays: the garbage collector need not look through it, 0.2 s each time."""
-    gc.collect()
-    gc.freeze()
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

@@ -36,7 +36,7 @@ from app.workload.drawing import Drawing
 from app.workload.prompts import Prompts
 from app.workload.trace import TraceRequest
 from bench.report import console
-from bench.systems import SYSTEMS
+from bench.systems import SYSTEMS, named
 from engine.engine import Engine
 from engine.events import Resumed
 from engine.plan import Launched, Plan, Runner, Sampling, StepResult
@@ -67,6 +67,9 @@ class Run:
     cap: int
     rate: float  # requests per second; 0: all at once
     blocks: int
+    policies: Mapping[str, str] = field(
+        default_factory=dict
+    )  # keys of the configuration, beside its defaults
 
 
 @dataclass(slots=True)
@@ -226,11 +229,9 @@ class Live:
         outcome.ways = dict(self._ways)
 
 
-def play(
-    run: Run, policies: Mapping[str, str], live: Callable[[Parts, Ending, Outcome], Live] = Live
-) -> Outcome:
-    """On the main thread, which torch gets. `policies`: keys of the configuration; what is left out has its default."""
-    flags = [f"policies.{key}={value}" for key, value in policies.items()]
+def play(run: Run, live: Callable[[Parts, Ending, Outcome], Live] = Live) -> Outcome:
+    """On the main thread, which torch gets."""
+    flags = [f"policies.{key}={value}" for key, value in run.policies.items()]
     flags += [f"engine.kv_blocks={run.blocks}", f"engine.max_sequences={MAX_SEQUENCES}", "log.level=warning"]
     flags += ["engine.max_queue=100000"] + ([f"model.path={run.model}"] if run.model else [])
     parts = load(load_config(flags, {}, cwd=Path("/")).config)
@@ -257,7 +258,9 @@ def in_a_process(run: Run, module: str = "bench.policies") -> Outcome:
     return Outcome(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def cell(base: Run, load_share: float, share: float, systems: Sequence[str], rows: Path) -> int:
+def cell(
+    base: Run, load_share: float, share: float, systems: Mapping[str, Mapping[str, str]], rows: Path
+) -> int:
     """One repeat of all systems. Exit code 1 when an answer differs, or the load came too late."""
     burst = in_a_process(base)
     at_rate = replace(base, rate=load_share * base.requests / burst.seconds)
@@ -266,8 +269,9 @@ def cell(base: Run, load_share: float, share: float, systems: Sequence[str], row
     wrong = 0
     with rows.open("a+") as file:
         file.seek(0)
-        for system in rotated(systems, sum(1 for _ in file) // len(systems)):
-            outcome = in_a_process(replace(at_rate, system=system, blocks=blocks))
+        for system in rotated(list(systems), sum(1 for _ in file) // len(systems)):
+            told = replace(at_rate, system=system, policies=systems[system], blocks=blocks)
+            outcome = in_a_process(told)
             same = outcome.answers == free.answers
             void = outcome.late > LATE_SECONDS
             wrong += not same or void
@@ -370,11 +374,11 @@ def arguments(description: str | None, *, requests: int, answers_over: int) -> a
 
 def main() -> int:
     parser = arguments(__doc__, requests=200, answers_over=4)
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="NAME, or NAME=key:value,…")
     options = parser.parse_args()
     if options.play:
         run = Run(**json.loads(options.play))
-        outcome = play(run, SYSTEMS[run.system])
+        outcome = play(run)
         sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
         return 0
     if options.rows is None or not (options.report or options.trace):
@@ -385,7 +389,8 @@ def main() -> int:
         "ours", options.trace, options.model, options.requests, options.answers_over, options.cap, 0.0,
         UNPRESSURED_BLOCKS,
     )  # fmt: skip
-    return cell(base, options.load, options.share, options.systems.split(","), options.rows)
+    systems = dict(map(named, options.systems))
+    return cell(base, options.load, options.share, systems, options.rows)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class SlowLive(Live):
 
 def play_slow(run: SlowRun) -> Outcome:
     """The host arena is made behind the link, so that calibration measures the tier that is served from."""
-    policies = {"resume": run.system, "order": run.order}
+    run = replace(run, policies={"resume": run.system, "order": run.order})
     link = Link(run.latency_seconds, run.bytes_per_second or float("inf"))
     made = memory.host_tier
 
@@ -86,9 +86,9 @@ def play_slow(run: SlowRun) -> Outcome:
         return SlowTier(made(blocks, block_bytes, pinned=pinned), link)
 
     if not run.bytes_per_second:
-        return play(run, policies)
+        return play(run)
     with patch.object(memory, "host_tier", host):
-        return play(run, policies, partial(SlowLive, run=run, link=link))
+        return play(run, partial(SlowLive, run=run, link=link))
 
 
 # --- all ways ---------------------------------------------------------------------------------------------------------
