@@ -35,6 +35,9 @@ CHECKS = [
 REFUSED = checks.negative_data_rejection
 """Not of a body that is too large: that is a refusal too, but not in schemathesis' list of them."""
 
+ANSWER_SECONDS = 300.0
+"""For one call: what is made up may ask a real model for dozens of long answers."""
+
 Operation = APIOperation[Any, Any, Any, Any]
 Counts = Counter[tuple[str, str, int]]
 """By operation, kind of call (by the description: positive or negative), and status."""
@@ -79,7 +82,7 @@ def _run(
     @how
     @given(strategy)
     def call(case: Case[Any]) -> None:
-        response = case.call(base_url=url, headers=authorization(os.environ))
+        response = case.call(base_url=url, headers=authorization(os.environ), timeout=ANSWER_SECONDS)
         told(response.status_code)
         case.validate_response(response, checks=CHECKS if response.status_code == 413 else [*CHECKS, REFUSED])
 

@@ -24,6 +24,9 @@ MOST_NAMED = 8
 MAGNITUDES = 30
 """Largest ÷ smallest value, from which on an axis is logarithmic."""
 
+MOST_TICKS = 4
+"""On an axis of a panel: labels of small seconds are long."""
+
 
 class NoCharts(Exception):
     """matplotlib is not installed."""
@@ -82,6 +85,7 @@ def _scale(panel: "Axes", values: Sequence[float]) -> None:
         panel.set_xscale("log")
     else:
         panel.set_xlim(left=0)
+        panel.locator_params(axis="x", nbins=MOST_TICKS)
 
 
 def attainment(kind: "type[Figure]", lines: Mapping[str, Sequence[tuple[float, float]]]) -> "Figure":
