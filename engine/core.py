@@ -361,12 +361,11 @@ class Core:
 
 
 def _account(scheduled: Scheduled, result: StepResult, kept: int) -> Account:
-    decode = sum(len(row.tokens) == 1 and row.samples for row in scheduled.rows)
     return Account(
         step=result.step,
         rows=len(scheduled.rows),
-        prefill_tokens=sum(len(row.tokens) for row in scheduled.rows) - decode,
-        decode_tokens=decode,
+        prefill_tokens=scheduled.work.prefill_tokens,
+        decode_tokens=scheduled.work.decode_rows,
         recomputed_tokens=scheduled.recomputed_tokens,
         sampled_tokens=kept,
         seconds=result.seconds,

@@ -5,7 +5,7 @@ where blocks are, and what is copied, is the residency's; the line of waiters is
 victims.py's; the rows are draft.py's; what becomes of a sequence afterwards is lifecycle.py's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from engine.checkpoint import CheckpointConfig
@@ -137,10 +137,7 @@ class Scheduler:
 
     def _build(self, draft: Draft) -> Scheduled:
         scheduled = build(draft)
-        for sequence, row in zip(scheduled.sequences, scheduled.rows, strict=True):
-            request, count = sequence.request, len(row.tokens)
-            output = count == 1 and row.samples
-            self.life.tenants.serve(request.tenant, count, request.service.weight, output=output)
+        self.life.tenants.serve(zip(scheduled.sequences, scheduled.rows, strict=True))
         for sequence in draft.placed:
             self._intake.built(sequence, scheduled.work)
         return scheduled
@@ -149,21 +146,24 @@ class Scheduler:
 
     def _grow(self, draft: Draft, now: float) -> None:
         """Gives the running their tokens: all of them where that fits, else in order, preempting for blocks."""
-        wanted = [
-            (sequence, count, self._places.missing_blocks(sequence, count))
-            for sequence in self.running
-            if (count := sequence.remaining) > 0
-        ]
-        missing, tokens = sum(lack for _, _, lack in wanted), sum(count for _, count, _ in wanted)
+        wanted: dict[Sequence, int] = {}
+        lacking: list[Sequence] = []
+        missing = tokens = 0
+        for sequence in self.running:
+            if (count := sequence.remaining) > 0:
+                wanted[sequence] = count
+                tokens += count
+                if lack := self._places.missing_blocks(sequence, count):
+                    lacking.append(sequence)
+                    missing += lack
         if missing > self.pool.available or tokens > draft.budget:
-            self._grow_in_order(draft, [sequence for sequence, _, _ in wanted], now)
+            self._grow_in_order(draft, wanted, now)
             return
-        for sequence, count, lack in wanted:
-            if lack:
-                self._places.grow(sequence, count)
-            draft.give(sequence, count)
+        for sequence in lacking:
+            self._places.grow(sequence, wanted[sequence])
+        draft.give_all(wanted, tokens)
 
-    def _grow_in_order(self, draft: Draft, wanting: list[Sequence], now: float) -> None:
+    def _grow_in_order(self, draft: Draft, wanting: Iterable[Sequence], now: float) -> None:
         """Those in decode first. After a preemption there is nothing for newcomers."""
         preempted = False
         for sequence in sorted(wanting, key=self._rank):

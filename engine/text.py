@@ -5,21 +5,11 @@ vocabulary (the bytes of each token id, special tokens empty) comes from engine/
 end a sequence is the core's business.
 """
 
-import codecs
+from codecs import utf_8_decode
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
-
-_utf8 = codecs.getincrementaldecoder("utf-8")
-
-
-class Piece(NamedTuple):
-    """What one token releases. A named tuple, as one is made for every token."""
-
-    text: str  # may leave now: never half a code point, never part of a stop string that may still complete
-    stop: str | None  # the stop string that has just completed; nothing may be pushed after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +23,24 @@ class TextState:
 class Detokenizer:
     """Token ids in, text out. Invalid UTF-8 becomes U+FFFD, just as in a decode of all bytes at once."""
 
-    __slots__ = ("_decoder", "_vocabulary")
+    __slots__ = ("_vocabulary", "undecoded")
 
     def __init__(self, vocabulary: Sequence[bytes], undecoded: bytes = b"") -> None:
-        """`vocabulary` is shared, not copied. `undecoded` comes from another detokenizer's property."""
+        """`vocabulary` is shared, not copied. `undecoded` comes from another detokenizer."""
         self._vocabulary = vocabulary
-        self._decoder = _utf8("replace")
-        self._decoder.setstate((undecoded, 0))
-
-    @property
-    def undecoded(self) -> bytes:
-        """Bytes of a code point that is not complete yet."""
-        return self._decoder.getstate()[0]
+        self.undecoded = undecoded  # bytes of a code point that is not complete yet
 
     def push(self, token_id: int) -> str:
         """The code points that this token completes; may be empty."""
-        return self._decoder.decode(self._vocabulary[token_id])
+        undecoded = self.undecoded + self._vocabulary[token_id]
+        text, length = utf_8_decode(undecoded, "replace")
+        self.undecoded = undecoded[length:]
+        return text
 
     def flush(self) -> str:
         """The end: U+FFFD for an incomplete code point, else nothing."""
-        return self._decoder.decode(b"", final=True)
+        undecoded, self.undecoded = self.undecoded, b""
+        return undecoded.decode(errors="replace")
 
 
 class _Node:
@@ -146,12 +134,14 @@ class OutputText:
         """Everything remembered, as a value."""
         return TextState(self._detokenizer.undecoded, self._stops.held if self._stops else "")
 
-    def push(self, token_id: int, heed_stops: bool = True) -> Piece:
-        """What this token releases. Without `heed_stops` (min_tokens) a stop string may complete and pass."""
+    def push(self, token_id: int, heed_stops: bool = True) -> tuple[str, str | None]:
+        """What this token releases: (text that may leave, the stop string that has just completed or None).
+
+        The text has never half a code point, nor part of a stop string that may still complete; nothing may be pushed
+        after one that has. Without `heed_stops` (min_tokens) a stop string may complete and pass.
+        """
         text = self._detokenizer.push(token_id)
-        if self._stops is None:
-            return Piece(text, None)
-        return Piece(*self._stops.push(text, heed=heed_stops))
+        return (text, None) if self._stops is None else self._stops.push(text, heed=heed_stops)
 
     def finish(self) -> str:
         """The sequence ended otherwise than by a stop string: what was held back. Call it once, at the end.

@@ -162,7 +162,9 @@ class Valuation:
         """Of a step that computes all this, and after it `rest` positions of one sequence, beside those who decode."""
         steps, rows, context = self.costs.steps, work.decode_rows, work.decode_context
         step = steps.step_seconds(work.prefill_tokens, work.attended, rows, context)
-        return step + steps.recompute_seconds(cached, rest, max(1, self._max_batch_tokens - rows), rows, context)
+        return step + steps.recompute_seconds(
+            cached, rest, max(1, self._max_batch_tokens - rows), rows, context
+        )
 
     def step_seconds(self, situation: Situation) -> float:
         """Of a step in which all only decode."""
