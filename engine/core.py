@@ -259,10 +259,10 @@ class Core:
             text, stop_reason = sequence.text.push(token, output_tokens > stopping.min_tokens)
             if stop_reason is not None:
                 reason = FinishReason.STOP
-            elif output_tokens == stopping.max_tokens:
+            elif output_tokens == sequence.max_tokens:
                 reason, text = FinishReason.LENGTH, text + sequence.text.finish()
         logprobs = () if logprob is None else (logprob,)
-        delta = Delta(sequence.sampling.choice, text, (token,), logprobs, reason, stop_reason)
+        delta = Delta(sequence.choice, text, (token,), logprobs, reason, stop_reason)
         news.append(Emit(request.id, delta))
         if reason is not None:
             news += self._retire(sequence, reason, now)

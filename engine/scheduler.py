@@ -5,7 +5,7 @@ where blocks are, and what is copied, is the residency's; the line of waiters is
 victims.py's; the rows are draft.py's; what becomes of a sequence afterwards is lifecycle.py's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.checkpoint import CheckpointConfig
@@ -163,35 +163,33 @@ class Scheduler:
             self._places.grow(sequence, wanted[sequence])
         draft.give_all(wanted, tokens)
 
-    def _grow_in_order(self, draft: Draft, wanting: Iterable[Sequence], now: float) -> None:
+    def _grow_in_order(self, draft: Draft, wanted: dict[Sequence, int], now: float) -> None:
         """Those in decode first. After a preemption there is nothing for newcomers."""
-        preempted = False
-        for sequence in sorted(wanting, key=self._rank):
-            count = min(sequence.remaining, draft.budget)
-            if count <= 0 or sequence.state is not State.RUNNING:
+        order = self._policies.order
+        for sequence in sorted(wanted, key=lambda s: (wanted[s] > 1, not s.promoted, order(s), s.number)):
+            count = min(wanted[sequence], draft.budget)
+            if count <= 0 or (draft.closed and sequence.state is not State.RUNNING):
                 continue
-            while (missing := self._places.missing_blocks(sequence, count)) > self.pool.available:
-                if missing <= self.pool.available + self.residency.leaving:
-                    break  # enough is on its way out: it sits this step out
-                if self._may_wait(sequence, draft):
-                    break
-                victim = self._preempt_for(sequence, missing, now)
-                draft.take_back(victim)
-                preempted = True
-                if victim is sequence:
-                    break
-            else:
-                self._give(draft, sequence, count)
-        if preempted:
-            draft.budget, draft.closed = 0, True
+            missing = self._places.missing_blocks(sequence, count)
+            if not missing or self._find_blocks(sequence, missing, draft, now):
+                self._places.grow(sequence, count)
+                draft.give(sequence, count)
+        if draft.closed:
+            draft.budget = 0
 
-    def _rank(self, sequence: Sequence) -> tuple[bool, bool, tuple[float, ...], int]:
-        key = self._policies.order(sequence)
-        return (sequence.remaining > 1, not sequence.promoted, key, sequence.number)
-
-    def _give(self, draft: Draft, sequence: Sequence, count: int) -> None:
-        self._places.grow(sequence, count)
-        draft.give(sequence, count)
+    def _find_blocks(self, sequence: Sequence, missing: int, draft: Draft, now: float) -> bool:
+        """Whether so many are available, once somebody else has been preempted if need be. Else it sits this step out."""
+        while missing > self.pool.available:
+            if missing <= self.pool.available + self.residency.leaving:
+                return False  # enough is on its way out
+            if self._may_wait(sequence, draft):
+                return False
+            victim = self._preempt_for(sequence, missing, now)
+            draft.take_back(victim)
+            draft.closed = True
+            if victim is sequence:
+                return False
+        return True
 
     def _may_wait(self, sequence: Sequence, draft: Draft) -> bool:
         """Whether it had better sit this step out: one of those who go on is expected to end very soon.
@@ -243,7 +241,8 @@ class Scheduler:
             if draft.budget <= 0:
                 draft.take_back(max(self._later(sequence, draft), key=lambda s: s.number))
             self._line.pop()
-            self._room(draft).add(sequence, self._places.known_blocks(sequence))
+            if self._policies.admission.foresees:
+                self._room(draft).add(sequence, self._places.known_blocks(sequence))
             way = self._intake.take(sequence, match, outstanding_step, now)
             if sequence.state is State.RUNNING:
                 self.life.started(sequence, match, way, now)
@@ -273,6 +272,8 @@ class Scheduler:
 
     def _foreseen(self, sequence: Sequence, draft: Draft) -> bool:
         """Whether those who run and this one are expected to find room until they end."""
+        if not self._policies.admission.foresees:
+            return True
         if self._room(draft).fits(sequence, self._places.known_blocks(sequence)):
             return True
         if not sequence.held_back:

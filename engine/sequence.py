@@ -96,7 +96,8 @@ class Sequence:
     resume_seconds: float = 0.0  # predicted, when it was preempted
     expected_remaining_tokens: float = 0.0
 
-    # of the request: what is asked of all who run, in every step
+    # of the request and the sampling: what is asked of all who run, in every step
+    choice: int = field(init=False)
     max_tokens: int = field(init=False)
     priority: int = field(init=False)
     tenant: str = field(init=False)
@@ -104,6 +105,7 @@ class Sequence:
     weight: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.choice = self.sampling.choice
         self._serve(self.request)
 
     def _serve(self, request: Request) -> None:
@@ -133,10 +135,6 @@ class Sequence:
         else:
             sequence.admissions = 1
         return sequence
-
-    @property
-    def choice(self) -> int:
-        return self.sampling.choice
 
     @property
     def output_tokens(self) -> int:

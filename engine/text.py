@@ -20,29 +20,6 @@ class TextState:
     held: str = ""  # text that may be the beginning of a stop string
 
 
-class Detokenizer:
-    """Token ids in, text out. Invalid UTF-8 becomes U+FFFD, just as in a decode of all bytes at once."""
-
-    __slots__ = ("_vocabulary", "undecoded")
-
-    def __init__(self, vocabulary: Sequence[bytes], undecoded: bytes = b"") -> None:
-        """`vocabulary` is shared, not copied. `undecoded` comes from another detokenizer."""
-        self._vocabulary = vocabulary
-        self.undecoded = undecoded  # bytes of a code point that is not complete yet
-
-    def push(self, token_id: int) -> str:
-        """The code points that this token completes; may be empty."""
-        undecoded = self.undecoded + self._vocabulary[token_id]
-        text, length = utf_8_decode(undecoded, "replace")
-        self.undecoded = undecoded[length:]
-        return text
-
-    def flush(self) -> str:
-        """The end: U+FFFD for an incomplete code point, else nothing."""
-        undecoded, self.undecoded = self.undecoded, b""
-        return undecoded.decode(errors="replace")
-
-
 class _Node:
     """A prefix of a stop string, in the automaton below."""
 
@@ -112,9 +89,12 @@ class StopStrings:
 
 
 class OutputText:
-    """The text of one sequence as its tokens come: a detokenizer, then stop strings if there are any."""
+    """The text of one sequence as its tokens come: whole code points, then stop strings if there are any.
 
-    __slots__ = ("_detokenizer", "_stops", "vocabulary")
+    Invalid UTF-8 becomes U+FFFD, just as in a decode of all bytes at once.
+    """
+
+    __slots__ = ("_stops", "_undecoded", "vocabulary")
 
     def __init__(
         self,
@@ -123,16 +103,16 @@ class OutputText:
         include_stop_str: bool = False,
         state: TextState | None = None,
     ) -> None:
-        """`state` (of a sequence with the same stop strings) goes on where that one was."""
+        """`vocabulary` is shared, not copied. `state` (of one with the same stop strings) goes on where that was."""
         state = state or TextState()
         self.vocabulary = vocabulary
-        self._detokenizer = Detokenizer(vocabulary, state.undecoded)
+        self._undecoded = state.undecoded
         self._stops = StopStrings(stop, include_stop_str=include_stop_str, held=state.held) if stop else None
 
     @property
     def state(self) -> TextState:
         """Everything remembered, as a value."""
-        return TextState(self._detokenizer.undecoded, self._stops.held if self._stops else "")
+        return TextState(self._undecoded, self._stops.held if self._stops else "")
 
     def push(self, token_id: int, heed_stops: bool = True) -> tuple[str, str | None]:
         """What this token releases: (text that may leave, the stop string that has just completed or None).
@@ -140,7 +120,9 @@ class OutputText:
         The text has never half a code point, nor part of a stop string that may still complete; nothing may be pushed
         after one that has. Without `heed_stops` (min_tokens) a stop string may complete and pass.
         """
-        text = self._detokenizer.push(token_id)
+        undecoded = self._undecoded + self.vocabulary[token_id]
+        text, length = utf_8_decode(undecoded, "replace")
+        self._undecoded = undecoded[length:]
         return (text, None) if self._stops is None else self._stops.push(text, heed=heed_stops)
 
     def finish(self) -> str:
@@ -148,7 +130,7 @@ class OutputText:
 
         A code point left incomplete becomes U+FFFD; a stop string that this completes is cut, not reported.
         """
-        text = self._detokenizer.flush()
+        text = self._undecoded.decode(errors="replace")
         if self._stops is None:
             return text
         released, _ = self._stops.push(text)

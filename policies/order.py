@@ -235,8 +235,9 @@ class Hybrid:
 
 def still_to_compute(view: SequenceView) -> int:
     """Positions of its known tokens that neither the device nor, as far as was last seen, any tier has."""
-    there = max(view.computed_tokens, view.matched_tokens, view.kept_tokens)
-    return max(0, view.prompt_tokens + view.output_tokens - there)
+    left = view.prompt_tokens + view.output_tokens
+    left -= max(view.computed_tokens, view.matched_tokens, view.kept_tokens)
+    return left if left > 0 else 0
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text import Detokenizer, OutputText, StopStrings, TextState
+from engine.text import OutputText, StopStrings, TextState
 
 BYTES = tuple(bytes([value]) for value in range(256))
 PIECES = (
@@ -48,12 +48,12 @@ def run(output: OutputText, tokens: list[int]) -> tuple[list[str], str | None]:
 
 
 def test_a_code_point_leaves_only_when_its_last_byte_has_come() -> None:
-    detokenizer = Detokenizer(BYTES)
-    assert [detokenizer.push(byte) for byte in "a\u20ac\U0001f600".encode()] == [
+    output = OutputText(BYTES)
+    assert [output.push(byte)[0] for byte in "a\u20ac\U0001f600".encode()] == [
         *("a", "", "", "\u20ac"),
         *("", "", "", "\U0001f600"),
     ]
-    assert detokenizer.flush() == ""
+    assert output.finish() == ""
 
 
 def test_an_incomplete_code_point_at_the_end_becomes_a_replacement_character() -> None:
@@ -100,10 +100,9 @@ def test_no_piece_holds_part_of_a_stop_string_that_later_completes(
 @given(ids, some_stops)
 def test_no_more_is_held_back_than_may_begin_a_stop_string(tokens: list[int], stops: list[str]) -> None:
     """What is held is the longest end of the text that begins a stop string: it never waits without need."""
-    output, text = OutputText(PIECES, stops), ""
-    detokenizer = Detokenizer(PIECES)
+    output, plain, text = OutputText(PIECES, stops), OutputText(PIECES), ""
     for token in tokens:
-        text += detokenizer.push(token)
+        text += plain.push(token)[0]
         _, stop = output.push(token)
         if stop is not None:
             return
