@@ -178,7 +178,7 @@ class Scheduler:
             draft.budget = 0
 
     def _find_blocks(self, sequence: Sequence, missing: int, draft: Draft, now: float) -> bool:
-        """Whether so many are available, once somebody else has been preempted if need be. Else it sits this step out."""
+        """Whether so many are available, once others have been preempted if need be; else it sits this step out."""
         while missing > self.pool.available:
             if missing <= self.pool.available + self.residency.leaving:
                 return False  # enough is on its way out
