@@ -25,11 +25,11 @@ class Draft:
         self.shares[sequence] = count
         self.budget -= count
 
-    def give_all(self, shares: dict[Sequence, int], tokens: int) -> None:
-        """To the first in the step: so many `tokens` together."""
+    def give_all(self, shares: dict[Sequence, int]) -> None:
+        """The first of the step."""
         assert not self.shares
         self.shares = shares
-        self.budget -= tokens
+        self.budget -= sum(shares.values())
 
     def take_back(self, sequence: Sequence) -> None:
         self.budget += self.shares.pop(sequence, 0)

@@ -145,7 +145,10 @@ class Scheduler:
     # --- grow, and preempt ----------------------------------------------------------------------------------------
 
     def _grow(self, draft: Draft, now: float) -> None:
-        """Gives the running their tokens: all of them where that fits, else in order, preempting for blocks."""
+        """Gives the running their tokens: all of them where that fits, else in order, preempting for blocks.
+
+        Where blocks alone are short, those who lack none go on whatever the order is.
+        """
         wanted: dict[Sequence, int] = {}
         lacking: list[Sequence] = []
         missing = tokens = 0
@@ -156,12 +159,16 @@ class Scheduler:
                 if lack := self._places.missing_blocks(sequence, count):
                     lacking.append(sequence)
                     missing += lack
-        if missing > self.pool.available or tokens > draft.budget:
+        if tokens > draft.budget:
             self._grow_in_order(draft, wanted, now)
-            return
-        for sequence in lacking:
-            self._places.grow(sequence, wanted[sequence])
-        draft.give_all(wanted, tokens)
+        elif missing > self.pool.available:
+            behind = {sequence: wanted.pop(sequence) for sequence in lacking}
+            draft.give_all(wanted)
+            self._grow_in_order(draft, behind, now)
+        else:
+            for sequence in lacking:
+                self._places.grow(sequence, wanted[sequence])
+            draft.give_all(wanted)
 
     def _grow_in_order(self, draft: Draft, wanted: dict[Sequence, int], now: float) -> None:
         """Those in decode first. After a preemption there is nothing for newcomers."""
