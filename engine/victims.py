@@ -12,6 +12,7 @@ from engine.policy_set import Policies, PolicyConfig
 from engine.sequence import Sequence
 from engine.valuation import Offer, Valuation
 from policies.decisions import Alternative, Decision, Kind
+from policies.order import Patient
 
 PRICED_STEPS = 16
 """Steps after which all who run are priced anew, when somebody is to give way."""
@@ -83,6 +84,8 @@ class Victims:
         """Among those whom nobody called more or less urgent, none gives way if work would be lost by it."""
         if waiter.promoted:
             return [s for s in running if s.number > waiter.number]
+        if isinstance(self.policies.order, Patient):
+            return []
         displaces = self.policies.order.displaces
         urgency = (waiter.class_rank, waiter.priority)
         urgent = [s for s in running if urgency < (s.class_rank, s.priority) and not s.promoted]
