@@ -259,10 +259,10 @@ class Core:
             text, stop_reason = sequence.text.push(token, output_tokens > stopping.min_tokens)
             if stop_reason is not None:
                 reason = FinishReason.STOP
-            elif output_tokens == stopping.max_tokens:
+            elif output_tokens == sequence.max_tokens:
                 reason, text = FinishReason.LENGTH, text + sequence.text.finish()
         logprobs = () if logprob is None else (logprob,)
-        delta = Delta(sequence.sampling.choice, text, (token,), logprobs, reason, stop_reason)
+        delta = Delta(sequence.choice, text, (token,), logprobs, reason, stop_reason)
         news.append(Emit(request.id, delta))
         if reason is not None:
             news += self._retire(sequence, reason, now)
@@ -361,12 +361,11 @@ class Core:
 
 
 def _account(scheduled: Scheduled, result: StepResult, kept: int) -> Account:
-    decode = sum(len(row.tokens) == 1 and row.samples for row in scheduled.rows)
     return Account(
         step=result.step,
         rows=len(scheduled.rows),
-        prefill_tokens=sum(len(row.tokens) for row in scheduled.rows) - decode,
-        decode_tokens=decode,
+        prefill_tokens=scheduled.work.prefill_tokens,
+        decode_tokens=scheduled.work.decode_rows,
         recomputed_tokens=scheduled.recomputed_tokens,
         sampled_tokens=kept,
         seconds=result.seconds,

@@ -25,6 +25,12 @@ class Draft:
         self.shares[sequence] = count
         self.budget -= count
 
+    def give_all(self, shares: dict[Sequence, int]) -> None:
+        """The first of the step."""
+        assert not self.shares
+        self.shares = shares
+        self.budget -= sum(shares.values())
+
     def take_back(self, sequence: Sequence) -> None:
         self.budget += self.shares.pop(sequence, 0)
         if sequence in self.placed:

@@ -38,6 +38,8 @@ class Match:
 
     def tokens_by_tier(self, first: int, block_size: int) -> Counter[str]:
         """Positions by the tier they come from, when the blocks below the device are fetched from the `first` on."""
+        if not self.blocks:
+            return Counter()
         counts = Counter({DEVICE: sum(isinstance(found, int) for found in self.blocks) * block_size})
         for _, entry in self.entries[first:]:
             counts[entry.tier] += entry.tokens

@@ -137,10 +137,7 @@ class Scheduler:
 
     def _build(self, draft: Draft) -> Scheduled:
         scheduled = build(draft)
-        for sequence, row in zip(scheduled.sequences, scheduled.rows, strict=True):
-            request, count = sequence.request, len(row.tokens)
-            output = count == 1 and row.samples
-            self.life.tenants.serve(request.tenant, count, request.service.weight, output=output)
+        self.life.tenants.serve(zip(scheduled.sequences, scheduled.rows, strict=True))
         for sequence in draft.placed:
             self._intake.built(sequence, scheduled.work)
         return scheduled
@@ -148,50 +145,58 @@ class Scheduler:
     # --- grow, and preempt ----------------------------------------------------------------------------------------
 
     def _grow(self, draft: Draft, now: float) -> None:
-        """Gives the running their tokens: all of them where that fits, else in order, preempting for blocks."""
-        wanted = [
-            (sequence, count, self._places.missing_blocks(sequence, count))
-            for sequence in self.running
-            if (count := sequence.remaining) > 0
-        ]
-        missing, tokens = sum(lack for _, _, lack in wanted), sum(count for _, count, _ in wanted)
-        if missing > self.pool.available or tokens > draft.budget:
-            self._grow_in_order(draft, [sequence for sequence, _, _ in wanted], now)
-            return
-        for sequence, count, lack in wanted:
-            if lack:
-                self._places.grow(sequence, count)
-            draft.give(sequence, count)
+        """Gives the running their tokens: all of them where that fits, else in order, preempting for blocks.
 
-    def _grow_in_order(self, draft: Draft, wanting: list[Sequence], now: float) -> None:
+        Where blocks alone are short, those who lack none go on whatever the order is.
+        """
+        wanted: dict[Sequence, int] = {}
+        lacking: list[Sequence] = []
+        missing = tokens = 0
+        for sequence in self.running:
+            if (count := sequence.remaining) > 0:
+                wanted[sequence] = count
+                tokens += count
+                if lack := self._places.missing_blocks(sequence, count):
+                    lacking.append(sequence)
+                    missing += lack
+        if tokens > draft.budget:
+            self._grow_in_order(draft, wanted, now)
+        elif missing > self.pool.available:
+            behind = {sequence: wanted.pop(sequence) for sequence in lacking}
+            draft.give_all(wanted)
+            self._grow_in_order(draft, behind, now)
+        else:
+            for sequence in lacking:
+                self._places.grow(sequence, wanted[sequence])
+            draft.give_all(wanted)
+
+    def _grow_in_order(self, draft: Draft, wanted: dict[Sequence, int], now: float) -> None:
         """Those in decode first. After a preemption there is nothing for newcomers."""
-        preempted = False
-        for sequence in sorted(wanting, key=self._rank):
-            count = min(sequence.remaining, draft.budget)
-            if count <= 0 or sequence.state is not State.RUNNING:
+        order = self._policies.order
+        for sequence in sorted(wanted, key=lambda s: (wanted[s] > 1, not s.promoted, order(s), s.number)):
+            count = min(wanted[sequence], draft.budget)
+            if count <= 0 or (draft.closed and sequence.state is not State.RUNNING):
                 continue
-            while (missing := self._places.missing_blocks(sequence, count)) > self.pool.available:
-                if missing <= self.pool.available + self.residency.leaving:
-                    break  # enough is on its way out: it sits this step out
-                if self._may_wait(sequence, draft):
-                    break
-                victim = self._preempt_for(sequence, missing, now)
-                draft.take_back(victim)
-                preempted = True
-                if victim is sequence:
-                    break
-            else:
-                self._give(draft, sequence, count)
-        if preempted:
-            draft.budget, draft.closed = 0, True
+            missing = self._places.missing_blocks(sequence, count)
+            if not missing or self._find_blocks(sequence, missing, draft, now):
+                self._places.grow(sequence, count)
+                draft.give(sequence, count)
+        if draft.closed:
+            draft.budget = 0
 
-    def _rank(self, sequence: Sequence) -> tuple[bool, bool, tuple[float, ...], int]:
-        key = self._policies.order(sequence)
-        return (sequence.remaining > 1, not sequence.promoted, key, sequence.number)
-
-    def _give(self, draft: Draft, sequence: Sequence, count: int) -> None:
-        self._places.grow(sequence, count)
-        draft.give(sequence, count)
+    def _find_blocks(self, sequence: Sequence, missing: int, draft: Draft, now: float) -> bool:
+        """Whether so many are available, once others have been preempted if need be; else it sits this step out."""
+        while missing > self.pool.available:
+            if missing <= self.pool.available + self.residency.leaving:
+                return False  # enough is on its way out
+            if self._may_wait(sequence, draft):
+                return False
+            victim = self._preempt_for(sequence, missing, now)
+            draft.take_back(victim)
+            draft.closed = True
+            if victim is sequence:
+                return False
+        return True
 
     def _may_wait(self, sequence: Sequence, draft: Draft) -> bool:
         """Whether it had better sit this step out: one of those who go on is expected to end very soon.
@@ -243,7 +248,8 @@ class Scheduler:
             if draft.budget <= 0:
                 draft.take_back(max(self._later(sequence, draft), key=lambda s: s.number))
             self._line.pop()
-            self._room(draft).add(sequence, self._places.known_blocks(sequence))
+            if self._policies.admission.foresees:
+                self._room(draft).add(sequence, self._places.known_blocks(sequence))
             way = self._intake.take(sequence, match, outstanding_step, now)
             if sequence.state is State.RUNNING:
                 self.life.started(sequence, match, way, now)
@@ -273,6 +279,8 @@ class Scheduler:
 
     def _foreseen(self, sequence: Sequence, draft: Draft) -> bool:
         """Whether those who run and this one are expected to find room until they end."""
+        if not self._policies.admission.foresees:
+            return True
         if self._room(draft).fits(sequence, self._places.known_blocks(sequence)):
             return True
         if not sequence.held_back:

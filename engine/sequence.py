@@ -96,6 +96,24 @@ class Sequence:
     resume_seconds: float = 0.0  # predicted, when it was preempted
     expected_remaining_tokens: float = 0.0
 
+    # of the request and the sampling: what is asked of all who run, in every step
+    choice: int = field(init=False)
+    max_tokens: int = field(init=False)
+    priority: int = field(init=False)
+    tenant: str = field(init=False)
+    class_rank: int = field(init=False)
+    weight: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.choice = self.sampling.choice
+        self._serve(self.request)
+
+    def _serve(self, request: Request) -> None:
+        """This is what it is asked for from now on."""
+        self.request, self.max_tokens = request, request.stopping.max_tokens
+        self.priority, self.tenant = request.priority, request.tenant
+        self.class_rank, self.weight = request.service.rank, request.service.weight
+
     @classmethod
     def of(cls, snapshot: Snapshot, number: int, root: Key, vocabulary: tuple[bytes, ...]) -> "Sequence":
         """A sequence that goes on where the snapshot was taken; it has no place yet. `vocabulary`: see Core."""
@@ -119,10 +137,6 @@ class Sequence:
         return sequence
 
     @property
-    def choice(self) -> int:
-        return self.sampling.choice
-
-    @property
     def output_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 
@@ -139,36 +153,16 @@ class Sequence:
         return self.snapshot.computed if self.snapshot else 0
 
     @property
-    def max_tokens(self) -> int:
-        return self.request.stopping.max_tokens
-
-    @property
     def expected_output_tokens(self) -> int | None:
         return self.request.expected_output_tokens
-
-    @property
-    def priority(self) -> int:
-        return self.request.priority
-
-    @property
-    def tenant(self) -> str:
-        return self.request.tenant
 
     @property
     def class_name(self) -> str:
         return self.request.service.name
 
     @property
-    def class_rank(self) -> int:
-        return self.request.service.rank
-
-    @property
-    def weight(self) -> float:
-        return self.request.service.weight
-
-    @property
     def tenant_service(self) -> float:
-        return self.service.get(self.request.tenant, 0.0)
+        return self.service.get(self.tenant, 0.0)
 
     @property
     def remaining(self) -> int:
@@ -178,7 +172,7 @@ class Sequence:
         if self.head_end:
             return self.head_end - self.scheduled
         known = len(self.tokens) + self.pending
-        if known - self.prompt_tokens >= self.request.stopping.max_tokens:
+        if known - self.prompt_tokens >= self.max_tokens:
             return 0
         return known - self.scheduled
 
@@ -223,7 +217,8 @@ class Sequence:
     def restore(self, snapshot: Snapshot) -> None:
         """Becomes what the snapshot was taken of, as far as that does not depend on its place."""
         stopping = snapshot.request.stopping
-        self.request, self.sampling, self.snapshot = snapshot.request, snapshot.sampling, snapshot
+        self._serve(snapshot.request)
+        self.sampling, self.snapshot = snapshot.sampling, snapshot
         self.tokens, self.keys = list(snapshot.tokens), list(snapshot.keys)
         self.prompt_tokens = len(snapshot.request.prompt)
         self.text = OutputText(self.text.vocabulary, stopping.stop, stopping.include_stop_str, snapshot.text)
@@ -236,7 +231,7 @@ class Sequence:
 
     def reprioritise(self, priority: int, service: ServiceClass) -> None:
         """It is as urgent as this from now on; its snapshot, if it has one, says so too."""
-        self.request = replace(self.request, priority=priority, service=service)
+        self._serve(replace(self.request, priority=priority, service=service))
         if self.snapshot is not None:
             self.snapshot = replace(self.snapshot, request=self.request)
 

@@ -6,6 +6,10 @@ Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI'24.
 """
 
 from collections import Counter
+from collections.abc import Iterable
+
+from engine.plan import Row
+from engine.sequence import Sequence
 
 OUTPUT_WEIGHT = 2.0
 
@@ -34,9 +38,13 @@ class Tenants:
             if len(self.service) > len(self._active) + KEPT:
                 self._forget()
 
-    def serve(self, tenant: str, tokens: int, weight: float, *, output: bool) -> None:
-        self.served += tokens
-        self.service[tenant] += tokens * (OUTPUT_WEIGHT if output else 1.0) / weight
+    def serve(self, step: Iterable[tuple[Sequence, Row]]) -> None:
+        """Their rows are computed for them."""
+        for sequence, row in step:
+            tokens = len(row.tokens)
+            self.served += tokens
+            counted = OUTPUT_WEIGHT if tokens == 1 and row.samples else tokens
+            self.service[sequence.tenant] += counted / sequence.weight
 
     def _forget(self) -> None:
         idle = sorted(

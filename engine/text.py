@@ -5,21 +5,11 @@ vocabulary (the bytes of each token id, special tokens empty) comes from engine/
 end a sequence is the core's business.
 """
 
-import codecs
+from codecs import utf_8_decode
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
-
-_utf8 = codecs.getincrementaldecoder("utf-8")
-
-
-class Piece(NamedTuple):
-    """What one token releases. A named tuple, as one is made for every token."""
-
-    text: str  # may leave now: never half a code point, never part of a stop string that may still complete
-    stop: str | None  # the stop string that has just completed; nothing may be pushed after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +18,6 @@ class TextState:
 
     undecoded: bytes = b""  # the beginning of a code point, at most 3 bytes
     held: str = ""  # text that may be the beginning of a stop string
-
-
-class Detokenizer:
-    """Token ids in, text out. Invalid UTF-8 becomes U+FFFD, just as in a decode of all bytes at once."""
-
-    __slots__ = ("_decoder", "_vocabulary")
-
-    def __init__(self, vocabulary: Sequence[bytes], undecoded: bytes = b"") -> None:
-        """`vocabulary` is shared, not copied. `undecoded` comes from another detokenizer's property."""
-        self._vocabulary = vocabulary
-        self._decoder = _utf8("replace")
-        self._decoder.setstate((undecoded, 0))
-
-    @property
-    def undecoded(self) -> bytes:
-        """Bytes of a code point that is not complete yet."""
-        return self._decoder.getstate()[0]
-
-    def push(self, token_id: int) -> str:
-        """The code points that this token completes; may be empty."""
-        return self._decoder.decode(self._vocabulary[token_id])
-
-    def flush(self) -> str:
-        """The end: U+FFFD for an incomplete code point, else nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 class _Node:
@@ -124,9 +89,12 @@ class StopStrings:
 
 
 class OutputText:
-    """The text of one sequence as its tokens come: a detokenizer, then stop strings if there are any."""
+    """The text of one sequence as its tokens come: whole code points, then stop strings if there are any.
 
-    __slots__ = ("_detokenizer", "_stops", "vocabulary")
+    Invalid UTF-8 becomes U+FFFD, just as in a decode of all bytes at once.
+    """
+
+    __slots__ = ("_stops", "_undecoded", "vocabulary")
 
     def __init__(
         self,
@@ -135,30 +103,34 @@ class OutputText:
         include_stop_str: bool = False,
         state: TextState | None = None,
     ) -> None:
-        """`state` (of a sequence with the same stop strings) goes on where that one was."""
+        """`vocabulary` is shared, not copied. `state` (of one with the same stop strings) goes on where that was."""
         state = state or TextState()
         self.vocabulary = vocabulary
-        self._detokenizer = Detokenizer(vocabulary, state.undecoded)
+        self._undecoded = state.undecoded
         self._stops = StopStrings(stop, include_stop_str=include_stop_str, held=state.held) if stop else None
 
     @property
     def state(self) -> TextState:
         """Everything remembered, as a value."""
-        return TextState(self._detokenizer.undecoded, self._stops.held if self._stops else "")
+        return TextState(self._undecoded, self._stops.held if self._stops else "")
 
-    def push(self, token_id: int, heed_stops: bool = True) -> Piece:
-        """What this token releases. Without `heed_stops` (min_tokens) a stop string may complete and pass."""
-        text = self._detokenizer.push(token_id)
-        if self._stops is None:
-            return Piece(text, None)
-        return Piece(*self._stops.push(text, heed=heed_stops))
+    def push(self, token_id: int, heed_stops: bool = True) -> tuple[str, str | None]:
+        """What this token releases: (text that may leave, the stop string that has just completed or None).
+
+        The text has never half a code point, nor part of a stop string that may still complete; nothing may be pushed
+        after one that has. Without `heed_stops` (min_tokens) a stop string may complete and pass.
+        """
+        undecoded = self._undecoded + self.vocabulary[token_id]
+        text, length = utf_8_decode(undecoded, "replace")
+        self._undecoded = undecoded[length:]
+        return (text, None) if self._stops is None else self._stops.push(text, heed=heed_stops)
 
     def finish(self) -> str:
         """The sequence ended otherwise than by a stop string: what was held back. Call it once, at the end.
 
         A code point left incomplete becomes U+FFFD; a stop string that this completes is cut, not reported.
         """
-        text = self._detokenizer.flush()
+        text = self._undecoded.decode(errors="replace")
         if self._stops is None:
             return text
         released, _ = self._stops.push(text)

@@ -142,7 +142,7 @@ class Valuation:
             rows += 1
             context += sequence.computed
             weight += sequence.weight
-            if sequence.remaining > 1:
+            if sequence.scheduled + 1 < len(sequence.tokens) and sequence.remaining > 1:  # hardly anybody
                 prompts += self.costs.steps.added_seconds(sequence.scheduled, sequence.remaining)
         return Situation(
             steps=self.costs.steps,

@@ -12,6 +12,7 @@ from engine.policy_set import Policies, PolicyConfig
 from engine.sequence import Sequence
 from engine.valuation import Offer, Valuation
 from policies.decisions import Alternative, Decision, Kind
+from policies.order import Patient
 
 PRICED_STEPS = 16
 """Steps after which all who run are priced anew, when somebody is to give way."""
@@ -35,7 +36,7 @@ class Victims:
     policies: Policies
     config: PolicyConfig
     valuation: Valuation
-    _offers: dict[tuple[int, int], Offer] = field(default_factory=dict)  # by sequence and epoch
+    _offers: dict[int, Offer] = field(default_factory=dict)  # by the admission that its place is from
     _steps: int = 0  # since the prices are from
     _peer_may: bool = False  # give way in this step
 
@@ -48,7 +49,7 @@ class Victims:
             self._steps = 0
 
     def _offer(self, sequence: Sequence) -> Offer:
-        return self._offers[sequence.number, sequence.epoch]
+        return self._offers[sequence.admitted_as]
 
     def for_blocks(
         self, sequence: Sequence, missing: int, running: List[Sequence]
@@ -83,6 +84,8 @@ class Victims:
         """Among those whom nobody called more or less urgent, none gives way if work would be lost by it."""
         if waiter.promoted:
             return [s for s in running if s.number > waiter.number]
+        if isinstance(self.policies.order, Patient):
+            return []
         displaces = self.policies.order.displaces
         urgency = (waiter.class_rank, waiter.priority)
         urgent = [s for s in running if urgency < (s.class_rank, s.priority) and not s.promoted]
@@ -107,14 +110,15 @@ class Victims:
 
     def _price(self, candidates: List[Sequence], running: List[Sequence]) -> None:
         """Sees to it that all of them have an offer."""
-        missing = [each for each in candidates if (each.number, each.epoch) not in self._offers]
+        missing = [each for each in candidates if each.admitted_as not in self._offers]
         if missing:
             situation = self.valuation.situation(running)
             for each in missing:
-                self._offers[each.number, each.epoch] = Offer(each, self.valuation, situation)
+                self._offers[each.admitted_as] = Offer(each, self.valuation, situation)
 
     def _rank(self, sequence: Sequence) -> tuple[tuple[float, ...], int]:
-        return self.policies.victim(sequence, self._offer(sequence)), sequence.admitted_as
+        admitted_as = sequence.admitted_as
+        return self.policies.victim(sequence, self._offers[admitted_as]), admitted_as
 
     def _pays(self, waiter: Sequence, victim: Sequence, running: List[Sequence]) -> bool:
         """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.

@@ -24,9 +24,13 @@ class Loss(StrEnum):
     DOWN = "down"  # the tier is not in use just now
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
-    """A block, and where it is or is to be. Tiers that are memory go by `slot`, the others by `key`."""
+    """A block, and where it is or is to be. Tiers that are memory go by `slot`, the others by `key`.
+
+    Nobody changes one. It is not frozen as three are made for every block that is copied, and a frozen one takes three
+    times as long to make.
+    """
 
     key: Key
     slot: int = -1  # of a tier that is memory; -1 elsewhere

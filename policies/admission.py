@@ -94,6 +94,11 @@ class Admission:
         if self.wait_steps < 0:
             raise ValueError("wait_steps must not be negative")
 
+    @property
+    def foresees(self) -> bool:
+        """Whether there is anything to ask: else whoever fits now is admitted."""
+        return self.risk < 1.0
+
     def room(
         self, running: Iterable[SequenceView], predictor: Predictor, block_size: int, blocks: int
     ) -> "Room":
@@ -130,13 +135,15 @@ class Room:
         self._running, self._held = running, [view.held_blocks for view in running]
         self._admission, self._predictor = admission, predictor
         self._block_size, self._blocks = block_size, blocks
-        self._foresees = admission.risk < 1.0
         self._most = sum(map(self._most_of, running, self._held))
         self._outlook: Outlook | None = None
 
     def fits(self, view: SequenceView, held: int) -> bool:
         """Whether the peak stays within the pool if `view`, holding `held` blocks at once, runs too."""
-        if not (self._running and self._foresees) or self._most + self._most_of(view, held) <= self._blocks:
+        if (
+            not (self._running and self._admission.foresees)
+            or self._most + self._most_of(view, held) <= self._blocks
+        ):
             return True
         if self._outlook is None:
             left = self._admission.left(self._running, self._predictor)

@@ -30,7 +30,7 @@ class Order(Protocol):
         """Whether the waiter may take the runner's place. Whether that is worth its cost, the scheduler asks."""
 
 
-class _Patient:
+class Patient:
     """An order by which no waiter takes a runner's place."""
 
     def displaces(self, waiter: SequenceView, runner: SequenceView, /) -> bool:
@@ -38,7 +38,7 @@ class _Patient:
 
 
 @dataclass(frozen=True)
-class Fcfs(_Patient):
+class Fcfs(Patient):
     """First come, first served. A preempted sequence keeps its place, so it goes before all later arrivals.
 
     Key: static. Never displaces. Service bound, without promotion too: no later arrival is admitted before a
@@ -68,7 +68,7 @@ class Priority:
 
 
 @dataclass(frozen=True)
-class Sjf(_Patient):
+class Sjf(Patient):
     """The shortest job first, in decode rounds still to come: predicted tokens, and what is to be computed before.
 
     `prefill_tokens_per_round`: prompt tokens that cost as much as one round of decoding.
@@ -144,7 +144,7 @@ class Mlq:
 
 
 @dataclass(frozen=True)
-class CacheAware(_Patient):
+class CacheAware(Patient):
     """The largest share of its tokens found in some tier first; then the first that arrived.
 
     A share, not a length: the tokens that are reused for each that is computed. Assumes that what is cached now may
@@ -161,7 +161,7 @@ class CacheAware(_Patient):
 
 
 @dataclass(frozen=True)
-class Fair(_Patient):
+class Fair(Patient):
     """The tenant that has been served least first; of its own requests, the first that arrived.
 
     Assumes that a tenant's counter is weighted (prompt × 1, output × 2 in the paper), and lifted to the least one
@@ -235,8 +235,9 @@ class Hybrid:
 
 def still_to_compute(view: SequenceView) -> int:
     """Positions of its known tokens that neither the device nor, as far as was last seen, any tier has."""
-    there = max(view.computed_tokens, view.matched_tokens, view.kept_tokens)
-    return max(0, view.prompt_tokens + view.output_tokens - there)
+    left = view.prompt_tokens + view.output_tokens
+    left -= max(view.computed_tokens, view.matched_tokens, view.kept_tokens)
+    return left if left > 0 else 0
 
 
 def _require(holds: bool, otherwise: str) -> None:

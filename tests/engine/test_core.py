@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.events import Arrived, Cancelled
+from engine.policy_set import PolicyConfig
 from engine.request import FinishReason, Request
 from engine.scheduler import PASSED_OVER
 from engine.waiting import STALE
+from policies.decisions import Kind
 from tests.engine.driving import EOS, Driver, core_config, request
 from tests.fakes import hashed, saying
 
@@ -66,6 +68,20 @@ def test_preempted_sequences_say_what_they_would_have_said(max_outstanding: int)
     assert driver.runner.computed_positions - recomputed == 16 * (5 + 30 - 1)
     for each in asked:
         assert driver.tokens(each.id) == expected_tokens(each)
+
+
+def test_who_lacks_a_block_waits_for_one_behind_it_that_lacks_none_and_ends_soon() -> None:
+    """Whatever the order: the one behind it would have been the victim, two tokens before its end."""
+    policies = PolicyConfig(parameters={"admission": {"wait_steps": 4}})
+    driver = Driver(core_config(blocks=9, policies=policies))
+    driver.arrive(request("first", range(7), max_tokens=11), request("other", range(40, 48), max_tokens=8))
+    for _ in range(3):
+        driver.step()
+    driver.arrive(request("last", range(20, 25), max_tokens=4))
+    driver.finish()
+    spared = [each.request_id for each in driver.decided if each.decision.kind is Kind.SPARED]
+    assert spared == ["other"]
+    assert driver.core.scheduler.counts.preemptions == 0
 
 
 def test_the_largest_request_the_pool_can_hold_finishes() -> None:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text import Detokenizer, OutputText, StopStrings, TextState
+from engine.text import OutputText, StopStrings, TextState
 
 BYTES = tuple(bytes([value]) for value in range(256))
 PIECES = (
@@ -40,25 +40,25 @@ def run(output: OutputText, tokens: list[int]) -> tuple[list[str], str | None]:
     """The pieces, up to the stop string if one comes, with what `finish` gives otherwise."""
     pieces = []
     for token in tokens:
-        piece = output.push(token)
-        pieces.append(piece.text)
-        if piece.stop is not None:
-            return pieces, piece.stop
+        piece, stop = output.push(token)
+        pieces.append(piece)
+        if stop is not None:
+            return pieces, stop
     return [*pieces, output.finish()], None
 
 
 def test_a_code_point_leaves_only_when_its_last_byte_has_come() -> None:
-    detokenizer = Detokenizer(BYTES)
-    assert [detokenizer.push(byte) for byte in "a\u20ac\U0001f600".encode()] == [
+    output = OutputText(BYTES)
+    assert [output.push(byte)[0] for byte in "a\u20ac\U0001f600".encode()] == [
         *("a", "", "", "\u20ac"),
         *("", "", "", "\U0001f600"),
     ]
-    assert detokenizer.flush() == ""
+    assert output.finish() == ""
 
 
 def test_an_incomplete_code_point_at_the_end_becomes_a_replacement_character() -> None:
     output = OutputText(BYTES)
-    assert [output.push(0xE2).text, output.push(0x82).text, output.finish()] == ["", "", "\ufffd"]
+    assert [output.push(0xE2)[0], output.push(0x82)[0], output.finish()] == ["", "", "\ufffd"]
 
 
 @given(st.binary(max_size=40))
@@ -100,11 +100,11 @@ def test_no_piece_holds_part_of_a_stop_string_that_later_completes(
 @given(ids, some_stops)
 def test_no_more_is_held_back_than_may_begin_a_stop_string(tokens: list[int], stops: list[str]) -> None:
     """What is held is the longest end of the text that begins a stop string: it never waits without need."""
-    output, text = OutputText(PIECES, stops), ""
-    detokenizer = Detokenizer(PIECES)
+    output, plain, text = OutputText(PIECES, stops), OutputText(PIECES), ""
     for token in tokens:
-        text += detokenizer.push(token)
-        if output.push(token).stop is not None:
+        text += plain.push(token)[0]
+        _, stop = output.push(token)
+        if stop is not None:
             return
         beginnings = [text[at:] for at in range(len(text)) if any(s.startswith(text[at:]) for s in stops)]
         assert output.state.held == max(beginnings, key=len, default="")
@@ -118,9 +118,9 @@ def test_a_sequence_goes_on_elsewhere_from_its_state(
     stayed, state = OutputText(PIECES, stops), TextState()
     for token, heeds in zip(tokens, heed, strict=False):
         moved = OutputText(PIECES, stops, state=state)
-        piece = stayed.push(token, heeds)
-        assert moved.push(token, heeds) == piece
-        if piece.stop is not None:
+        piece, stop = stayed.push(token, heeds)
+        assert moved.push(token, heeds) == (piece, stop)
+        if stop is not None:
             return
         state = moved.state
         assert state == stayed.state
@@ -130,7 +130,7 @@ def test_a_sequence_goes_on_elsewhere_from_its_state(
 @given(ids, some_stops)
 def test_stop_strings_not_heeded_let_all_text_through(tokens: list[int], stops: list[str]) -> None:
     output = OutputText(PIECES, stops)
-    text = "".join(output.push(token, heed_stops=False).text for token in tokens) + output.state.held
+    text = "".join(output.push(token, heed_stops=False)[0] for token in tokens) + output.state.held
     assert text == b"".join(PIECES[token] for token in tokens).decode(errors="replace").removesuffix(
         "\ufffd" if output.state.undecoded else ""
     )
@@ -168,5 +168,5 @@ def test_equal_stop_strings_share_their_automaton() -> None:
     assert first._stops is not None
     assert second._stops is not None
     assert first._stops._root is second._stops._root
-    assert first.push(ord("a")).text == ""
-    assert second.push(ord("b")).text == "b"
+    assert first.push(ord("a")) == ("", None)
+    assert second.push(ord("b")) == ("b", None)

@@ -70,7 +70,7 @@ def llama() -> Tokenizer:
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
     output = OutputText(tokenizer.vocabulary())
-    return "".join(output.push(token).text for token in ids) + output.finish()
+    return "".join(output.push(token)[0] for token in ids) + output.finish()
 
 
 @given(text=texts)
