@@ -17,6 +17,7 @@ from typing import Any
 from structlog.stdlib import get_logger
 
 from app.config import ServerSection
+from app.loop import new_event_loop
 from app.server import listen
 from app.serving import Parts, serving
 from app.signals import stop_signals
@@ -62,7 +63,7 @@ class Service:
         self._parts = parts
         self._listener = listener
         self._signals = signals
-        self._loop = _new_event_loop()
+        self._loop = new_event_loop()
         self._stop = asyncio.Event()
 
     def _signalled(self) -> None:
@@ -123,16 +124,6 @@ def _spare_collector() -> None:
     """What is loaded by now stays: the garbage collector need not look through it, 0.2 s each time."""
     gc.collect()
     gc.freeze()
-
-
-def _new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop where there is one."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
 
 
 def _url(listener: socket.socket) -> str:

@@ -110,11 +110,27 @@ def test_a_lone_request_takes_what_the_profile_says() -> None:
 
 def test_what_passes_between_steps_counts_unless_the_next_is_launched_ahead() -> None:
     jobs = Jobs({0: (0.0, job(0, [1] * 40, 100))}, {})
-    slow = replace(PROFILE, between=Between(0.002, 0.001))
+    slow = replace(PROFILE, between=Between(((0, 0.002), (1, 0.003)), idle=0.004))
     alone = run(jobs).seconds
-    assert run(jobs, profile=slow).seconds == pytest.approx(alone + 100 * 0.002 + 99 * 0.001)
+    assert run(jobs, profile=slow).seconds == pytest.approx(alone + 0.004 + 99 * 0.003)
     ahead = replace(config(), max_outstanding=2)
-    assert run(jobs, ahead, slow).seconds == pytest.approx(alone + 0.002, abs=0.004)
+    assert run(jobs, ahead, slow).seconds == pytest.approx(alone + 0.004, abs=0.004)
+
+
+def test_who_ends_and_who_begins_delays_the_next_launch() -> None:
+    """Three prefills in steps of their own; two of these are of who comes beside a step, two end their request."""
+    jobs = Jobs(
+        {
+            0: (0.0, job(0, [1] * 40, 1)),
+            1: (0.0, job(1, [2] * 40, 30)),
+            2: (0.1, job(2, [3] * 40, 1)),
+        },
+        {},
+    )
+    alone = run(jobs).seconds
+    slow = replace(PROFILE, between=Between(finished=0.001, admitted=0.01, prefill=0.1))
+    delayed = run(jobs, profile=slow).seconds
+    assert delayed == pytest.approx(alone + 2 * 0.001 + 2 * 0.01 + 3 * 0.1)
 
 
 @pytest.mark.parametrize("known", [True, False])
