@@ -13,10 +13,10 @@ from engine.step_time import CurveTime, Shape
 
 SWEEPS = 4000
 TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-HEAD_KNOTS = (0, 1, 8, 32, 128, 512)
+HEAD_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROW_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PASSES = 3
-ALONE_SHARE = 0.2
+ALONE_SHARE = 0.02
 """What all steps measured alone weigh, beside those of a live engine: these are what a server runs, but few shapes."""
 
 
