@@ -149,12 +149,16 @@ def test_every_request_gets_its_recorded_length_whether_or_not_clients_know_it(
 TIERS = ResidencyConfig(host_blocks=60, disk_blocks=400, copy_blocks=4)
 
 
+PAUSES = Between(((1, 0.001), (4, 0.003)), finished=0.0003, admitted=0.0002, prefill=0.0001, idle=0.0007)
+
+
+@pytest.mark.parametrize("between", [Between(), PAUSES])
 @pytest.mark.parametrize(
     ("residency", "resume"),
     [(None, "recompute"), (ResidencyConfig(host_blocks=400), "reload"), (TIERS, "reload")],
 )
 def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
-    residency: ResidencyConfig | None, resume: str
+    residency: ResidencyConfig | None, resume: str, between: Between
 ) -> None:
     """Under pressure, with every tier; whoever records it gets what a live engine would."""
 
@@ -165,7 +169,9 @@ def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
             lines.append(line(now, event, told))
 
         core = config(residency=residency, resume=resume)
-        return b"\n".join(lines), run(workload(), core, recorder=record)
+        return b"\n".join(lines), run(workload(), core, profile, recorder=record)
+
+    profile = replace(PROFILE, between=between)
 
     (first, outcome), (second, again) = recorded(), recorded()
     assert first == second
@@ -173,7 +179,9 @@ def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
     assert len(outcome.digest) == 64
     assert outcome.counts.preemptions > 0
     assert bool(outcome.copied_bytes) == (residency is not None)
-    assert outcome.digest != run(workload(gap=0.051), config(residency=residency, resume=resume)).digest
+    assert (
+        outcome.digest != run(workload(gap=0.051), config(residency=residency, resume=resume), profile).digest
+    )
 
 
 def test_reloading_computes_less_again_than_recomputing() -> None:
