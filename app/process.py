@@ -16,6 +16,7 @@ from typing import Any
 from structlog.stdlib import get_logger
 
 from app.config import ServerSection
+from app.loop import new_event_loop
 from app.server import listen
 from app.serving import Parts, serving
 from app.signals import stop_signals
@@ -61,7 +62,7 @@ class Service:
         self._parts = parts
         self._listener = listener
         self._signals = signals
-        self._loop = _new_event_loop()
+        self._loop = new_event_loop()
         self._stop = asyncio.Event()
 
     def _signalled(self) -> None:
@@ -115,16 +116,6 @@ class Service:
         log.critical("engine_died", exc_info=engine.failure)
         await asyncio.sleep(DEATH_NOTICE_SECONDS)
         return EXIT_ENGINE_DIED
-
-
-def _new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop where there is one."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
 
 
 def _url(listener: socket.socket) -> str:

@@ -25,6 +25,7 @@ from rich.table import Table
 from app.calibration import calibrate
 from app.compose import load
 from app.config import Config, EngineSection, KVStoreSection, LogSection, ModelSection
+from app.loop import run_to_end
 from app.serving import Parts
 from app.tiers import device_tier
 from bench import machine, report
@@ -135,7 +136,7 @@ def measured(options: argparse.Namespace) -> tuple[list[Sample], list[Sample], C
     counts = Counter({"calibration_ms": round((time.perf_counter() - begun) * 1e3)})
     samples: list[Sample] = []
     worker = QueueWorker(WatchedRunner(runner, samples.append))
-    counts.update(worker.run_beside(lambda: asyncio.run(_serve(parts, worker, options, samples))))
+    counts.update(worker.run_beside(lambda: run_to_end(_serve(parts, worker, options, samples))))
     return before, samples, counts
 
 

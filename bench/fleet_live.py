@@ -27,6 +27,7 @@ from rich.table import Table
 
 from app.compose import load
 from app.config_sources import load as load_config
+from app.loop import run_to_end
 from app.replica_tables import ReplicaTable
 from app.serving import Parts
 from bench.policies import LATE_SECONDS, Ending, Live, Outcome, Run, read, rotated, workload
@@ -139,7 +140,7 @@ def play(run: Run, replicas: int) -> FleetOutcome:
         for worker in parts.workers[1:]:
             await asyncio.to_thread(worker.stop)
 
-    parts.worker.run_beside(lambda: asyncio.run(live()))
+    parts.worker.run_beside(lambda: run_to_end(live()))
     if parts.store:
         parts.store.stop(10.0)
     return found
@@ -199,7 +200,7 @@ def run_on(parts: Parts, work: Callable[[Engine], Awaitable[None]]) -> None:
         for worker in parts.workers[1:]:
             await asyncio.to_thread(worker.stop)
 
-    parts.worker.run_beside(lambda: asyncio.run(live()))
+    parts.worker.run_beside(lambda: run_to_end(live()))
     if parts.store:
         parts.store.stop(10.0)
 

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from app.compose import load
 from app.config_sources import load as load_config
+from app.loop import run_to_end
 from app.serving import Parts
 from app.workload import formats, transform
 from app.workload.drawing import Drawing
@@ -239,7 +240,7 @@ def play(run: Run, live: Callable[[Parts, Ending, Outcome], Live] = Live) -> Out
     parts = replace(parts, workers=[QueueWorker(ending)])
     outcome = Outcome()
     made = live(parts, ending, outcome)
-    parts.worker.run_beside(lambda: asyncio.run(made.play(workload(run), run.cap)))
+    parts.worker.run_beside(lambda: run_to_end(made.play(workload(run), run.cap)))
     if parts.store:
         parts.store.stop(10.0)
     return outcome

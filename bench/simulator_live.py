@@ -1,12 +1,13 @@
 """The simulator against the live engine on this machine, in one process without HTTP, at shares of its capacity.
 
-    sluice bench profile --out PROFILE
-    python -m bench.simulator_live --profile PROFILE --rows FILE     # again to add a repeat
-    python -m bench.simulator_live --rows FILE --report
+    sluice bench profile --set kvstore.host.bytes=0 --out PROFILE
+    python -m bench.simulator_live --rows FILE                       # live; again to add a repeat
+    python -m bench.simulator_live --rows FILE --profile PROFILE     # the report
 
-Each run plays one Poisson workload at 50, 85 and 95 % of the capacity that the simulator finds (requests per second
-when all arrive at once), on the engine as the server composes it, and on the simulator. The report gives the errors of
-the simulated figures from the median of the live runs, and how far these lie apart.
+A live run plays one Poisson workload at 50, 85 and 95 % of the engine's capacity (requests per second when all arrive
+at once: the first run finds it, FILE keeps it), on the engine as the server composes it. The report simulates what was
+served, with arrivals as they were (a timer is a millisecond late), and gives the errors of the simulated figures and
+how far the live runs lie apart; both as medians of the runs.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -28,6 +29,7 @@ from rich.table import Table
 from app.compose import load
 from app.config import Config
 from app.core_config import scheduler_config
+from app.loop import run_to_end
 from app.serving import Parts
 from app.simulate.playing import TraceWorkload
 from app.workload.drawing import Drawing, poisson
@@ -35,7 +37,7 @@ from app.workload.prompts import Prompts
 from app.workload.trace import TraceRequest
 from bench.machine import Others
 from bench.report import DISTURBED_CORES, console
-from bench.simulator import GOALS, compare
+from bench.simulator import GOALS, Comparison, compare
 from engine.core import CoreConfig
 from engine.engine import Engine
 from engine.fleet import FleetConfig
@@ -56,7 +58,7 @@ CONFIG: dict[str, Any] = {
 }
 FIRST_TOKEN = 10  # special tokens lie below
 LATE_SECONDS = 0.01
-"""A run in which half of the requests were submitted later than this is void."""
+"""A share in which half of the requests were submitted later than this is void."""
 
 
 def workload(count: int, rate: float, seed: int) -> list[TraceRequest]:
@@ -88,44 +90,44 @@ def simulated(trace: Sequence[TraceRequest], profile: Profile) -> Outcome:
     ).run()
 
 
-def capacity(profile: Profile) -> float:
-    """Requests per second when all are there at once."""
-    at_once = [replace(each, arrival=0.0) for each in workload(SATURATING, 1.0, seed=0)]
-    return SATURATING / simulated(at_once, profile).seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Played:
-    """What the live engine made of a trace, and the cores that others kept busy (or the host away) meanwhile."""
-
-    served: list[Served]
-    others_cores: float
+def capacity(served: Sequence[Served]) -> float:
+    """Requests per second that were served when all were there at once."""
+    return len(served) / max(each.finished for each in served if each.finished is not None)
 
 
 class Live:
-    """The engine on an event loop; every request is submitted when it is due."""
+    """The engine on the loop that is running; every request is submitted when it is due."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._finished: dict[str, Finished] = {}
         self._late: list[float] = []
-
-    async def play(self, traces: Sequence[Sequence[TraceRequest]]) -> list[Played]:
-        """One after the other."""
-        parts = self._parts
-        engine = Engine(
+        self._engine = Engine(
             parts.fleet, parts.workers, exact=parts.exact, store=parts.store, clock=time.perf_counter
         )
-        engine.on_finished.append(self._note)
-        await self._play(engine, workload(4, 100.0, seed=99), "warm")
-        played = []
-        for index, trace in enumerate(traces):
-            others = Others(os.getpid())
-            served = await self._play(engine, trace, str(index))
-            played.append(Played(served, others.cores()))
-        return played
+        self._engine.on_finished.append(self._note)
 
-    async def _play(self, engine: Engine, trace: Sequence[TraceRequest], name: str) -> list[Served]:
+    async def share(self, share: float, most: float, seconds: float) -> dict[str, Any]:
+        """A row. `most`: the capacity."""
+        trace = workload(round(seconds * share * most), share * most, seed=1)
+        self._late.clear()
+        others = Others(os.getpid())
+        served = await self.play(trace, str(share))
+        return {
+            "share": share,
+            "capacity": most,
+            "others_cores": others.cores(),
+            "late": median(self._late),
+            "served": [asdict(each) for each in served],
+        }
+
+    async def capacity(self) -> float:
+        await self.play(workload(4, 100.0, seed=99), "warm")
+        return capacity(
+            await self.play([replace(each, arrival=0.0) for each in workload(SATURATING, 1.0, 0)], "all")
+        )
+
+    async def play(self, trace: Sequence[TraceRequest], name: str) -> list[Served]:
         prompts = Prompts(trace, len(self._parts.model.vocabulary) - FIRST_TOKEN, FIRST_TOKEN)
         asked = {
             each.number: Request(
@@ -138,21 +140,21 @@ class Live:
             for each in trace
         }
         begun = time.perf_counter() + 0.1
-        await asyncio.gather(*(self._ask(engine, asked[each.number], begun + each.arrival) for each in trace))
+        await asyncio.gather(*(self._ask(asked[each.number], begun + each.arrival) for each in trace))
         return [self._served(each, asked[each.number].id, begun) for each in trace]
 
-    async def _ask(self, engine: Engine, request: Request, due: float) -> None:
+    async def _ask(self, request: Request, due: float) -> None:
         await asyncio.sleep(due - time.perf_counter())
         self._late.append(time.perf_counter() - due)
-        await _read(engine.submit(request))
+        await _read(self._engine.submit(request))
 
     def _served(self, each: TraceRequest, name: str, begun: float) -> Served:
-        """Latencies count from when it was due."""
+        """Latencies count from when it was submitted."""
         finished = self._finished.pop(name)
         assert finished.first_token is not None
         return Served(
             number=each.number,
-            arrived=each.arrival,
+            arrived=finished.arrived - begun,
             prompt_tokens=finished.prompt_tokens,
             output_tokens=finished.output_tokens,
             first_token=finished.first_token - begun,
@@ -163,59 +165,63 @@ class Live:
     def _note(self, finished: Finished) -> None:
         self._finished[finished.request] = finished
 
-    @property
-    def late(self) -> float:
-        return median(self._late)
-
 
 async def _read(stream: Stream) -> None:
     async for _ in stream:
         pass
 
 
-def play(traces: Sequence[Sequence[TraceRequest]]) -> tuple[list[Played], float]:
-    """What the live engine made of them, and the median of its submissions' lateness. On the main thread."""
+def run(rows: Path, seconds: float) -> None:
+    """One repeat: a row for each share. On the main thread."""
     parts = load(Config.model_validate(CONFIG))
-    live = Live(parts)
-    found = parts.worker.run_beside(lambda: asyncio.run(live.play(traces)))
-    return found, live.late
-
-
-def run(profile: Profile, rows: Path, seconds: float) -> int:
-    """One repeat: a row for each share, metric and statistic. Exit code 1 when it is void."""
-    most = capacity(profile)
-    traces = [workload(round(seconds * share * most), share * most, seed=1) for share in SHARES]
-    lived, late = play(traces)
-    sys.stderr.write(f"capacity {most:.2f} requests/s; submitted {late * 1e3:.2f} ms late (median)\n")
-    if late > LATE_SECONDS:
-        sys.stderr.write("void: the load came too late\n")
-        return 1
-    with rows.open("a") as file:
-        for share, trace, live in zip(SHARES, traces, lived, strict=True):
-            facts = {"share": share, "capacity": most, "others_cores": live.others_cores}
-            for each in compare(live.served, simulated(trace, profile).served):
-                file.write(json.dumps(facts | asdict(each)) + "\n")
-    return 0
-
-
-def report(rows: Path) -> int:
-    """Exit code 1 when a goal is missed by more than the live runs differ, or no run was undisturbed."""
-    found: dict[tuple[float, str, str], list[dict[str, Any]]] = defaultdict(list)
-    told = [json.loads(text) for text in rows.read_text().splitlines()]
-    for row in told:
-        if row["others_cores"] <= DISTURBED_CORES:
-            found[row["share"], row["metric"], row["statistic"]].append(row)
-    if left_out := len(told) - sum(map(len, found.values())):
-        console().print(
-            f"{left_out} of {len(told)} rows left out: others used > {DISTURBED_CORES} cores meanwhile"
+    for row in parts.worker.run_beside(lambda: run_to_end(_repeat(parts, read(rows), seconds))):
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        sys.stderr.write(
+            f"{row['share']:.0%} of {row['capacity']:.2f}/s; {row['late'] * 1e3:.2f} ms late (median)\n"
         )
+
+
+async def _repeat(parts: Parts, before: Sequence[Mapping[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    live = Live(parts)
+    found = await live.capacity()
+    most = before[0]["capacity"] if before else found
+    return [await live.share(share, most, seconds) for share in SHARES]
+
+
+def read(rows: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in rows.read_text().splitlines()] if rows.exists() else []
+
+
+def again(served: Sequence[Served], profile: Profile) -> list[Served]:
+    """The same requests, simulated: they come when they came."""
+    trace = [
+        TraceRequest(each.number, str(each.number), each.arrived, each.prompt_tokens, each.output_tokens)
+        for each in sorted(served, key=lambda each: each.arrived)
+    ]
+    return simulated(trace, profile).served
+
+
+def report(rows: Path, profile: Profile) -> int:
+    """Exit code 1 when a goal is missed by more than the live runs differ, or no run was undisturbed."""
+    found: dict[tuple[float, str, str], list[Comparison]] = defaultdict(list)
+    told = read(rows)
+    good = [row for row in told if row["others_cores"] <= DISTURBED_CORES and row["late"] <= LATE_SECONDS]
+    if len(good) < len(told):
+        console().print(
+            f"{len(told) - len(good)} of {len(told)} rows left out: disturbed, or the load came late"
+        )
+    for row in good:
+        served = [Served(**each) for each in row["served"]]
+        for comparison in compare(served, again(served, profile)):
+            found[row["share"], comparison.metric, comparison.statistic].append(comparison)
     table = Table(
         "share", "metric", "statistic", "live", "spread", "simulated", "error", title="live and simulated (s)"
     )
     failed = False
     for (share, metric, statistic), those in sorted(found.items()):
-        lived = [row["recorded"] for row in those]
-        middle, simulation = median(lived), those[-1]["simulated"]
+        lived = [each.recorded for each in those]
+        middle, simulation = median(lived), median(each.simulated for each in those)
         spread, error = (max(lived) - min(lived)) / middle, simulation / middle - 1
         missed = abs(error) > max(GOALS.get(statistic, float("inf")), spread)
         failed = failed or missed
@@ -230,16 +236,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.simulator_live", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--profile", type=Path, metavar="FILE")
     parser.add_argument(
-        "--rows", type=Path, required=True, metavar="FILE", help="a repeat's rows are added to it"
+        "--rows", type=Path, required=True, metavar="FILE", help="live runs; a repeat is added to it"
+    )
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="run nothing live: simulate what FILE holds"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each share")
-    parser.add_argument("--report", action="store_true", help="run nothing: what the rows say")
     options = parser.parse_args()
-    if options.report or options.profile is None:
-        return report(options.rows)
-    return run(read_profile(options.profile), options.rows, options.seconds)
+    if options.profile is not None:
+        return report(options.rows, read_profile(options.profile))
+    run(options.rows, options.seconds)
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from engine.step_time import CurveTime, TableTime
+from engine.step_time import CurveTime, Points, Shape, TableTime, on_curve
 
 Route = Annotated[
     str, Field(pattern=r"^(device>host|host>device|host>disk|device>disk|disk>host|disk>device)$")
@@ -29,12 +29,25 @@ class Transfer:
     bytes_per_second: Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Between:
-    """What passes between a step's end and the next one's begin, where nothing was launched ahead: core, threads."""
+    """Seconds from a step's end to the next one's launch: the loop wakes, the core decides, a thread takes the plan.
 
-    seconds: float = 0.0
-    seconds_per_row: float = 0.0  # of the step that ended: its tokens become text and news
+    They add up. Hidden where the next step was launched ahead.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    rows: Points = ((0.0, 0.0),)  # by rows of the step that ended: its tokens become text and news
+    finished: float = 0.0  # for each choice that ended with it
+    admitted: float = 0.0  # for each that the next step is the first of
+    prefill: float = 0.0  # more, where the step that ended had rows of several tokens
+    idle: float = 0.0  # instead of all that, where no step has just ended: from an arrival to the launch
+
+    def after(self, step: Shape, finished: int, admitted: int) -> float:
+        """From the end of this step to the launch of the next."""
+        more = self.prefill if step.prefill_rows else 0.0
+        return on_curve(self.rows, step.rows) + more + self.finished * finished + self.admitted * admitted
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,10 @@ class Device:
 
     free: float = 0.0  # when all that it was told is done
     under_way: deque[Shape] = field(default_factory=deque)
-    last_rows: int = 0  # of the step that ended last
     last_step_done: int = 0
+    ended: Shape = field(default_factory=Shape)  # what that step was, …
+    ended_at: float = -1.0  # … and when
+    finished: int = 0  # choices that ended with the event at hand
     held_copies: list[Copy] = field(default_factory=list)  # these wait for a step to end
 
 
@@ -287,7 +289,7 @@ class Simulation:
         replica = event.replica
         device = self._devices[replica]
         done = device.under_way.popleft()
-        device.last_step_done, device.last_rows = result.step, done.rows
+        device.last_step_done, device.ended, device.ended_at = result.step, done, self._now
         self.outcome.steps += 1
         self.outcome.busy_seconds += result.seconds
         self.outcome.busy_by_replica[replica] += result.seconds
@@ -307,6 +309,8 @@ class Simulation:
         told = self.fleet.handle(event, self._now)
         if self._recorder:
             self._recorder(self._now, event, told)
+        for replica, instructions in told:
+            self._devices[replica].finished = len([True for each in instructions if type(each) is Report])
         # News for clients are not looked at: tokens follow from the step that drew them, and texts are empty.
         notes = [
             note
@@ -357,8 +361,11 @@ class Simulation:
     def _run(self, plan: Plan, replica: int) -> str:
         step, device = shape(plan), self._devices[replica]
         seconds, between = self._step_seconds(step), self._profile.between
-        told = self._now + between.seconds + between.seconds_per_row * device.last_rows
-        end = device.free = max(told, device.free) + seconds
+        if device.ended_at == self._now:
+            pause = between.after(device.ended, device.finished, len(plan.placements))
+        else:
+            pause = between.idle
+        end = device.free = max(self._now + pause, device.free) + seconds
         device.under_way.append(step)
         tokens = self._runner.draw(replica, plan)
         result = StepResult(plan.step, tokens, (None,) * len(tokens), seconds, 0.0)

@@ -62,10 +62,10 @@ def _tell(profile: Profile, errors: list[Error], out: Path | None) -> None:
 
 
 def _errors(errors: list[Error]) -> Table:
-    table = Table("steps", "measured", "median", "mean", "worst", title="errors of the fit")
+    table = Table("steps", "measured", "of the sum", "median", "mean", "worst", title="errors of the fit")
     for each in errors:
         shares = (f"{share:.1%}" for share in (each.median, each.mean, each.worst))
-        table.add_row(each.kind, str(each.samples), *shares)
+        table.add_row(each.kind, str(each.samples), f"{each.bias:+.1%}", *shares)
     return table
 
 
@@ -74,9 +74,11 @@ def _step(profile: Profile) -> str:
     assert isinstance(step, CurveTime)
     dense = ", ".join(f"{tokens:g}: {seconds * 1e3:.2f}" for tokens, seconds in step.dense)
     head = ", ".join(f"{rows:g}: {seconds * 1e3:.2f}" for rows, seconds in step.head)
+    rows = ", ".join(f"{rows:g}: {seconds * 1e3:.2f}" for rows, seconds in between.rows)
     return (
         f"a step, ms: by tokens {dense}; by rows that sample {head}; {step.decode_row * 1e3:.4f} a decode row, "
         f"{step.decode_position * 1e6:.4f} per 1,000 positions it reads; {step.prefill_row * 1e3:.4f} a prefill row, "
-        f"{step.prefill_pair * 1e9:.4f} per million pairs. Between steps {between.seconds * 1e3:.3f} "
-        f"+ {between.seconds_per_row * 1e3:.4f} a row"
+        f"{step.prefill_pair * 1e9:.4f} per million pairs. Between steps, ms: by rows {rows}; "
+        f"{between.finished * 1e3:.3f} for each that ended, {between.admitted * 1e3:.3f} for each admitted, "
+        f"{between.prefill * 1e3:.3f} after a prefill; from idle {between.idle * 1e3:.3f}"
     )

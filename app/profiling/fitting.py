@@ -1,4 +1,4 @@
-"""Fits CurveTime to measured steps: least squares of relative errors, every coefficient ≥ 0. numpy only."""
+"""Fits CurveTime and Between to measurements: least squares of relative errors, every coefficient ≥ 0. numpy only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,16 @@ from statistics import fmean, median
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.profile import Transfer
+from engine.profile import Between, Transfer
 from engine.step_time import CurveTime, Shape
 
 SWEEPS = 4000
 TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-HEAD_KNOTS = (0, 1, 8, 32, 128, 512)
+HEAD_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROW_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+PASSES = 3
+ALONE_SHARE = 0.02
+"""What all steps measured alone weigh, beside those of a live engine: these are what a server runs, but few shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +30,38 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """What passed in a live engine between the end of a step and the launch of the next."""
+
+    step: Shape  # the one that ended
+    finished: int  # choices that ended with it
+    admitted: int  # choices of which the next step is the first
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Error:
-    """Relative errors of a fit over samples of one kind."""
+    """Relative errors of a fit over samples of one kind. `bias`: that of the sum."""
 
     kind: str
     samples: int
+    bias: float
     median: float
     mean: float
     worst: float
 
 
-def fit_steps(samples: Sequence[Sample]) -> CurveTime:
+def fit_steps(alone: Sequence[Sample], live: Sequence[Sample] = ()) -> CurveTime:
     """Curves have knots where samples reach: beyond the largest the last piece goes on."""
+    samples = [*alone, *live]
     most_tokens = max(sample.shape.tokens for sample in samples)
     most_heads = max(sample.shape.samples for sample in samples)
     tokens, heads = _reached(TOKEN_KNOTS, most_tokens), _reached(HEAD_KNOTS, most_heads)
     rows = np.array([_features(sample.shape, tokens, heads) for sample in samples])
-    found = nonnegative(rows, np.array([sample.seconds for sample in samples]))
+    weights = np.ones(len(samples))
+    if alone and live:
+        weights[: len(alone)] = ALONE_SHARE * len(live) / len(alone)
+    found = unbiased(rows, np.array([sample.seconds for sample in samples]), weights)
     base, found = float(found[0]), found[1:]
     dense, found = _curve(tokens, base, found)
     head, found = _curve(heads, 0.0, found)
@@ -55,6 +74,26 @@ def fit_steps(samples: Sequence[Sample]) -> CurveTime:
         prefill_row=prefill_row,
         prefill_pair=prefill_pair,
     )
+
+
+def fit_between(gaps: Sequence[Gap], idle_seconds: float) -> Between:
+    knots = _reached(ROW_KNOTS, max(gap.step.rows for gap in gaps))
+    rows = np.array(
+        [
+            [
+                1.0,
+                *_pieces(knots, gap.step.rows),
+                gap.finished,
+                gap.admitted,
+                float(gap.step.prefill_rows > 0),
+            ]
+            for gap in gaps
+        ]
+    )
+    found = unbiased(rows, np.array([gap.seconds for gap in gaps]), np.ones(len(gaps)))
+    curve, found = _curve(knots, float(found[0]), found[1:])
+    finished, admitted, prefill = map(float, found)
+    return Between(curve, finished, admitted, prefill, idle_seconds)
 
 
 def _reached(knots: Sequence[int], most: int) -> tuple[int, ...]:
@@ -89,13 +128,34 @@ def _curve(
     return tuple((float(x), float(y)) for x, y in zip(knots, heights, strict=True)), increments[count:]
 
 
-def nonnegative(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """x ≥ 0 with least Σ ((rows·x − wanted) ÷ wanted)², by coordinate descent (convex, so it gets there)."""
-    weighted = rows / wanted[:, None]
+def unbiased(
+    rows: NDArray[np.float64], wanted: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """x ≥ 0 with least Σ weight · ((rows·x − wanted) ÷ expected)², expected being the rows·x of the pass before.
+
+    Errors that are relative to the measured values themselves would make those that came out small count most, and the
+    sum of many noisy ones too small.
+    """
+    found, expected = nonnegative(rows, wanted), wanted
+    for _ in range(PASSES):
+        found = nonnegative(rows, wanted, expected / np.sqrt(weights))
+        expected = np.maximum(rows @ found, wanted.min())
+    return found
+
+
+def nonnegative(
+    rows: NDArray[np.float64], wanted: NDArray[np.float64], units: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """x ≥ 0 with least Σ ((rows·x − wanted) ÷ unit)², by coordinate descent (convex, so it gets there).
+
+    Without `units` they are the wanted values: errors are relative.
+    """
+    units = wanted if units is None else units
+    weighted, aims = rows / units[:, None], wanted / units
     scale = np.sqrt((weighted**2).sum(axis=0))
     scale[scale == 0] = 1.0
     weighted = weighted / scale
-    gram, target = weighted.T @ weighted, weighted.sum(axis=0)
+    gram, target = weighted.T @ weighted, weighted.T @ aims
     found = np.zeros(len(target))
     for _ in range(SWEEPS):
         for index in range(len(found)):
@@ -107,13 +167,17 @@ def nonnegative(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArr
 
 def errors(samples: Sequence[Sample], seconds: Callable[[Shape], float]) -> list[Error]:
     """By kind, in the order of the samples."""
-    by_kind: dict[str, list[float]] = {}
+    by_kind: dict[str, list[tuple[float, float]]] = {}
     for sample in samples:
-        relative = abs(seconds(sample.shape) / sample.seconds - 1)
-        by_kind.setdefault(sample.kind, []).append(relative)
-    return [
-        Error(kind, len(found), median(found), fmean(found), max(found)) for kind, found in by_kind.items()
-    ]
+        by_kind.setdefault(sample.kind, []).append((seconds(sample.shape), sample.seconds))
+    return [_error(kind, found) for kind, found in by_kind.items()]
+
+
+def _error(kind: str, pairs: Sequence[tuple[float, float]]) -> Error:
+    """Of (fitted, measured)."""
+    relative = [abs(fitted / measured - 1) for fitted, measured in pairs]
+    bias = sum(fitted for fitted, _ in pairs) / sum(measured for _, measured in pairs) - 1
+    return Error(kind, len(pairs), bias, median(relative), fmean(relative), max(relative))
 
 
 def fit_transfer(sizes: Sequence[tuple[int, float]]) -> Transfer:
@@ -121,10 +185,3 @@ def fit_transfer(sizes: Sequence[tuple[int, float]]) -> Transfer:
     rows = np.array([[1.0, size] for size, _ in sizes])
     latency, per_byte = nonnegative(rows, np.array([seconds for _, seconds in sizes]))
     return Transfer(float(latency), 1 / max(float(per_byte), 1e-15))
-
-
-def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(at 0, per unit), neither negative."""
-    rows = np.array([[1.0, x] for x, _ in points])
-    at_zero, slope = nonnegative(rows, np.array([max(y, 1e-9) for _, y in points]))
-    return float(at_zero), float(slope)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 
 from app.cli import main
 from app.config import Config
-from app.profiling import measuring
-from app.profiling.fitting import Sample, errors, fit_line, fit_steps, fit_transfer, nonnegative
+from app.profiling import live, measuring
+from app.profiling.fitting import Gap, Sample, errors, fit_between, fit_steps, fit_transfer, nonnegative
 from app.profiling.grid import Limits, cells
 from app.profiling.operator_tables import TIMES_PER_LAYER, read_tables
-from engine.profile import ProfileError, read_profile
+from engine.profile import Between, ProfileError, read_profile
 from engine.step_time import CurveTime, Shape, shape
 
 LIMITS = Limits(block_size=16, blocks=2000, context=2048, max_sequences=64, max_batch_tokens=1024)
@@ -57,7 +58,36 @@ def test_copies_are_latency_and_bandwidth() -> None:
     found = fit_transfer([(size, 1e-5 + size / 2e9) for size in (10_000, 100_000, 1_000_000)])
     assert found.latency_seconds == pytest.approx(1e-5, rel=1e-3)
     assert found.bytes_per_second == pytest.approx(2e9, rel=1e-3)
-    assert fit_line([(1.0, 3.0), (3.0, 7.0)]) == pytest.approx((1.0, 2.0))
+
+
+def test_noise_does_not_make_a_fit_too_small() -> None:
+    """Half of the steps take half as long again as the others: the fit is the mean, not what is most often right."""
+    samples = [
+        Sample("live", Shape(rows, rows, rows, rows), seconds * rows)
+        for rows in (1, 2)
+        for seconds in (1.0, 2.0)
+    ]
+    fitted = fit_steps([], samples).timer()
+    assert fitted(Shape(1, 1, 1, 1)) == pytest.approx(1.5, rel=1e-3)
+    assert fitted(Shape(2, 2, 2, 2)) == pytest.approx(3.0, rel=1e-3)
+
+
+def test_live_steps_outweigh_those_measured_alone() -> None:
+    decode = Shape(1, 1, 1, 16)
+    fitted = fit_steps([Sample("alone", decode, 1.0)] * 4, [Sample("live", decode, 2.0)] * 100).timer()
+    assert fitted(decode) == pytest.approx(2.0, rel=0.02)
+
+
+def test_what_passes_between_steps_is_found_by_its_causes() -> None:
+    truth = Between(((1, 1e-4), (2, 2e-4), (4, 3e-4)), 5e-5, 7e-5, 2e-4, 1e-3)
+    gaps = []
+    for rows, prefill, finished, admitted in product((1, 2, 3, 4), (0, 1), (0, 1), (0, 2)):
+        step = Shape(rows, rows, rows - prefill, 0, prefill)
+        gaps.append(Gap(step, finished, admitted, truth.after(step, finished, admitted)))
+    found = fit_between(gaps, 1e-3)
+    assert found.idle == 1e-3
+    for gap in gaps:
+        assert found.after(gap.step, gap.finished, gap.admitted) == pytest.approx(gap.seconds, rel=1e-3)
 
 
 def tables(directory: Path) -> Path:
@@ -113,8 +143,8 @@ def test_tables_that_lack_something_are_refused(tmp_path: Path, capsys: pytest.C
 def test_a_real_runner_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps of the shipped model; what it says may be slow, not absurd."""
     monkeypatch.setattr(measuring, "cells", lambda limits: cells(limits)[::12])
-    monkeypatch.setattr(measuring, "BETWEEN_ROWS", (1, 4))
-    monkeypatch.setattr(measuring, "BETWEEN_TOKENS", 8)
+    monkeypatch.setattr(live, "CLIENTS", (1, 4))
+    monkeypatch.setattr(live, "SECONDS", 0.1)
     config = Config.model_validate(
         {"engine": {"kv_blocks": 300, "max_sequences": 8, "max_batch_tokens": 128}, "log": {"level": "error"}}
     )
@@ -126,3 +156,5 @@ def test_a_real_runner_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < profile.step.timer()(Shape(1, 1, 1, 16)) < 5
     assert (profile.kv_blocks, profile.context, profile.runs_ahead) == (300, 2048, False)
     assert said
+    assert 0 < profile.between.rows[0][1] < 1
+    assert 0 < profile.between.idle < 1

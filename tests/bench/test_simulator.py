@@ -1,12 +1,17 @@
 """The simulator's benchmark: comparisons by their goals, a recording read and simulated, the live workload."""
 
 import gzip
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from app.simulate.command import PROFILES
 from bench.simulator import Comparison, compare, compare_ticks, read_requests, read_ticks, simulate, table
-from bench.simulator_live import report, workload
+from bench.simulator_live import capacity, report, simulated, workload
+from engine.profile import read_profile
+from engine.simulation import Served
 from tests.app.test_profiling import tables
 
 
@@ -62,15 +67,34 @@ def test_the_live_workload_is_the_same_for_the_same_seed_and_fits_the_model() ->
     assert max(each.prompt_tokens + each.output_tokens for each in trace) <= 1200
 
 
+MACHINE = read_profile(PROFILES / "epyc2-tales.json")
+
+
+def lived(factor: float, others_cores: float = 0.0) -> str:
+    """A live run whose latencies are so many times what the profile says."""
+    served = [
+        replace(
+            each,
+            first_token=each.arrived + factor * ((each.first_token or 0.0) - each.arrived),
+            finished=each.arrived + factor * ((each.finished or 0.0) - each.arrived),
+        )
+        for each in simulated(workload(30, 20.0, seed=1), MACHINE).served
+    ]
+    facts = {"share": 0.5, "capacity": 40.0, "others_cores": others_cores, "late": 0.0}
+    return json.dumps(facts | {"served": [asdict(each) for each in served]}) + "\n"
+
+
 def test_a_goal_is_missed_only_beyond_the_spread_of_live_runs(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    line = (
-        '{"share": 0.5, "others_cores": 0.0, "metric": "ttft", "statistic": "mean", '
-        '"recorded": %s, "simulated": 1.2}\n'
-    )
-    rows.write_text(line % 1.0 + line % 0.9 + line % 1.2)
-    assert report(rows) == 0
-    rows.write_text(line % 1.0 + line % 1.01)
-    assert report(rows) == 1
-    rows.write_text((line % 1.2).replace("0.0,", "0.4,", 1))
-    assert report(rows) == 1, "nothing undisturbed says nothing"
+    rows.write_text(lived(1.0))
+    assert report(rows, MACHINE) == 0, "the same requests at the same times give the same figures"
+    rows.write_text(lived(1.2) + lived(0.9) + lived(1.3))
+    assert report(rows, MACHINE) == 0
+    rows.write_text(lived(1.2) + lived(1.21))
+    assert report(rows, MACHINE) == 1
+    rows.write_text(lived(1.0, others_cores=0.4))
+    assert report(rows, MACHINE) == 1, "nothing undisturbed says nothing"
+
+
+def test_the_capacity_is_what_was_served_of_a_crowd() -> None:
+    assert capacity([Served(0, 0.0, 1, 1, finished=2.0), Served(1, 0.0, 1, 1, finished=4.0)]) == 0.5

@@ -110,11 +110,27 @@ def test_a_lone_request_takes_what_the_profile_says() -> None:
 
 def test_what_passes_between_steps_counts_unless_the_next_is_launched_ahead() -> None:
     jobs = Jobs({0: (0.0, job(0, [1] * 40, 100))}, {})
-    slow = replace(PROFILE, between=Between(0.002, 0.001))
+    slow = replace(PROFILE, between=Between(((0, 0.002), (1, 0.003)), idle=0.004))
     alone = run(jobs).seconds
-    assert run(jobs, profile=slow).seconds == pytest.approx(alone + 100 * 0.002 + 99 * 0.001)
+    assert run(jobs, profile=slow).seconds == pytest.approx(alone + 0.004 + 99 * 0.003)
     ahead = replace(config(), max_outstanding=2)
-    assert run(jobs, ahead, slow).seconds == pytest.approx(alone + 0.002, abs=0.004)
+    assert run(jobs, ahead, slow).seconds == pytest.approx(alone + 0.004, abs=0.004)
+
+
+def test_who_ends_and_who_begins_delays_the_next_launch() -> None:
+    """Three prefills in steps of their own; two of these are of who comes beside a step, two end their request."""
+    jobs = Jobs(
+        {
+            0: (0.0, job(0, [1] * 40, 1)),
+            1: (0.0, job(1, [2] * 40, 30)),
+            2: (0.1, job(2, [3] * 40, 1)),
+        },
+        {},
+    )
+    alone = run(jobs).seconds
+    slow = replace(PROFILE, between=Between(finished=0.001, admitted=0.01, prefill=0.1))
+    delayed = run(jobs, profile=slow).seconds
+    assert delayed == pytest.approx(alone + 2 * 0.001 + 2 * 0.01 + 3 * 0.1)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -133,12 +149,16 @@ def test_every_request_gets_its_recorded_length_whether_or_not_clients_know_it(
 TIERS = ResidencyConfig(host_blocks=60, disk_blocks=400, copy_blocks=4)
 
 
+PAUSES = Between(((1, 0.001), (4, 0.003)), finished=0.0003, admitted=0.0002, prefill=0.0001, idle=0.0007)
+
+
+@pytest.mark.parametrize("between", [Between(), PAUSES])
 @pytest.mark.parametrize(
     ("residency", "resume"),
     [(None, "recompute"), (ResidencyConfig(host_blocks=400), "reload"), (TIERS, "reload")],
 )
 def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
-    residency: ResidencyConfig | None, resume: str
+    residency: ResidencyConfig | None, resume: str, between: Between
 ) -> None:
     """Under pressure, with every tier; whoever records it gets what a live engine would."""
 
@@ -149,7 +169,9 @@ def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
             lines.append(line(now, event, told))
 
         core = config(residency=residency, resume=resume)
-        return b"\n".join(lines), run(workload(), core, recorder=record)
+        return b"\n".join(lines), run(workload(), core, profile, recorder=record)
+
+    profile = replace(PROFILE, between=between)
 
     (first, outcome), (second, again) = recorded(), recorded()
     assert first == second
@@ -157,7 +179,9 @@ def test_the_same_workload_gives_the_same_event_log_byte_for_byte(
     assert len(outcome.digest) == 64
     assert outcome.counts.preemptions > 0
     assert bool(outcome.copied_bytes) == (residency is not None)
-    assert outcome.digest != run(workload(gap=0.051), config(residency=residency, resume=resume)).digest
+    assert (
+        outcome.digest != run(workload(gap=0.051), config(residency=residency, resume=resume), profile).digest
+    )
 
 
 def test_reloading_computes_less_again_than_recomputing() -> None:

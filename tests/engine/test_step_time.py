@@ -91,6 +91,7 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
         (('"machine"', '"machinery"'), "machin"),
         (('"sluice_profile": 1', '"sluice_profile": 2'), "sluice_profile"),
         (('"host>disk"', '"host>moon"'), "transfers"),
+        (('"finished"', '"seconds_per_row"'), "between.seconds_per_row"),
     ],
 )
 def test_a_profile_with_something_wrong_is_refused_with_its_place(
