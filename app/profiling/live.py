@@ -90,9 +90,7 @@ class Watch:
 
     def __init__(self, runner: WatchedRunner) -> None:
         self._runner = runner
-        self._after: dict[
-            int, tuple[int, int | None]
-        ] = {}  # by step: choices that ended with it, the step told then
+        self._after: dict[int, tuple[int, int | None]] = {}  # by step: choices it ended, the step told then
         self._from_idle: dict[int, float] = {}  # when the request came that led to this step
 
     def record(self, now: float, event: Event, told: list[Told]) -> None:
