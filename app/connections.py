@@ -1,9 +1,8 @@
 """Connections, below the application: how many there may be, how slowly they may read, and what bad HTTP is told.
 
-aiohttp's own protocol with five changes: errors before the application are the API's error object too; nothing of
+aiohttp's own protocol with four changes: errors before the application are the API's error object too; nothing of
 what a client sent gets into the log; a connection beyond the limit is turned away; one whose reader takes nothing for
-too long is cut, whatever is being written; of a crowd a few are read at a time. Limits that aiohttp has itself are
-said in `app/server.py`.
+too long is cut, whatever is being written. Limits that aiohttp has itself are said in `app/server.py`.
 """
 
 import asyncio
@@ -18,7 +17,6 @@ from structlog.stdlib import get_logger
 
 from app.errors import ApiError, answer_to, as_api_error, bad_request
 from app.http_metrics import UNKNOWN, HttpMetrics
-from app.turns import Door
 
 log = get_logger(__name__)
 
@@ -52,7 +50,6 @@ class Connection(RequestHandler):
             high=0
         )  # whatever is not taken at once makes the writer wait, and us watch
         super().connection_made(transport)
-        self._server.door.come(tcp)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._watch is not None:
@@ -143,7 +140,6 @@ class Server(web.Server):
             plain.request_handler, request_factory=plain.request_factory, handler_cancellation=True
         )
         self.settings = plain._kwargs
-        self.door = Door(self._loop)
         self.metrics = metrics
         self.write_timeout_seconds = write_timeout_seconds
         self._max_connections = max_connections

@@ -68,9 +68,7 @@ class Run:
     cap: int
     rate: float  # requests per second; 0: all at once
     blocks: int
-    policies: Mapping[str, str] = field(
-        default_factory=dict
-    )  # keys of the configuration, beside its defaults
+    policies: Mapping[str, str] = field(default_factory=dict)  # what differs from the defaults
 
 
 @dataclass(slots=True)
