@@ -20,6 +20,8 @@ REFERENCE = "generate"
 """The peer whose tokens are compared with: plain transformers."""
 
 PREFILL_NEW_TOKENS = 1
+SETTLING_SECONDS = 0.5
+"""Before each timed run: the threads of who ran before it may spin on for 0.2 s (OpenMP's), on the cores it needs."""
 PROBE_TOKENS = 8
 """New tokens of the untimed run that brings a decode's context into the cache and shows the peer's speed."""
 
@@ -157,6 +159,7 @@ class Session:
         done: list[tuple[str, Sequence[Trace], dict[str, Any]]] = []
         for place, (peer, job) in enumerate(jobs.items()):
             asked = replace(job, seed=self._job(cell, repeat).seed)
+            time.sleep(SETTLING_SECONDS)
             others = Others(self._parent, peer.pid)
             at, traces = time.time(), self._asked(peer, asked)
             if traces is None:
