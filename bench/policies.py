@@ -1,12 +1,13 @@
 """Policies compared live: the engine as the server composes it, on one recorded workload, short of KV blocks.
 
-    python -m bench.policies --trace FILE --share 0.4 --rows FILE      # again to add a repeat, or other shares
+    python -m bench.policies --trace FILE --share 0.4 --rows FILE      # again to add rounds, or other shares
     python -m bench.policies --rows FILE --report
 
 A system is a set of configuration keys: ours, and what others do, on the same engine. Each runs in a process of its
 own, one after the other. First ours runs without pressure: all requests at once, for the rate (`--load` × its
 throughput), then at that rate, for the demand (the peak of blocks held) and for the answers, which every other run must
-repeat to the token. Then each system gets `--share` × that demand.
+repeat to the token. Then the systems get `--share` × that demand and play by turns, `--rounds` times each: a machine
+changes its speed within minutes by more than policies differ. `--rate` and `--blocks` name a load instead.
 
 Answers end at the recorded lengths by a token that the bench puts in the place of the one drawn, so that no policy can
 know them; clients ask for `--cap` tokens. Latency is normalised: seconds from when a request was due to its end, over
@@ -257,36 +258,54 @@ def in_a_process(run: Run, module: str = "bench.policies") -> Outcome:
     return Outcome(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def cell(
-    base: Run, load_share: float, share: float, systems: Mapping[str, Mapping[str, str]], rows: Path
-) -> int:
-    """One repeat of all systems. Exit code 1 when an answer differs, or the load came too late."""
-    burst = in_a_process(base)
-    at_rate = replace(base, rate=load_share * base.requests / burst.seconds)
-    free = in_a_process(at_rate)
-    blocks = max(round(share * free.peak_blocks), 2048 // 16 + 1)
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What all systems of a cell are given."""
+
+    at_rate: Run
+    free: Outcome  # with all the blocks it wants
+    share: float
+
+
+def found_load(base: Run, load_share: float, share: float, blocks: int) -> Load:
+    """`base` says the rate, or 0: then it is found. `blocks`: 0 for `share` × the demand."""
+    rate = base.rate or load_share * base.requests / in_a_process(base).seconds
+    free = in_a_process(replace(base, rate=rate))
+    blocks = blocks or max(round(share * free.peak_blocks), 2048 // 16 + 1)
+    return Load(replace(base, rate=rate, blocks=blocks), free, round(blocks / free.peak_blocks, 2))
+
+
+def cell(load: Load, systems: Mapping[str, Mapping[str, str]], rounds: int, rows: Path) -> int:
+    """All systems by turns. Exit code 1 when an answer differs, or the load came too late."""
     wrong = 0
-    with rows.open("a+") as file:
-        file.seek(0)
-        for system in rotated(list(systems), sum(1 for _ in file) // len(systems)):
-            told = replace(at_rate, system=system, policies=systems[system], blocks=blocks)
-            outcome = in_a_process(told)
-            same = outcome.answers == free.answers
-            void = outcome.late > LATE_SECONDS
-            wrong += not same or void
-            head = {"trace": Path(base.trace).name, "model": base.model or "shipped", "share": share}
-            row = head | {
-                "system": system, "rate": at_rate.rate, "blocks": blocks, "demand": free.peak_blocks,
-                "same": same, "void": void, **figures(outcome),
-            }  # fmt: skip
-            file.write(json.dumps(row) + "\n")
-            console().print(f"{system}: {row}")
+    with rows.open("a", buffering=1) as file:
+        for turn in range(rounds):
+            for system in rotated(list(systems), turn):
+                row = _played(load, system, systems[system])
+                wrong += not row["same"] or row["void"]
+                file.write(json.dumps(row) + "\n")
+                console().print(f"{turn + 1} of {rounds}, {system}: {row}")
     return int(wrong > 0)
 
 
-def rotated(systems: Sequence[str], repeat: int) -> list[str]:
-    """Each repeat begins with another system: what the machine does in time must not fall on the same ones."""
-    first = repeat % len(systems)
+def _played(load: Load, system: str, policies: Mapping[str, str]) -> dict[str, Any]:
+    run = replace(load.at_rate, system=system, policies=policies)
+    outcome = in_a_process(run)
+    head = {"trace": Path(run.trace).name, "model": run.model or "shipped", "share": load.share}
+    return head | {
+        "system": system,
+        "rate": run.rate,
+        "blocks": run.blocks,
+        "demand": load.free.peak_blocks,
+        "same": outcome.answers == load.free.answers,
+        "void": outcome.late > LATE_SECONDS,
+        **figures(outcome),
+    }
+
+
+def rotated(systems: Sequence[str], turn: int) -> list[str]:
+    """Each turn begins with another system: what the machine does in time must not fall on the same ones."""
+    first = turn % len(systems)
     return [*systems[first:], *systems[:first]]
 
 
@@ -313,16 +332,19 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 
 def report(rows: Path) -> int:
     """Exit code 1 when a goal of design §9 is missed at 0.4 × demand, or any answer differed."""
-    found: dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    found: dict[tuple[str, str, float, float, int], dict[str, list[dict[str, Any]]]]
+    found = defaultdict(lambda: defaultdict(list))
     for text in rows.read_text().splitlines():
         row = json.loads(text)
         if not row["void"]:
-            found[row["trace"], row["model"], row["share"]][row["system"]].append(row)
+            cell = row["trace"], row["model"], row["share"], row["rate"], row["blocks"]
+            found[cell][row["system"]].append(row)
     missed = False
-    for (trace, model, share), systems in found.items():
-        title = f"{trace}, {model}, KV {share:g} of demand: normalised latency in ms, over ours in brackets"
+    for (trace, model, share, rate, blocks), systems in found.items():
+        title = (
+            f"{trace}, {model}, {rate:.3g} requests a second, {blocks} KV blocks, {share:g} of demand: "
+            "normalised latency in ms, over ours in brackets"
+        )
         table = Table("system", "runs", "tax", "preempted", "mean", "P99", "TTFT ms", "tok/s", title=title)
         ours = {key: _median(systems["ours"], key) for key in ("mean", "p99")}
         for system, those in systems.items():
@@ -374,6 +396,9 @@ def arguments(description: str | None, *, requests: int, answers_over: int) -> a
 def main() -> int:
     parser = arguments(__doc__, requests=200, answers_over=4)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="NAME, or NAME=key:value,…")
+    parser.add_argument("--rounds", type=int, default=5, help="each system is played so often, by turns")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second, instead of --load")
+    parser.add_argument("--blocks", type=int, default=0, help="KV blocks, instead of --share")
     options = parser.parse_args()
     if options.play:
         run = Run(**json.loads(options.play))
@@ -388,8 +413,8 @@ def main() -> int:
         "ours", options.trace, options.model, options.requests, options.answers_over, options.cap, 0.0,
         UNPRESSURED_BLOCKS,
     )  # fmt: skip
-    systems = dict(map(named, options.systems))
-    return cell(base, options.load, options.share, systems, options.rows)
+    load = found_load(replace(base, rate=options.rate), options.load, options.share, options.blocks)
+    return cell(load, dict(map(named, options.systems)), options.rounds, options.rows)
 
 
 if __name__ == "__main__":

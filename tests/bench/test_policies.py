@@ -41,8 +41,8 @@ def test_tax_is_what_was_computed_again_of_all_that_was_computed() -> None:
 
 def test_a_report_is_bad_when_an_answer_differed(tmp_path: Path) -> None:
     row = (
-        '{"trace": "t", "model": "m", "share": 0.4, "system": "ours", "void": false, "same": %s, "tax": 0.0,'
-        ' "preemptions": 1, "mean": 1.0, "p99": 1.0, "ttft": 1.0, "tokens_per_second": 1.0,'
+        '{"trace": "t", "model": "m", "share": 0.4, "rate": 9.0, "blocks": 99, "system": "ours", "void": false,'
+        ' "same": %s, "tax": 0.0, "preemptions": 1, "mean": 1.0, "p99": 1.0, "ttft": 1.0, "tokens_per_second": 1.0,'
         ' "resume_errors": {"reload host": [1, 0.1]}}\n'
     )
     rows = tmp_path / "rows.jsonl"
