@@ -104,7 +104,9 @@ def _lanes_rows(
     """
     groups = COLUMNS // LANES
     if a.element == 4:
-        multiply_ahead(rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs, ahead, ahead_step)
+        multiply_ahead(
+            rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs, ahead, ahead_step
+        )
         return
     if PAIRED_A == 4:
         for at in range(0, rows * a.inputs, LANES):
@@ -112,7 +114,9 @@ def _lanes_rows(
             store_f32_some(floats + 4 * at, load_some(source + 2 * at, count, 2), count)
         source = floats
     width = PAIRED_A * a.inputs
-    multiply_paired_ahead(rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2, ahead, ahead_step)
+    multiply_paired_ahead(
+        rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2, ahead, ahead_step
+    )
 
 
 @inner
