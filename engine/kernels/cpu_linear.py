@@ -95,14 +95,18 @@ def _panels(a: Any, column: int, panels: int) -> int:
 
 
 @inner
-def _lanes_rows(a: Any, rows: int, source: int, panels: int, sums: int, floats: int, ahead: int) -> None:
+def _lanes_rows(
+    a: Any, rows: int, source: int, panels: int, sums: int, floats: int, ahead: int, ahead_step: int
+) -> None:
     """sums [rows][COLUMNS] = rows at `source` times a piece's panels. `floats`: room for the rows as float32.
 
-    Meanwhile it asks for as much of the weights from `ahead` on: half a piece, if there are 8 rows.
+    Meanwhile it asks for the weights from `ahead` on, a line every `ahead_step` bytes (cpu_product.py).
     """
     groups = COLUMNS // LANES
     if a.element == 4:
-        multiply_ahead(rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs, ahead)
+        multiply_ahead(
+            rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs, ahead, ahead_step
+        )
         return
     if PAIRED_A == 4:
         for at in range(0, rows * a.inputs, LANES):
@@ -110,7 +114,9 @@ def _lanes_rows(a: Any, rows: int, source: int, panels: int, sums: int, floats: 
             store_f32_some(floats + 4 * at, load_some(source + 2 * at, count, 2), count)
         source = floats
     width = PAIRED_A * a.inputs
-    multiply_paired_ahead(rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2, ahead)
+    multiply_paired_ahead(
+        rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2, ahead, ahead_step
+    )
 
 
 @inner
@@ -118,14 +124,15 @@ def _lanes_piece(a: Any, row: int, end: int, column: int, panels: int) -> None:
     sums = panels + 64
     piece_bytes = COLUMNS * a.inputs * a.element
     panel = _panels(a, column, panels)
-    start = row
+    passes = (end - row + 7) // 8
+    ahead, step = panel, 0
+    if column + COLUMNS * a.threads < a.outputs:
+        ahead, step = panel + a.threads * piece_bytes, min(64, 128 // passes)
     while row < end:
         rows = _height(end - row)
         source = a.x + row * a.inputs * a.element
-        ahead = panel
-        if row - start < 16 and column + COLUMNS * a.threads < a.outputs:
-            ahead = panel + a.threads * piece_bytes + (row - start) // 8 * piece_bytes // 2
-        _lanes_rows(a, rows, source, panels, sums, sums + 8 * 4 * COLUMNS, ahead)
+        _lanes_rows(a, rows, source, panels, sums, sums + 8 * 4 * COLUMNS, ahead, step)
+        ahead += step * piece_bytes // 128  # what 8 rows ask for
         _write(a, row, rows, column, COLUMNS, sums)
         row += rows
 

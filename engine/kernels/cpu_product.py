@@ -56,11 +56,21 @@ class _Tile:
         self.sums = [[cgutils.alloca_once(builder, F32_VECTOR) for _ in range(groups)] for _ in range(rows)]
 
     def over(
-        self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any, ahead: Any, later: Any
+        self,
+        a: Any,
+        a_row: Any,
+        b: Any,
+        b_step: Any,
+        c: Any,
+        c_row: Any,
+        count: Any,
+        ahead: tuple[Any, Any] | None,
+        later: Any,
     ) -> None:
         """C = A · B; `b` holds every group's start.
 
-        Each step asks for the next 64 bytes of `ahead`, if not None, and for what stands behind the starts at `later`.
+        Each step asks for a line of what is `ahead` (its start, and bytes from one step to the next), if not None, and
+        for what stands behind the starts at `later`.
         """
         builder = self.builder
         starts, wanted = self._starts(b), self._starts(later) if later else []
@@ -71,7 +81,7 @@ class _Tile:
         with cgutils.for_range(builder, count, intp=_I64) as loop:
             self._step(rows, starts, loop.index, b_step, wanted)
             if ahead is not None:
-                fetch(builder, builder.add(ahead, _times(builder, loop.index, 64)))
+                fetch(builder, builder.add(ahead[0], builder.mul(loop.index, ahead[1])))
         self._store(c, c_row)
 
     def along(
@@ -187,8 +197,11 @@ def _emit_rows(
             else:
                 entry = _times(builder, group, 8)
                 starts = builder.add(b, entry)
-                fetched = _times(builder, builder.mul(loop.index, count), 64)
-                ahead = builder.add(more[0], fetched) if asks == "ahead" else None
+                ahead = None
+                if asks == "ahead":
+                    start, step = more
+                    asked = builder.mul(builder.mul(loop.index, count), step)
+                    ahead = builder.add(start, asked), step
                 later = builder.add(more[0], entry) if asks == "later" else None
                 tile.over(a, a_row, starts, b_step, columns, c_row, count, ahead, later)
 
@@ -222,7 +235,7 @@ def _product(paired: bool, along: bool) -> Any:
     return intrinsic(product)
 
 
-def _product_asking(paired: bool, along: bool, asks: str) -> Any:
+def _product_ahead(paired: bool) -> Any:
     def product(
         context: Any,
         rows: Any,
@@ -234,9 +247,29 @@ def _product_asking(paired: bool, along: bool, asks: str) -> Any:
         c: Any,
         c_row: Any,
         count: Any,
-        wanted: Any,
+        ahead: Any,
+        ahead_step: Any,
     ) -> tuple[Any, Any]:
-        return types.void(*[types.int64] * 10), _by_height(paired, along, asks)
+        return types.void(*[types.int64] * 11), _by_height(paired, along=False, asks="ahead")
+
+    return intrinsic(product)
+
+
+def _product_later(paired: bool, along: bool) -> Any:
+    def product(
+        context: Any,
+        rows: Any,
+        groups: Any,
+        a: Any,
+        a_row: Any,
+        b: Any,
+        b_step: Any,
+        c: Any,
+        c_row: Any,
+        count: Any,
+        later: Any,
+    ) -> tuple[Any, Any]:
+        return types.void(*[types.int64] * 10), _by_height(paired, along, asks="later")
 
     return intrinsic(product)
 
@@ -250,13 +283,12 @@ rows: one of TILE_ROWS. a, a_row: address and row distance (bytes) of A, float32
 b: address of the groups' start addresses (int64). b_step: bytes from one k (or pair) to the next within a group.
 c, c_row: float32 C, groups adjacent. count: how many k, or pairs."""
 
-multiply_ahead = _product_asking(paired=False, along=False, asks="ahead")
-multiply_paired_ahead = _product_asking(paired=True, along=False, asks="ahead")
-"""The same with a last argument `ahead`: every step also asks for 64 bytes more of what begins there, to have them
-in the cache when the next product is of them."""
+multiply_ahead, multiply_paired_ahead = _product_ahead(paired=False), _product_ahead(paired=True)
+"""The same with `ahead` and `ahead_step`: every step also asks for a line of what begins at `ahead`, `ahead_step` bytes
+after the one before, to have it in the cache when the next product is of it."""
 
-multiply_later = _product_asking(paired=False, along=False, asks="later")
-multiply_paired_later = _product_asking(paired=True, along=False, asks="later")
+multiply_later = _product_later(paired=False, along=False)
+multiply_paired_later = _product_later(paired=True, along=False)
 """The same with a last argument `later`, start addresses like those at `b`: of what the next product is of. Each load
 of B asks for its like there. (Asked for in one go, ahead of the product, memory and arithmetic waited in turns.)"""
 
@@ -264,6 +296,6 @@ weigh, weigh_paired = _product(paired=False, along=True), _product(paired=True, 
 """The same added to C, for B whose groups lie side by side: `b` is the address of a start address for every RUN of
 k, `count` counts runs."""
 
-weigh_later = _product_asking(paired=False, along=True, asks="later")
-weigh_paired_later = _product_asking(paired=True, along=True, asks="later")
+weigh_later = _product_later(paired=False, along=True)
+weigh_paired_later = _product_later(paired=True, along=True)
 """`weigh` with a last argument `later`."""
