@@ -42,4 +42,5 @@ class ReplicaLog:
         if over.failure:
             log.info("migration_failed", **told, failure=over.failure)
         else:
-            log.info("migrated", **told, pause_seconds=round(over.pause_seconds, 6))
+            pause, transfer = round(over.pause.seconds, 6), round(over.pause.transfer_seconds, 6)
+            log.info("migrated", **told, pause_seconds=pause, transfer_seconds=transfer)

@@ -216,7 +216,7 @@ class ReplicaMetrics:
         self._migrations[over.reason, OUTCOMES[not over.failure]].inc()
         if over.live and not over.failure:
             self._migration.observe(over.seconds)
-            self._pause.observe(over.pause_seconds)
+            self._pause.observe(over.pause.seconds)
 
     def observe_fate(self, *, up: bool) -> None:
         """It is lost, or back; or still lost, as it could not be started again."""

@@ -33,7 +33,7 @@ from app.serving import Parts
 from bench.policies import LATE_SECONDS, Ending, Live, Outcome, Run, read, rotated, workload
 from bench.report import console
 from engine.engine import Engine
-from engine.events import MigrationOver
+from engine.events import MigrationOver, Pause
 from engine.fleet import Fleet
 from engine.plan import Sampling
 from engine.records import StepRecord
@@ -62,7 +62,8 @@ class FleetOutcome:
     tpot: list[float] = field(default_factory=list)
     looked_up: int = 0  # tokens, and of these …
     found: int = 0
-    moved: list[tuple[bool, float, int]] = field(default_factory=list)  # live?, pause in seconds, in steps
+    moved: int = 0
+    pauses: list[float] = field(default_factory=list)  # seconds, of those that ran
     failures: dict[str, int] = field(default_factory=dict)
 
 
@@ -90,20 +91,18 @@ class FleetLive(Live):
             self._found.tpot.append((finished.finished - finished.first_token) / (finished.output_tokens - 1))
 
     def _over(self, over: MigrationOver) -> None:
-        note(over, self._found.moved, self._failures)
-        self._found.failures = dict(self._failures)
+        if over.failure:
+            self._failures[over.failure] += 1
+            self._found.failures = dict(self._failures)
+            return
+        self._found.moved += 1
+        if over.live:
+            self._found.pauses.append(over.pause.seconds)
 
     def close(self, fleet: Fleet) -> None:
         if self._ticking is not None:
             self._ticking.cancel()
         self._found.placed = [member.placed for member in fleet.members]
-
-
-def note(over: MigrationOver, moved: list[tuple[bool, float, int]], failures: Counter[str]) -> None:
-    if over.failure:
-        failures[over.failure] += 1
-    else:
-        moved.append((over.live, over.pause_seconds, over.pause_steps))
 
 
 async def ticking(engine: Engine) -> None:
@@ -212,15 +211,16 @@ class Migrating:
         self.answers: dict[str, list[int]] = {}
         self.asked = 0
         self._replicas, self._wanted, self._streams = replicas, wanted, streams
-        self._moved: list[tuple[bool, float, int]] = []
+        self._moved = 0
+        self._pauses: list[Pause] = []
         self._failures: Counter[str] = Counter()
         self._steps: list[float] = []
 
     async def play(self, engine: Engine) -> None:
-        engine.on_migration.append(lambda over: note(over, self._moved, self._failures))
+        engine.on_migration.append(self._over)
         engine.on_step.append(lambda record: self._steps.append(record.seconds))
         random, reading = Random(0), set[asyncio.Task[None]]()
-        while len(self._moved) + sum(self._failures.values()) < self._wanted:
+        while self._moved + sum(self._failures.values()) < self._wanted:
             while len(reading) < self._streams:
                 task = asyncio.ensure_future(self._stream(engine, stream_of(self.asked)))
                 self.asked += 1
@@ -240,20 +240,31 @@ class Migrating:
             engine.cancel(request_id)
         await asyncio.gather(*reading)
 
+    def _over(self, over: MigrationOver) -> None:
+        if over.failure:
+            self._failures[over.failure] += 1
+            return
+        self._moved += 1
+        if over.live:
+            self._pauses.append(over.pause)
+
     async def _stream(self, engine: Engine, request: Request) -> None:
         self.answers[request.id] = await read(engine.submit(request))
 
     def table(self) -> Table:
-        alive = [(seconds, count) for live, seconds, count in self._moved if live]
-        seconds, counts = zip(*alive, strict=True)
         step = median(self._steps)
-        title = f"{len(alive)} live migrations, {self._streams} streams, {self._replicas} replicas"
+        title = f"{len(self._pauses)} live migrations, {self._streams} streams, {self._replicas} replicas"
         table = Table("", "p50", "p99", title=title)
-        table.add_row("pause, ms", f"{median(seconds) * 1e3:.2f}", f"{_p99(seconds) * 1e3:.2f}")
-        table.add_row("pause, steps of the source", f"{median(counts):.0f}", f"{_p99(counts):.0f}")
-        table.add_row(
-            "pause ÷ a step's median", f"{median(seconds) / step:.2f}", f"{_p99(seconds) / step:.2f}"
-        )
+
+        def add(name: str, figures: Sequence[float], digits: int) -> None:
+            table.add_row(name, f"{median(figures):.{digits}f}", f"{_p99(figures):.{digits}f}")
+
+        seconds = [pause.seconds for pause in self._pauses]
+        add("pause, ms", [1e3 * each for each in seconds], 2)
+        add("pause ÷ a step's median", [each / step for each in seconds], 2)
+        add("of it the tail's transfer, ms", [1e3 * pause.transfer_seconds for pause in self._pauses], 2)
+        add("pause, steps of the source", [pause.steps for pause in self._pauses], 0)
+        add("beside the transfer", [pause.steps - pause.transfer_steps for pause in self._pauses], 0)
         return table
 
     def told(self) -> str:
@@ -293,7 +304,6 @@ def cell(base: Run, load_share: float, replicas: int, systems: Sequence[str], ro
 
 
 def figures(found: FleetOutcome) -> dict[str, Any]:
-    alive = [pause for live, pause, _ in found.moved if live]
     return {
         "ttft": mean(found.outcome.ttft),
         "ttft_p99": _p99(found.outcome.ttft),
@@ -303,8 +313,8 @@ def figures(found: FleetOutcome) -> dict[str, Any]:
         "imbalance": max(found.busy) / mean(found.busy),
         "placed": found.placed,
         "preemptions": found.outcome.preemptions,
-        "moved": len(found.moved),
-        "pause_p50": median(alive) if alive else None,
+        "moved": found.moved,
+        "pause_p50": median(found.pauses) if found.pauses else None,
         "failures": found.failures,
     }
 

@@ -208,6 +208,17 @@ class PolicyFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """Of a live migration: from when the source stops its sequence, which may be in a step still, until the target
+    runs it."""
+
+    seconds: float = 0.0
+    steps: int = 0  # of the source's, that it would have been in
+    transfer_seconds: float = 0.0  # of these, its last blocks and its tail were on their way
+    transfer_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationOver:
     """A request's choice has moved, or goes on at its source because of `failure`. For logs and metrics."""
 
@@ -219,8 +230,7 @@ class MigrationOver:
     failure: str  # "" where it has moved
     live: bool  # it ran, and went on without giving up its place before
     seconds: float
-    pause_seconds: float
-    pause_steps: int  # of the source's, that it would have been in
+    pause: Pause
     detail: str = ""  # to the reason, for people
 
 

@@ -410,7 +410,7 @@ class Fleet:
 def _explained(over: MigrationOver) -> Decided:
     """For the request's timeline."""
     kind, chosen = (Kind.STAYED, over.source) if over.failure else (Kind.MIGRATED, over.target)
-    way = f"live, paused for {over.pause_seconds:.4f} s" if over.live else "from its snapshot"
+    way = f"live, paused for {over.pause.seconds:.4f} s" if over.live else "from its snapshot"
     why = f"{over.reason} ({over.detail})" if over.detail else over.reason
     reason = f"{why}: " + (over.failure or f"from replica {over.source}, {way}")
     return Decided(

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 from engine.core import Core
+from engine.events import Pause
 from engine.landings import Landings
 from engine.resumption import Match
 from engine.sequence import Sequence, State
@@ -58,15 +59,14 @@ class Migration:
         self.target = target
         self.began = now
         self.paused_at: float | None = None
-        self.pause_seconds = 0.0
-        self.pause_steps = 0  # of the source's, that it would have been in
+        self.pause = Pause()
         self.stage = Stage.COPYING
         self.failure = ""
         self.rounds = 0
         self._twin: Sequence | None = None
         self._snapshot: Snapshot | None = None
         self._epoch = sequence.epoch
-        self._steps_told = 0  # of the source's, when it was in none any more
+        self._stopped = self._arrived = (0.0, 0)  # when, and the source's steps: it was in none, all was here
         self._fetched_blocks = 0  # full ones that the target has or fetches
         self._match: Match | None = None  # of the snapshot, at the target
         self._pins: list[Entry] = []
@@ -105,7 +105,7 @@ class Migration:
             case Stage.LEAVING:
                 self._leave(now)
             case Stage.LANDING:
-                self._look_after_landing()
+                self._look_after_landing(now)
         return self.stage is not before
 
     def _impossible(self, now: float) -> str:
@@ -169,7 +169,7 @@ class Migration:
         if sequence.pending or sequence.scheduled != sequence.computed:
             return  # rows under way
         self._snapshot = sequence.take_snapshot(self._block_size)
-        self._steps_told = self.source.steps_told
+        self._stopped = now, self.source.steps_told
         self.stage = Stage.LEAVING
 
     def _leave(self, now: float) -> None:
@@ -193,7 +193,7 @@ class Migration:
             self._match = match
             self.stage = Stage.LANDING
 
-    def _look_after_landing(self) -> None:
+    def _look_after_landing(self, now: float) -> None:
         outcome = self._landings.outcome(self.twin)
         if outcome is None:
             return
@@ -205,6 +205,7 @@ class Migration:
         twin.waiting_since = self.began if self.paused_at is None else self.paused_at
         assert self._match is not None
         self._landings.land(twin, self._match)
+        self._arrived = now, self.source.steps_told
         self.stage = Stage.COMING
 
     # --- its end --------------------------------------------------------------------------------------------------
@@ -212,8 +213,7 @@ class Migration:
     def landed(self, now: float) -> None:
         """The target runs it: it is the source's no more."""
         assert self.stage is Stage.COMING
-        self.pause_seconds = now - (now if self.paused_at is None else self.paused_at)
-        self.pause_steps = self.source.steps_told - self._steps_told
+        self.pause = self._paused(now)
         self._unpin()
         residency = self.source.scheduler.residency
         self.source.depart(self.sequence, now)
@@ -223,6 +223,16 @@ class Migration:
             residency.discard(self.snapshot.tail.key)
         self.target.settle(self.twin)
         self.stage = Stage.OVER
+
+    def _paused(self, now: float) -> Pause:
+        assert self.paused_at is not None
+        (stopped, steps_then), (arrived, steps_before) = self._stopped, self._arrived
+        return Pause(
+            seconds=now - self.paused_at,
+            steps=self.source.steps_told - steps_then,
+            transfer_seconds=arrived - stopped,
+            transfer_steps=steps_before - steps_then,
+        )
 
     def abort(self, failure: str) -> None:
         """It goes on at its source, if it still runs there."""

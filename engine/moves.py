@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.core import Core
-from engine.events import MigrationOver
+from engine.events import MigrationOver, Pause
 from engine.ledger import Ledger
 from engine.member import Member
 from engine.migration import Migration, Stage
@@ -165,18 +165,17 @@ class Moves:
         """One that was no live migration is over."""
         key = move.request, move.choice
         self.over.append(
-            MigrationOver(*key, source, target, move.reason, failure, False, 0.0, 0.0, 0, move.detail)
+            MigrationOver(*key, source, target, move.reason, failure, False, 0.0, Pause(), move.detail)
         )
 
     def _end(self, migration: Migration, move: Move, now: float) -> None:
         self._under_way.remove((migration, move))
         source, target = migration.source.replica, migration.target.replica
         seconds, failure = now - migration.began, migration.failure
-        pause = migration.pause_seconds, migration.pause_steps
         self.over.append(
             MigrationOver(
                 *(move.request, move.choice, source, target, move.reason, failure, True, seconds),
-                *pause,
+                migration.pause,
                 move.detail,
             )
         )

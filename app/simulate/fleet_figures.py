@@ -34,7 +34,7 @@ def fleet_figures(outcome: Outcome) -> FleetFigures:
         from_snapshots=len(moved) - len(live),
         failed=len(outcome.migrations) - len(moved),
         stayed=outcome.stayed,
-        pauses=spread(each.pause_seconds for each in live),
+        pauses=spread(each.pause.seconds for each in live),
         forecast_errors=tuple(outcome.forecast_errors),
     )
 

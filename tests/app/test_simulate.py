@@ -15,7 +15,7 @@ from app.simulate.playing import TraceWorkload
 from app.simulate.scenario import BadSweep, fleet_config, for_block_size, scenarios
 from app.workload.playing import Playing
 from app.workload.trace import TraceRequest
-from engine.events import MigrationOver
+from engine.events import MigrationOver, Pause
 from engine.profile import write_profile
 from engine.simulation import Outcome, Served
 from tests.engine.test_simulation import PROFILE
@@ -140,7 +140,7 @@ def test_replicas_are_those_of_the_tables_unless_so_many_alike_are_asked_for(tmp
 def test_figures_of_a_fleet_are_as_defined() -> None:
     """Two have moved live, one from its snapshot, and one has failed."""
     moves = [
-        MigrationOver(str(n), 0, 0, 1, "load", failure, live, 1.0, pause, 1)
+        MigrationOver(str(n), 0, 0, 1, "load", failure, live, 1.0, Pause(pause, 1))
         for n, (failure, live, pause) in enumerate(
             [("", True, 0.1), ("", True, 0.3), ("", False, 0.0), ("no room", True, 0.0)]
         )
