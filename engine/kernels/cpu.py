@@ -7,6 +7,7 @@ layers in cpu_linear.py; here is who calls what with which addresses, and what i
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from math import prod
 
 import numba
 import torch
@@ -25,6 +26,9 @@ _ELEMENT = {torch.float32: 4, torch.bfloat16: 2}
 _STORE_TOKENS = 64  # a piece of work when keys and values are stored apart from attention
 _ALONE_NUMBERS = 16384  # elementwise work up to this many numbers is faster on one thread
 _ALONE_PRODUCTS = 32768  # and attention up to this many
+_LARGE_BYTES = (
+    65536  # results from here on are kept: the allocator would give pages back, and each costs 3 µs anew
+)
 
 
 class UnsupportedOnCpu(UnsupportedDevice):
@@ -140,7 +144,10 @@ class CpuKernels:
             team().run(kernel, arguments, self._clock)
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype) if self._program is None else self._program.lend(shape, dtype)
+        """Memory for a result."""
+        if self._program is None and prod(shape) * dtype.itemsize < _LARGE_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        return self._arena.lend(shape, dtype)
 
     def _reserve(self, thread_bytes: int) -> None:
         """Makes the scratch large enough for every thread a kernel may run on."""

@@ -23,7 +23,7 @@ from engine.kernels.cpu_team import EVERYBODY, team
 
 
 class Arena:
-    """Memory for results, shared by a runner's programs: one runs at a time. Sizes are powers of two for that."""
+    """Memory for results, shared by a runner's passes: one runs at a time. Sizes are powers of two for that."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
@@ -66,9 +66,6 @@ class Program:
         own.counters = ctypes.addressof(own)
         self._kept.append(own)
         self._words += (kernel.address, ctypes.addressof(own), 1 if alone else EVERYBODY)
-
-    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return self._arena.lend(shape, dtype)
 
     def keep(self, owner: object) -> None:
         """Of memory that calls read or write."""

@@ -104,3 +104,14 @@ def test_memory_is_lent_again_when_nobody_looks_at_it() -> None:
     del view
     assert arena.lend((3, 20), torch.bfloat16).data_ptr() == address
     assert np.prod(second.shape) == 28
+
+
+def test_large_results_get_the_memory_of_those_before_them() -> None:
+    """So a pass over many tokens takes new pages from the system once, not each time."""
+    kernels = CpuKernels(torch.float32)
+    linear = kernels.linear(torch.ones(512, 64), None)
+    first = linear(torch.ones(40, 64))
+    address = first.data_ptr()
+    assert linear(torch.ones(40, 64)).data_ptr() != address
+    del first
+    assert address in {linear(torch.ones(40, 64)).data_ptr(), linear(torch.ones(33, 64)).data_ptr()}
