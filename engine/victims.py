@@ -128,7 +128,7 @@ class Victims:
         situation = self.valuation.situation(running)
         offer = Offer(victim, self.valuation, situation)
         rounds = min(sequence.expected_remaining_tokens for sequence in running)
-        gain = waiter.weight * rounds * self.valuation.step_seconds(situation)
+        gain = waiter.weight * rounds * situation.step_seconds
         return offer.frees > 0 and offer.price * offer.frees < gain
 
 

@@ -105,7 +105,7 @@ class Flights:
 
     def holders(self, block: int) -> int:
         """How many sequences hold a device block: copies are left out."""
-        return self._pool.references(block) - self.held[block]
+        return self._pool.references(block) - self.held.get(block, 0)
 
     def bytes_up(self, block_bytes: int) -> dict[str, int]:
         """Bytes on their way to the device, or waiting for it, by the tier that they come from."""
