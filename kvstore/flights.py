@@ -118,6 +118,8 @@ class Flights:
 
     def leaving(self, up: Collection[str]) -> int:
         """Device blocks that are free as soon as copies have ended: copies that touch only the tiers that are `up`."""
+        if not self.held:
+            return 0
         stuck = {
             end
             for flight in self._under_way.values()
