@@ -5,7 +5,7 @@ Who gets them is decided in scheduler.py; what a row means is plan.py's.
 
 from dataclasses import dataclass, field
 
-from engine.plan import Placement, Row
+from engine.plan import PENDING, Placement, Row
 from engine.sequence import Sequence
 from engine.valuation import Work, work_of
 from policies.admission import Room
@@ -80,7 +80,8 @@ def _row(sequence: Sequence, count: int) -> Row:
     start, told, held = sequence.scheduled, sequence.told, len(sequence.table)
     samples = not sequence.head_end and start + count == len(sequence.tokens) + sequence.pending
     blocks = tuple(sequence.table[told:]) if told < held else ()
-    row = Row(sequence.slot, start, sequence.next_tokens(count), told, blocks, samples)
+    tokens = tuple(sequence.tokens[start : start + count]) or (PENDING,)
+    row = Row(sequence.slot, start, tokens, told, blocks, samples)
     sequence.told = held
     sequence.scheduled = start + count
     sequence.pending += samples

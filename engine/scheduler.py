@@ -151,14 +151,14 @@ class Scheduler:
         """
         wanted: dict[Sequence, int] = {}
         lacking: list[Sequence] = []
-        missing = tokens = 0
+        missing, tokens, block_size = 0, 0, self.config.block_size
         for sequence in self.running:
             if (count := sequence.remaining) > 0:
                 wanted[sequence] = count
                 tokens += count
-                if lack := self._places.missing_blocks(sequence, count):
+                if sequence.scheduled + count > len(sequence.table) * block_size:
                     lacking.append(sequence)
-                    missing += lack
+                    missing += self._places.missing_blocks(sequence, count)
         if tokens > draft.budget:
             self._grow_in_order(draft, wanted, now)
         elif missing > self.pool.available:

@@ -10,6 +10,7 @@ Recompute takes the device from everyone who runs; a reload mostly delays the on
 Whom to preempt is asked of all who run, so the terms of a price are named tuples (engine/plan.py has why).
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -106,17 +107,16 @@ def reload(standing: Standing, weight: float, situation: Situation) -> Way:
 
 def split(standing: Standing, weight: float, situation: Situation) -> Way:
     """Computes the head while the rest loads, from the block on where both end together; at least a block each."""
-    low, high = 1, standing.below_blocks - 1
-    while (
-        low < high
-    ):  # computing grows with the head, loading falls: the first head that takes longer to compute
-        middle = (low + high) // 2
-        if _head(standing, middle, situation)[0] < _loading(standing, middle, situation):
-            low = middle + 1
-        else:
-            high = middle
+
+    def computing_ends_last(blocks: int) -> bool:
+        return _head(standing, blocks, situation)[0] >= _loading(standing, blocks, situation)
+
+    # computing grows with the head, loading falls; where loading is quick, the first block is enough
+    head, most = 1, standing.below_blocks - 1
+    if head < most and not computing_ends_last(head):
+        head = 2 + bisect_left(range(2, most), True, key=computing_ends_last)
     return min(
-        (_split_at(standing, blocks, weight, situation) for blocks in {max(1, low - 1), low}),
+        (_split_at(standing, blocks, weight, situation) for blocks in {max(1, head - 1), head}),
         key=lambda way: (way.price, way.first_fetched),
     )
 
