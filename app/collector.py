@@ -4,8 +4,9 @@ import atexit
 import gc
 
 YOUNG = 10_000
-"""Objects made and not yet freed, after which the youngest are looked through. A step makes five a row, which are freed
-with the next: at Python's 700 a step of 256 rows is looked through once or twice, in vain, for 5–10 % of its time."""
+"""Objects made and not yet freed, after which the youngest are looked through. A step makes five a row, which are
+freed with the next: at Python's 700 they are looked through once or twice a step of 256 rows, in vain, for 5 to 10 % of
+its time."""
 
 
 def spare() -> None:
