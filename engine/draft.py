@@ -80,7 +80,10 @@ def _row(sequence: Sequence, count: int) -> Row:
     start, told, held = sequence.scheduled, sequence.told, len(sequence.table)
     samples = not sequence.head_end and start + count == len(sequence.tokens) + sequence.pending
     blocks = tuple(sequence.table[told:]) if told < held else ()
-    tokens = tuple(sequence.tokens[start : start + count]) or (PENDING,)
+    if count == 1 and start < len(sequence.tokens):
+        tokens: tuple[int, ...] = (sequence.tokens[start],)  # nearly all
+    else:
+        tokens = tuple(sequence.tokens[start : start + count]) or (PENDING,)
     row = Row(sequence.slot, start, tokens, told, blocks, samples)
     sequence.told = held
     sequence.scheduled = start + count

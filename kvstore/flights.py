@@ -126,11 +126,8 @@ class Flights:
             if not (flight.copy.source in up and flight.copy.target in up)
             for end in flight.ends
         }
-        return sum(
-            1
-            for block, count in self.held.items()
-            if self._pool.references(block) == count and block not in stuck
-        )
+        references = self._pool.references
+        return sum(references(block) == count and block not in stuck for block, count in self.held.items())
 
     def touching(self, tier: str) -> list[int]:
         """The copies that have an end in a tier."""
