@@ -5,15 +5,13 @@ Models and runners are made in `app/replica_runners.py`. The engine and its appl
 """
 
 import asyncio
-import atexit
-import gc
 import time
 from functools import partial
 from pathlib import Path
 
 from structlog.stdlib import get_logger
 
-from app import memory
+from app import collector, memory
 from app.config import Config
 from app.core_config import balance_config
 from app.plugins import PluginError, load_plugins
@@ -87,18 +85,8 @@ def load(config: Config) -> Parts:
     workers = [QueueWorker(first.runner, overlap=first.runs_ahead), *map(_on_its_own_thread, others)]
     revive = partial(_revive, replicas)
     exact = all(each.runner.exact for each in runners)
-    _spare_collector()
+    collector.spare()
     return Parts(config, model, fleet, workers, exact, tiers.store, revive)
-
-
-def _spare_collector() -> None:
-    """What is loaded by now stays: the garbage collector need not look through it, 0.2 s each time.
-
-    At the end it must: extension modules count what they are not given back as leaked.
-    """
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)
 
 
 def _on_its_own_thread(replica: ReplicaRunner) -> ThreadWorker:

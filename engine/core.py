@@ -223,7 +223,7 @@ class Core:
         self.scheduler.valuation.step_done(step.scheduled.work, now - max(step.told, self._step_ended))
         self._step_ended = now
         news: list[Instruction] = []
-        kept = 0
+        kept, computed = 0, self._life.computed
         drawn = zip(result.tokens, result.logprobs, strict=True)
         rows, sequences = step.scheduled.rows, step.scheduled.sequences
         for row, sequence, epoch in zip(rows, sequences, step.epochs, strict=True):
@@ -234,7 +234,7 @@ class Core:
                 sequence.tokens.append(token)
                 sequence.pending -= 1
                 kept += 1
-            self._life.computed(sequence, row.start + len(row.tokens), now)
+            computed(sequence, row.start + len(row.tokens), now)
             if token is not None:
                 self._drawn(sequence, token, logprob, now, news)
         assert next(drawn, None) is None, "more tokens drawn than rows sampled"
@@ -244,8 +244,7 @@ class Core:
         self, sequence: Sequence, token: int, logprob: Logprob | None, now: float, news: list[Instruction]
     ) -> None:
         """One more token of a sequence: its text, and whether it is the last. Adds what is told of it to `news`."""
-        request = sequence.request
-        stopping, output_tokens = request.stopping, len(sequence.tokens) - sequence.prompt_tokens
+        stopping, output_tokens = sequence.request.stopping, len(sequence.tokens) - sequence.prompt_tokens
         sequence.token_times.append(now)
         self._life.drawn(sequence, output_tokens)
         reason: FinishReason | None = None
@@ -263,7 +262,7 @@ class Core:
                 reason, text = FinishReason.LENGTH, text + sequence.text.finish()
         logprobs = () if logprob is None else (logprob,)
         delta = Delta(sequence.choice, text, (token,), logprobs, reason, stop_reason)
-        news.append(Emit(request.id, delta))
+        news.append(Emit(sequence.request.id, delta))
         if reason is not None:
             news += self._retire(sequence, reason, now)
 

@@ -5,7 +5,7 @@ Who gets them is decided in scheduler.py; what a row means is plan.py's.
 
 from dataclasses import dataclass, field
 
-from engine.plan import Placement, Row
+from engine.plan import PENDING, Placement, Row
 from engine.sequence import Sequence
 from engine.valuation import Work, work_of
 from policies.admission import Room
@@ -19,6 +19,7 @@ class Draft:
     shares: dict[Sequence, int] = field(default_factory=dict)
     placed: list[Sequence] = field(default_factory=list)  # those that are new on the device
     closed: bool = False  # to newcomers, promoted ones too: somebody was preempted for want of blocks
+    leaving: int = 0  # device blocks on their way out, while those who run are given their tokens
     room: Room | None = None  # what is foreseen of the pool; None: not asked yet, or no longer true
 
     def give(self, sequence: Sequence, count: int) -> None:
@@ -79,7 +80,11 @@ def _row(sequence: Sequence, count: int) -> Row:
     start, told, held = sequence.scheduled, sequence.told, len(sequence.table)
     samples = not sequence.head_end and start + count == len(sequence.tokens) + sequence.pending
     blocks = tuple(sequence.table[told:]) if told < held else ()
-    row = Row(sequence.slot, start, sequence.next_tokens(count), told, blocks, samples)
+    if count == 1 and start < len(sequence.tokens):
+        tokens: tuple[int, ...] = (sequence.tokens[start],)  # nearly all
+    else:
+        tokens = tuple(sequence.tokens[start : start + count]) or (PENDING,)
+    row = Row(sequence.slot, start, tokens, told, blocks, samples)
     sequence.told = held
     sequence.scheduled = start + count
     sequence.pending += samples

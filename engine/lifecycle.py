@@ -165,12 +165,13 @@ class Lifecycle:
         self._give_up(sequence, now)
 
     def _give_up(self, sequence: Sequence, now: float) -> None:
-        snapshot = sequence.take_snapshot(self._block_size)
+        snapshot, valuation = sequence.take_snapshot(self._block_size), self._valuation
+        stake = valuation.stake(sequence)
+        sequence.resume_seconds = valuation.resume_seconds(stake)
         if self.intake.saves:
-            if self._valuation.worth_saving(sequence, self._valuation.situation(self._places.running)):
+            if valuation.worth_saving(sequence, stake, valuation.situation(self._places.running)):
                 self.checkpoints.save_snapshot(sequence, snapshot, now)
             sequence.pins = self._residency.pin(snapshot.all_keys)
-        sequence.resume_seconds = self._valuation.resume_seconds(sequence)
         self._places.leave(sequence)
         sequence.restore(snapshot)
         self._enqueue(sequence, now)

@@ -151,14 +151,14 @@ class Scheduler:
         """
         wanted: dict[Sequence, int] = {}
         lacking: list[Sequence] = []
-        missing = tokens = 0
+        missing, tokens, block_size = 0, 0, self.config.block_size
         for sequence in self.running:
             if (count := sequence.remaining) > 0:
                 wanted[sequence] = count
                 tokens += count
-                if lack := self._places.missing_blocks(sequence, count):
+                if sequence.scheduled + count > len(sequence.table) * block_size:
                     lacking.append(sequence)
-                    missing += lack
+                    missing += self._places.missing_blocks(sequence, count)
         if tokens > draft.budget:
             self._grow_in_order(draft, wanted, now)
         elif missing > self.pool.available:
@@ -173,6 +173,7 @@ class Scheduler:
     def _grow_in_order(self, draft: Draft, wanted: dict[Sequence, int], now: float) -> None:
         """Those in decode first. After a preemption there is nothing for newcomers."""
         order = self._policies.order
+        draft.leaving = self.residency.leaving
         for sequence in sorted(wanted, key=lambda s: (wanted[s] > 1, not s.promoted, order(s), s.number)):
             count = min(wanted[sequence], draft.budget)
             if count <= 0 or (draft.closed and sequence.state is not State.RUNNING):
@@ -187,13 +188,13 @@ class Scheduler:
     def _find_blocks(self, sequence: Sequence, missing: int, draft: Draft, now: float) -> bool:
         """Whether so many are available, once others have been preempted if need be; else it sits this step out."""
         while missing > self.pool.available:
-            if missing <= self.pool.available + self.residency.leaving:
+            if missing <= self.pool.available + draft.leaving:
                 return False  # enough is on its way out
             if self._may_wait(sequence, draft):
                 return False
             victim = self._preempt_for(sequence, missing, now)
             draft.take_back(victim)
-            draft.closed = True
+            draft.closed, draft.leaving = True, self.residency.leaving
             if victim is sequence:
                 return False
         return True
@@ -204,6 +205,8 @@ class Scheduler:
         Only while others go on, and for so many steps: a prediction that does not come true must stop nobody.
         """
         most = self._policies.admission.wait_steps
+        if sequence.waits >= most:
+            return False
         rounds = min(
             (s.expected_remaining_tokens for s in draft.shares if not s.head_end), default=most + 1.0
         )

@@ -7,7 +7,7 @@ by a step under way), *known + pending* (all tokens there are, the one being sam
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from engine.plan import PENDING, Sampling
+from engine.plan import Sampling
 from engine.request import Finished, FinishReason, Request, ServiceClass
 from engine.snapshot import Snapshot, tail_of
 from engine.text import OutputText
@@ -175,14 +175,6 @@ class Sequence:
         if known - self.prompt_tokens >= self.max_tokens:
             return 0
         return known - self.scheduled
-
-    def next_tokens(self, count: int) -> tuple[int, ...]:
-        """The ids at positions scheduled … scheduled + count - 1."""
-        if self.scheduled >= len(self.tokens):
-            return (PENDING,)
-        if count == 1:
-            return (self.tokens[self.scheduled],)
-        return tuple(self.tokens[self.scheduled : self.scheduled + count])
 
     def block_keys(self, block_size: int) -> list[Key]:
         """Keys of all full blocks of the known tokens."""

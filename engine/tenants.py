@@ -40,11 +40,13 @@ class Tenants:
 
     def serve(self, step: Iterable[tuple[Sequence, Row]]) -> None:
         """Their rows are computed for them."""
+        service, served = self.service, 0
         for sequence, row in step:
             tokens = len(row.tokens)
-            self.served += tokens
+            served += tokens
             counted = OUTPUT_WEIGHT if tokens == 1 and row.samples else tokens
-            self.service[sequence.tenant] += counted / sequence.weight
+            service[sequence.tenant] += counted / sequence.weight
+        self.served += served
 
     def _forget(self) -> None:
         idle = sorted(

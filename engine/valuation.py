@@ -5,7 +5,7 @@ The arithmetic is policies/pricing.py's and cost.py's; here the engine's books b
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from engine.plan import Row
@@ -153,6 +153,7 @@ class Valuation:
             chunk=max(1, self._max_batch_tokens - rows),
             decode_rows=rows,
             decode_context=context,
+            step_seconds=self.costs.steps.step_seconds(0, 0.0, rows, context),
             prompts_seconds=prompts,
             running_weight=weight,
             ahead_bytes=self._residency.below.bytes_up(self._block_bytes),
@@ -165,10 +166,6 @@ class Valuation:
         return step + steps.recompute_seconds(
             cached, rest, max(1, self._max_batch_tokens - rows), rows, context
         )
-
-    def step_seconds(self, situation: Situation) -> float:
-        """Of a step in which all only decode."""
-        return self.costs.steps.step_seconds(0, 0.0, situation.decode_rows, situation.decode_context)
 
     def standing(self, sequence: Sequence, match: Match) -> Standing:
         """Of a waiter, as its tiers have been found."""
@@ -200,38 +197,37 @@ class Valuation:
     def price(self, sequence: Sequence, frees: int, situation: Situation) -> float:
         """Of preempting it, per block that this frees."""
         stake = self._stake(sequence, frees)
-        return price(stake, sequence.weight, _without(situation, sequence), self.enabled)
+        return price(stake, sequence.weight, self._without(situation, sequence), self.enabled)
 
-    def resume_seconds(self, sequence: Sequence) -> float:
+    def resume_seconds(self, stake: Stake) -> float:
         """Of a running sequence, what coming back would take alone, by the quickest way there would be."""
-        standing = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence)).standing
-        return min(way.seconds for way in ways(standing, 1.0, self.situation(()), self.enabled))
+        return min(way.seconds for way in ways(stake.standing, 1.0, self.situation(()), self.enabled))
 
     def comes_back_whole(self, sequence: Sequence, situation: Situation) -> bool:
         """Whether all that a running one has computed could be loaded, and would be, should it give way now."""
-        stake = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence))
+        stake = self.stake(sequence)
         if RELOAD not in self.enabled or stake.unsaved_blocks > self._residency.spilling_room:
             return False
         if not stake.frees:
             return True
+        if stake.survival < 1.0:
+            return False
         best = self._best_way(sequence, stake, situation)
-        return stake.survival >= 1.0 and best is not None and best.name == RELOAD
+        return best is not None and best.name == RELOAD
 
-    def worth_saving(self, sequence: Sequence, situation: Situation) -> bool:
+    def worth_saving(self, sequence: Sequence, stake: Stake, situation: Situation) -> bool:
         """Whether one that gives way now would rather be loaded than computed again, what saving it takes included.
 
         What is on its way down holds its device blocks: to a slow tier, for long.
         """
-        stake = self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence))
         best = self._best_way(sequence, stake, situation)
         return best is None or best.name != RECOMPUTE
 
     def _best_way(self, sequence: Sequence, stake: Stake, situation: Situation) -> Way | None:
         """The cheapest way back when those that load cost the saving, too. None: there is none that loads."""
-        beside = _without(situation, sequence)
-        found = ways(stake.standing, sequence.weight, beside, self.enabled)
         if not stake.standing.below_blocks:
             return None
+        found = ways(stake.standing, sequence.weight, self._without(situation, sequence), self.enabled)
         saving = sequence.weight * self.saving_seconds(stake.unsaved_blocks)
         return min(found, key=lambda way: way.price + saving * (way.name != RECOMPUTE))
 
@@ -243,6 +239,10 @@ class Valuation:
 
     def _save_tier(self) -> str:
         return next((shelf.name for shelf in self._residency.shelves if shelf.up), "")
+
+    def stake(self, sequence: Sequence) -> Stake:
+        """Of a running one, should it give way now."""
+        return self._stake(sequence, len(sequence.table) - self.shared_blocks(sequence))
 
     def _stake(self, sequence: Sequence, frees: int) -> Stake:
         blocks = len(sequence.table)
@@ -264,12 +264,13 @@ class Valuation:
             save_tier=tier,
         )
 
-
-def _without(situation: Situation, sequence: Sequence) -> Situation:
-    """What goes on beside one of those that run."""
-    return replace(
-        situation,
-        decode_rows=max(0, situation.decode_rows - 1),
-        decode_context=max(0, situation.decode_context - sequence.computed),
-        running_weight=max(0.0, situation.running_weight - sequence.weight),
-    )
+    def _without(self, situation: Situation, sequence: Sequence) -> Situation:
+        """What goes on beside one of those that run."""
+        rows = max(0, situation.decode_rows - 1)
+        context = max(0, situation.decode_context - sequence.computed)
+        return situation._replace(
+            decode_rows=rows,
+            decode_context=context,
+            step_seconds=self.costs.steps.step_seconds(0, 0.0, rows, context),
+            running_weight=max(0.0, situation.running_weight - sequence.weight),
+        )

@@ -13,6 +13,7 @@ from engine.sequence import Sequence
 from engine.valuation import Offer, Valuation
 from policies.decisions import Alternative, Decision, Kind
 from policies.order import Patient
+from policies.pricing import Situation
 
 PRICED_STEPS = 16
 """Steps after which all who run are priced anew, when somebody is to give way."""
@@ -23,6 +24,10 @@ takes as long as a step of the core should. For who is less urgent by class or p
 
 NAMED = 4
 """Alternatives that a decision names, at most."""
+
+
+Ranked = tuple[tuple[float, ...], int, Sequence]
+"""(the victim policy's key, admission, sequence): no two are from one admission."""
 
 
 @dataclass(slots=True)
@@ -65,7 +70,7 @@ class Victims:
         if not running:
             return []
         self._price(running, running)
-        left = sorted((s for s in running if not s.promoted), key=self._rank)
+        left = [sequence for *_, sequence in sorted(self._ranked([s for s in running if not s.promoted]))]
         freed = [0, *accumulate(self._offer(sequence).frees for sequence in left)]
         return [sequence for sequence, before in zip(left, freed, strict=False) if before < missing]
 
@@ -74,8 +79,9 @@ class Victims:
         candidates = self._displaceable(waiter, running)
         if not candidates:
             return None
-        victim, alternatives = self._choose(candidates, running)
-        if not (waiter.promoted or self._pays(waiter, victim, running)):
+        situation = self.valuation.situation(running)
+        victim, alternatives = self._choose(candidates, running, situation)
+        if not (waiter.promoted or self._pays(waiter, victim, running, situation)):
             return None
         reason = f"{waiter.request.id} goes before it" + (", promoted" if waiter.promoted else "")
         return victim, _preempted(victim, self.config.order, reason, alternatives)
@@ -88,8 +94,11 @@ class Victims:
             return []
         displaces = self.policies.order.displaces
         urgency = (waiter.class_rank, waiter.priority)
-        urgent = [s for s in running if urgency < (s.class_rank, s.priority) and not s.promoted]
-        found = [s for s in urgent if displaces(waiter, s)]
+        found = [
+            s
+            for s in running
+            if urgency < (s.class_rank, s.priority) and not s.promoted and displaces(waiter, s)
+        ]
         if found or not self._peer_may:
             return found
         self._peer_may = False
@@ -100,35 +109,40 @@ class Victims:
         return [s for s in peers if self.valuation.comes_back_whole(s, situation)]
 
     def _choose(
-        self, candidates: List[Sequence], running: List[Sequence]
+        self, candidates: List[Sequence], running: List[Sequence], situation: Situation | None = None
     ) -> tuple[Sequence, tuple[Alternative, ...]]:
-        """The first by the victim policy, and the next few, priced."""
-        self._price(candidates, running)
-        ranked = nsmallest(NAMED, candidates, key=self._rank)
-        alternatives = tuple(Alternative(s.request.id, self._offer(s).price) for s in ranked)
-        return ranked[0], alternatives
+        """The first by the victim policy, and the next few, priced. `situation`: theirs, if it is known."""
+        self._price(candidates, running, situation)
+        first = [sequence for *_, sequence in nsmallest(NAMED, self._ranked(candidates))]
+        return first[0], tuple(Alternative(s.request.id, self._offer(s).price) for s in first)
 
-    def _price(self, candidates: List[Sequence], running: List[Sequence]) -> None:
+    def _price(
+        self, candidates: List[Sequence], running: List[Sequence], situation: Situation | None = None
+    ) -> None:
         """Sees to it that all of them have an offer."""
-        missing = [each for each in candidates if each.admitted_as not in self._offers]
+        offers = self._offers
+        missing = [each for each in candidates if each.admitted_as not in offers]
         if missing:
-            situation = self.valuation.situation(running)
+            if situation is None:
+                situation = self.valuation.situation(running)
             for each in missing:
-                self._offers[each.admitted_as] = Offer(each, self.valuation, situation)
+                offers[each.admitted_as] = Offer(each, self.valuation, situation)
 
-    def _rank(self, sequence: Sequence) -> tuple[tuple[float, ...], int]:
-        admitted_as = sequence.admitted_as
-        return self.policies.victim(sequence, self._offers[admitted_as]), admitted_as
+    def _ranked(self, candidates: List[Sequence]) -> list[Ranked]:
+        """All of them, who have offers, with their places by the victim policy. The lowest goes first."""
+        victim, offers = self.policies.victim, self._offers
+        return [(victim(s, offers[s.admitted_as]), s.admitted_as, s) for s in candidates]
 
-    def _pays(self, waiter: Sequence, victim: Sequence, running: List[Sequence]) -> bool:
+    def _pays(
+        self, waiter: Sequence, victim: Sequence, running: List[Sequence], situation: Situation
+    ) -> bool:
         """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.
 
         A victim that gave way already costs more each time, so two never displace each other for long.
         """
-        situation = self.valuation.situation(running)
         offer = Offer(victim, self.valuation, situation)
         rounds = min(sequence.expected_remaining_tokens for sequence in running)
-        gain = waiter.weight * rounds * self.valuation.step_seconds(situation)
+        gain = waiter.weight * rounds * situation.step_seconds
         return offer.frees > 0 and offer.price * offer.frees < gain
 
 

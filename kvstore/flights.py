@@ -105,7 +105,7 @@ class Flights:
 
     def holders(self, block: int) -> int:
         """How many sequences hold a device block: copies are left out."""
-        return self._pool.references(block) - self.held[block]
+        return self._pool.references(block) - self.held.get(block, 0)
 
     def bytes_up(self, block_bytes: int) -> dict[str, int]:
         """Bytes on their way to the device, or waiting for it, by the tier that they come from."""
@@ -118,17 +118,16 @@ class Flights:
 
     def leaving(self, up: Collection[str]) -> int:
         """Device blocks that are free as soon as copies have ended: copies that touch only the tiers that are `up`."""
+        if not self.held:
+            return 0
         stuck = {
             end
             for flight in self._under_way.values()
             if not (flight.copy.source in up and flight.copy.target in up)
             for end in flight.ends
         }
-        return sum(
-            1
-            for block, count in self.held.items()
-            if self._pool.references(block) == count and block not in stuck
-        )
+        references = self._pool.references
+        return sum(references(block) == count and block not in stuck for block, count in self.held.items())
 
     def touching(self, tier: str) -> list[int]:
         """The copies that have an end in a tier."""

@@ -137,6 +137,7 @@ class CopyCost:
     def __init__(self) -> None:
         self._routes: dict[tuple[str, str], Fit] = {}
         self._waits: dict[str, deque[float]] = {}
+        self._usual_waits: dict[str, float] = {}  # the median of each
 
     def observe(self, sample: CopySample) -> None:
         """Learns from a copy; one of which nothing arrived teaches nothing."""
@@ -149,12 +150,13 @@ class CopyCost:
 
     def observe_wait(self, source: str, seconds: float) -> None:
         """Learns from loads: so much longer than copying did they take. Less than 0: copies overlapped."""
-        self._waits.setdefault(source, deque(maxlen=WAITS_KEPT)).append(seconds)
+        waits = self._waits.setdefault(source, deque(maxlen=WAITS_KEPT))
+        waits.append(seconds)
+        self._usual_waits[source] = median(waits)
 
     def wait_seconds(self, source: str) -> float:
         """What a load waits beside copying: for threads to wake and for the loop to hear of it; 0 before the first."""
-        waits = self._waits.get(source)
-        return median(waits) if waits else 0.0
+        return self._usual_waits.get(source, 0.0)
 
     def seconds(self, source: str, target: str, size: int) -> float:
         """From the moment a thread takes it up: latency + bytes ÷ bandwidth."""

@@ -6,11 +6,13 @@ to give up its blocks (policies/preemption.py). Seconds come from a cost model (
     price = delay of this sequence × its weight + device seconds × the weights of those running
 
 Recompute takes the device from everyone who runs; a reload mostly delays the one that waits for it.
+
+Whom to preempt is asked of all who run, so the terms of a price are named tuples (engine/plan.py has why).
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 RELOAD = "reload"
 RECOMPUTE = "recompute"
@@ -19,11 +21,6 @@ SPLIT = "split"
 
 class StepCosts(Protocol):
     """Seconds of steps, as a cost model predicts them: policies/cost.py has the one that is fitted."""
-
-    def recompute_seconds(
-        self, cached: int, count: int, chunk: int, decode_rows: int = 0, decode_context: int = 0
-    ) -> float:
-        """Until `count` positions after `cached` are computed, in chunks, beside rows that decode."""
 
     def added_seconds(self, cached: int, count: int) -> float:
         """What these positions add to steps that run anyway."""
@@ -39,8 +36,7 @@ class CopyCosts(Protocol):
         """To the device, in copies of `copy_bytes`, behind what is queued there already."""
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
+class Situation(NamedTuple):
     """What goes on beside the sequence that is priced."""
 
     steps: StepCosts
@@ -49,15 +45,15 @@ class Situation:
     block_bytes: int
     copy_bytes: int  # most of one copy
     chunk: int  # tokens that a step has for it
-    decode_rows: int = 0
-    decode_context: int = 0
-    prompts_seconds: float = 0.0  # what prompts under way add to the steps to come: it shares those with them
-    running_weight: float = 0.0  # of all that run beside it
-    ahead_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier: what is queued to come from there
+    decode_rows: int
+    decode_context: int
+    step_seconds: float  # of a step in which these rows alone are computed
+    prompts_seconds: float  # what prompts under way add to the steps to come: it shares those with them
+    running_weight: float  # of all that run beside it
+    ahead_bytes: Mapping[str, int]  # by tier: what is queued to come from there
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """Where a sequence's KV is, or will be when it comes back. Positions count from the beginning of its tokens."""
 
     device_tokens: int  # on the device already, or still
@@ -75,8 +71,7 @@ class Standing:
         return self.device_tokens + self.below_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
+class Way(NamedTuple):
     """A way back. Of the blocks below the device those from `first_fetched` on are loaded, the rest are computed."""
 
     name: str
@@ -112,17 +107,16 @@ def reload(standing: Standing, weight: float, situation: Situation) -> Way:
 
 def split(standing: Standing, weight: float, situation: Situation) -> Way:
     """Computes the head while the rest loads, from the block on where both end together; at least a block each."""
-    low, high = 1, standing.below_blocks - 1
-    while (
-        low < high
-    ):  # computing grows with the head, loading falls: the first head that takes longer to compute
-        middle = (low + high) // 2
-        if _head(standing, middle, situation)[0] < _loading(standing, middle, situation):
-            low = middle + 1
-        else:
-            high = middle
+
+    def computing_ends_last(blocks: int) -> bool:
+        return _head(standing, blocks, situation)[0] >= _loading(standing, blocks, situation)
+
+    # computing grows with the head, loading falls; where loading is quick, the first block is enough
+    head, most = 1, standing.below_blocks - 1
+    if head < most and not computing_ends_last(head):
+        head = 2 + bisect_left(range(2, most), True, key=computing_ends_last)
     return min(
-        (_split_at(standing, blocks, weight, situation) for blocks in {max(1, low - 1), low}),
+        (_split_at(standing, blocks, weight, situation) for blocks in {max(1, head - 1), head}),
         key=lambda way: (way.price, way.first_fetched),
     )
 
@@ -148,31 +142,28 @@ def _computing_beside(start: int, end: int, situation: Situation) -> tuple[float
 
 def _computing(start: int, end: int, situation: Situation) -> tuple[float, float]:
     """(seconds until positions start … end are computed among those that run, device seconds that they add)."""
-    if end <= start:
+    count = end - start
+    if count <= 0:
         return 0.0, 0.0
-    steps = situation.steps
-    return steps.recompute_seconds(
-        start, end - start, situation.chunk, situation.decode_rows, situation.decode_context
-    ), steps.added_seconds(start, end - start)
+    added = situation.steps.added_seconds(start, count)
+    return -(-count // situation.chunk) * situation.step_seconds + added, added
 
 
 def _loading(standing: Standing, skipped: int, situation: Situation) -> float:
     """Seconds until all blocks but the first `skipped` are there. Each tier has its own queue, beside the others'."""
     sizes: dict[str, int] = {}
     for tier, blocks in standing.below:
-        taken = max(0, blocks - skipped)
-        skipped = max(0, skipped - blocks)
-        sizes[tier] = sizes.get(tier, 0) + taken * situation.block_bytes
-    return max(
-        (
-            situation.copies.reload_seconds(
-                tier, size, situation.copy_bytes, situation.ahead_bytes.get(tier, 0)
-            )
-            for tier, size in sizes.items()
-            if size
-        ),
-        default=0.0,
-    )
+        if skipped < blocks:
+            sizes[tier] = sizes.get(tier, 0) + (blocks - skipped) * situation.block_bytes
+            skipped = 0
+        else:
+            skipped -= blocks
+    longest = 0.0
+    for tier, size in sizes.items():
+        if size:
+            ahead = situation.ahead_bytes.get(tier, 0)
+            longest = max(longest, situation.copies.reload_seconds(tier, size, situation.copy_bytes, ahead))
+    return longest
 
 
 def _price(seconds: float, device_seconds: float, weight: float, situation: Situation) -> float:
@@ -182,8 +173,7 @@ def _price(seconds: float, device_seconds: float, weight: float, situation: Situ
 # --- giving up ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Stake:
+class Stake(NamedTuple):
     """What a running sequence has at stake, should it be the victim."""
 
     standing: Standing  # as it will be when it comes back

@@ -3,7 +3,6 @@
 A scripted runner's tokens are right only if every position of every block that it reads is (tests/fakes.py).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -268,7 +267,7 @@ def test_prompts_under_way_delay_what_is_computed_again_but_not_what_is_loaded()
         running[0].scheduled, running[0].remaining
     )
     standing = Standing(device_tokens=4, below=((HOST, 9),), below_tokens=36, total=40)
-    alone = replace(situation, prompts_seconds=0.0)
+    alone = situation._replace(prompts_seconds=0.0)
     beside, without = (
         {way.name: way.seconds for way in ways(standing, 1.0, each, (RECOMPUTE, RELOAD))}
         for each in (situation, alone)
