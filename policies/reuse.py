@@ -20,12 +20,13 @@ EDGES = [2.0 ** (half / 2) for half in range(-8, 29)]
 BUCKETS = len(EDGES) + 1
 WIDTHS = [EDGES[0], *(end - start for start, end in pairwise(EDGES)), EDGES[-1]]
 MIDDLES = [end - width / 2 for end, width in zip([*EDGES, 2 * EDGES[-1]], WIDTHS, strict=True)]
-MOST_TIMES = 256
+MOST_TIMES = 512
 """Of a cell so many moments are kept, the older ones more sparsely."""
 
 BELIEVED_REUSE, BELIEVED_USES = 0.3, 1024.0
-"""Before anything is known: as likely in any bucket, so what was used lately is worth most, as LRU has it."""
-BACKING_USES, BACKING_SHARE = 32.0, 0.01
+"""Before anything is known: as likely in any bucket, so what was used lately is worth most, as LRU has it. Counts like
+so many uses, for ages that few have reached yet."""
+BACKING_USES, BACKING_SHARE = 32.0, 0.02
 """What a kind's family counts, beside its own uses, and all beside a family's; with so many for each use of any kind. A
 prompt's blocks fare alike, so few uses say little."""
 LEAST_ALIVE = 0.02
@@ -54,7 +55,16 @@ class Cell:
         self.times.append(now)
         self.totals.append(total)
         if len(self.times) > MOST_TIMES:
-            del self.times[0 : MOST_TIMES // 2 : 2], self.totals[0 : MOST_TIMES // 2 : 2]
+            self._thin(now)
+
+    def _thin(self, now: float) -> None:
+        """Keeps moments apart by a sixteenth of how long ago they are."""
+        kept: list[int] = []
+        for place in range(len(self.times) - 1, -1, -1):
+            if not kept or self.times[kept[-1]] - self.times[place] >= (now - self.times[place]) / 16:
+                kept.append(place)
+        self.times = [self.times[place] for place in reversed(kept)]
+        self.totals = [self.totals[place] for place in reversed(kept)]
 
     def hazards(self, now: float, above: Sequence[float], backing: float) -> list[float]:
         """P(the next use comes in the bucket, if not before), [BUCKETS]; `above` counts like `backing` uses."""
