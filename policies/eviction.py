@@ -92,9 +92,14 @@ def lfu(block: BlockView) -> tuple[float, ...]:
 
 
 MOST_USES = 4
-TAIL = MOST_USES + 1
-"""Kinds, which are a block's `past`: uses after the first, up to MOST_USES; TAIL: a snapshot's partial block."""
-KINDS = TAIL + 1
+CLASSES = 8
+TAIL = (MOST_USES + 1) * CLASSES
+"""A block's `past` is its kind: of uses after the first, up to MOST_USES, and a class; TAIL: a snapshot's partial
+block. Kinds of as many uses are a family."""
+FAMILIES = [kind // CLASSES for kind in range(TAIL + 1)]
+KINDS = len(FAMILIES)
+SHORT_GAP = 16.0
+"""Seconds. Uses no further apart are of one class, above it each octave is one."""
 HALF_OCTAVE = 0.7071
 REMEMBERED_PER_BLOCK, REMEMBERED_MOST = 8, 2**18
 
@@ -102,11 +107,12 @@ REMEMBERED_PER_BLOCK, REMEMBERED_MOST = 8, 2**18
 class Cost:
     """The least seconds saved by a second of room: seconds saved over the next copy below × chance of reuse.
 
-    The chance is learned from the tier's own uses (reuse.py), by how often a block was used and how long ago. Blocks
-    that have left are remembered, eight for each that the tier holds (at most 262,144, at some 200 bytes each), so that
-    a chat's second turn is known for one even when the first was dropped. A group is a kind of the same saving, to half
-    an octave; its first and its last used block are looked at, as worth rises until the next use is due and falls
-    after. Ties: the deepest in its chain.
+    The chance is learned from the tier's own uses (reuse.py), by how long ago the last was, how often a block was used,
+    and, once it was used again, after how long: who came back soon does so soon again. Blocks that have left are
+    remembered, eight for each that the tier holds (at most 262,144, at some 200 bytes each), so that a chat's second
+    turn is known for one even when the first was dropped. A group is a kind of the same saving, to half an octave; its
+    first and its last used block are looked at, as worth rises until the next use is due and falls after. Ties: the
+    deepest in its chain.
 
     Assumes that blocks are of one size, and that kinds fare as they did within the last hours. A scan of blocks that
     never return costs the room that it takes to learn so, and then next to none. Worst case: the ways of use change all
@@ -115,7 +121,7 @@ class Cost:
     """
 
     def __init__(self, capacity_blocks: int) -> None:
-        self._reuse = Reuse(KINDS)
+        self._reuse = Reuse(FAMILIES)
         self._remembered: OrderedDict[bytes, tuple[float, int]] = OrderedDict()  # key: (last used, past)
         self._most = min(REMEMBERED_PER_BLOCK * capacity_blocks, REMEMBERED_MOST)
 
@@ -128,14 +134,14 @@ class Cost:
         return past
 
     def adopted(self, block: BlockView) -> int:
-        return TAIL if block.partial else min(block.hits, MOST_USES)
+        return TAIL if block.partial else min(block.hits, MOST_USES) * CLASSES
 
     def hit(self, block: BlockView, now: float) -> int:
         return self._used_again(block.past, now - block.used, now)
 
     def _used_again(self, past: int, seconds: float, now: float) -> int:
         self._reuse.again(past, seconds)
-        kind = past if past == TAIL else min(past + 1, MOST_USES)
+        kind = past if past == TAIL else min(past // CLASSES + 1, MOST_USES) * CLASSES + _gap_class(seconds)
         self._reuse.used(kind, now)
         return kind
 
@@ -155,6 +161,11 @@ class Cost:
 
     def worth(self, block: BlockView, now: float) -> float:
         return self._reuse.worth(block.past, now - block.used) * block.saves_seconds
+
+
+def _gap_class(seconds: float) -> int:
+    """1 … 7, by octaves; 0 is for those used once, or whose last gap nobody knows."""
+    return 1 + min(int(max(0.0, seconds) / SHORT_GAP).bit_length(), CLASSES - 2)
 
 
 MakeEviction = Callable[[int], Eviction]

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from bench.prefix_cache import Prompt, belady, policy_cache, unlimited
-from policies.eviction import EVICTIONS, TAIL, Cost, lfu, lru
+from policies.eviction import EVICTIONS, FAMILIES, MOST_USES, TAIL, Cost, lfu, lru
 
 
 @dataclass
@@ -111,6 +111,28 @@ def test_a_snapshots_tail_is_a_kind_of_its_own_and_not_remembered() -> None:
     assert tail.past == TAIL
     policy.left(tail)
     assert policy.added(Block(), 9.0) == policy.added(Block(b"other"), 9.0)
+
+
+def test_a_blocks_kind_tells_its_uses_and_its_last_gap_and_outlives_its_leaving() -> None:
+    policy = Cost(10)
+    block = Block()
+    block.past = once = policy.added(block, 0.0)
+    soon, late = policy.hit(block, 10.0), policy.hit(block, 100.0)
+    assert len({once, soon, late}) == 3
+    block.past = soon
+    policy.left(block)
+    assert policy.added(Block(used=10.0), 10.0) not in {once, soon, late}, "used twice again"
+    assert FAMILIES[once] + 1 == FAMILIES[soon] == FAMILIES[late]
+
+
+def test_kinds_stay_within_their_family() -> None:
+    policy = Cost(10)
+    block = Block()
+    assert FAMILIES[policy.adopted(block)] == 0
+    for uses, seconds in enumerate((-1.0, 0.0, 16.0, 300.0, 1e9, 1e9), start=1):
+        block.past = policy.hit(block, seconds)
+        assert FAMILIES[block.past] == min(uses, MOST_USES)
+    assert FAMILIES[policy.adopted(Block(hits=9))] == MOST_USES
 
 
 def test_every_policy_says_what_it_is_for() -> None:
