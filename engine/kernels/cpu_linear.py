@@ -124,7 +124,7 @@ def _lanes_piece(a: Any, row: int, end: int, column: int, panels: int) -> None:
     sums = panels + 64
     piece_bytes = COLUMNS * a.inputs * a.element
     panel = _panels(a, column, panels)
-    passes = (end - row + 7) // 8
+    passes = (end - row + 7) // 8  # that ask alike: what is asked for faster than memory brings it is dropped
     ahead, step = panel, 0
     if column + COLUMNS * a.threads < a.outputs:
         ahead, step = panel + a.threads * piece_bytes, min(64, 128 // passes)
