@@ -67,18 +67,39 @@ class FleetOutcome:
     failures: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Moves:
+    """Migrations that are over."""
+
+    moved: int = 0
+    pauses: list[Pause] = field(default_factory=list)  # of the live ones of these
+    failures: Counter[str] = field(default_factory=Counter)  # by reason
+
+    @property
+    def over(self) -> int:
+        return self.moved + self.failures.total()
+
+    def note(self, over: MigrationOver) -> None:
+        if over.failure:
+            self.failures[over.failure] += 1
+            return
+        self.moved += 1
+        if over.live:
+            self.pauses.append(over.pause)
+
+
 class FleetLive(Live):
     def __init__(self, parts: Parts, ending: Ending, found: FleetOutcome) -> None:
         super().__init__(parts, ending, found.outcome)
         self._found = found
-        self._failures: Counter[str] = Counter()
+        self._moves = Moves()
         self._ticking: asyncio.Task[None] | None = None
 
     def watch(self, engine: Engine) -> None:
         self._found.busy = [0.0] * len(engine.replicas)
         engine.on_step.append(self._more)
         engine.on_finished.append(self._ended)
-        engine.on_migration.append(self._over)
+        engine.on_migration.append(self._moves.note)
         self._ticking = asyncio.ensure_future(ticking(engine))
 
     def _more(self, record: StepRecord) -> None:
@@ -90,19 +111,12 @@ class FleetLive(Live):
         if finished.first_token is not None and finished.output_tokens > 1:
             self._found.tpot.append((finished.finished - finished.first_token) / (finished.output_tokens - 1))
 
-    def _over(self, over: MigrationOver) -> None:
-        if over.failure:
-            self._failures[over.failure] += 1
-            self._found.failures = dict(self._failures)
-            return
-        self._found.moved += 1
-        if over.live:
-            self._found.pauses.append(over.pause.seconds)
-
     def close(self, fleet: Fleet) -> None:
         if self._ticking is not None:
             self._ticking.cancel()
         self._found.placed = [member.placed for member in fleet.members]
+        self._found.moved, self._found.failures = self._moves.moved, dict(self._moves.failures)
+        self._found.pauses = [pause.seconds for pause in self._moves.pauses]
 
 
 async def ticking(engine: Engine) -> None:
@@ -211,16 +225,14 @@ class Migrating:
         self.answers: dict[str, list[int]] = {}
         self.asked = 0
         self._replicas, self._wanted, self._streams = replicas, wanted, streams
-        self._moved = 0
-        self._pauses: list[Pause] = []
-        self._failures: Counter[str] = Counter()
+        self._moves = Moves()
         self._steps: list[float] = []
 
     async def play(self, engine: Engine) -> None:
-        engine.on_migration.append(self._over)
+        engine.on_migration.append(self._moves.note)
         engine.on_step.append(lambda record: self._steps.append(record.seconds))
         random, reading = Random(0), set[asyncio.Task[None]]()
-        while self._moved + sum(self._failures.values()) < self._wanted:
+        while self._moves.over < self._wanted:
             while len(reading) < self._streams:
                 task = asyncio.ensure_future(self._stream(engine, stream_of(self.asked)))
                 self.asked += 1
@@ -240,35 +252,28 @@ class Migrating:
             engine.cancel(request_id)
         await asyncio.gather(*reading)
 
-    def _over(self, over: MigrationOver) -> None:
-        if over.failure:
-            self._failures[over.failure] += 1
-            return
-        self._moved += 1
-        if over.live:
-            self._pauses.append(over.pause)
-
     async def _stream(self, engine: Engine, request: Request) -> None:
         self.answers[request.id] = await read(engine.submit(request))
 
     def table(self) -> Table:
         step = median(self._steps)
-        title = f"{len(self._pauses)} live migrations, {self._streams} streams, {self._replicas} replicas"
+        pauses = self._moves.pauses
+        title = f"{len(pauses)} live migrations, {self._streams} streams, {self._replicas} replicas"
         table = Table("", "p50", "p99", title=title)
 
         def add(name: str, figures: Sequence[float], digits: int) -> None:
             table.add_row(name, f"{median(figures):.{digits}f}", f"{_p99(figures):.{digits}f}")
 
-        seconds = [pause.seconds for pause in self._pauses]
+        seconds = [pause.seconds for pause in pauses]
         add("pause, ms", [1e3 * each for each in seconds], 2)
         add("pause ÷ a step's median", [each / step for each in seconds], 2)
-        add("of it the tail's transfer, ms", [1e3 * pause.transfer_seconds for pause in self._pauses], 2)
-        add("pause, steps of the source", [pause.steps for pause in self._pauses], 0)
-        add("beside the transfer", [pause.steps - pause.transfer_steps for pause in self._pauses], 0)
+        add("of it the tail's transfer, ms", [1e3 * pause.transfer_seconds for pause in pauses], 2)
+        add("pause, steps of the source", [pause.steps for pause in pauses], 0)
+        add("beside the transfer", [pause.steps - pause.transfer_steps for pause in pauses], 0)
         return table
 
     def told(self) -> str:
-        failed = ", ".join(f"{count} times: {why}" for why, count in self._failures.items())
+        failed = ", ".join(f"{count} times: {why}" for why, count in self._moves.failures.items())
         return f"a step: {median(self._steps) * 1e3:.2f} ms (median); failed: {failed or 'none'}"
 
 

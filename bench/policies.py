@@ -410,10 +410,10 @@ def main() -> int:
     if options.report:
         return report(options.rows)
     base = Run(
-        "ours", options.trace, options.model, options.requests, options.answers_over, options.cap, 0.0,
+        "ours", options.trace, options.model, options.requests, options.answers_over, options.cap, options.rate,
         UNPRESSURED_BLOCKS,
     )  # fmt: skip
-    load = found_load(replace(base, rate=options.rate), options.load, options.share, options.blocks)
+    load = found_load(base, options.load, options.share, options.blocks)
     return cell(load, dict(map(named, options.systems)), options.rounds, options.rows)
 
 

@@ -26,9 +26,7 @@ _ELEMENT = {torch.float32: 4, torch.bfloat16: 2}
 _STORE_TOKENS = 64  # a piece of work when keys and values are stored apart from attention
 _ALONE_NUMBERS = 16384  # elementwise work up to this many numbers is faster on one thread
 _ALONE_PRODUCTS = 32768  # and attention up to this many
-_LARGE_BYTES = (
-    65536  # results from here on are kept: the allocator would give pages back, and each costs 3 µs anew
-)
+_LARGE_BYTES = 65536  # results from here on keep their memory: a page that was given back costs 3 µs anew
 
 
 class UnsupportedOnCpu(UnsupportedDevice):

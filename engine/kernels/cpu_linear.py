@@ -38,6 +38,7 @@ from engine.kernels.cpu_tiles import (
 )
 
 COLUMNS = 64  # of a piece of work
+AHEAD = 8 * COLUMNS // LANES  # bytes after the panels' addresses: what is asked for, and its step
 _ALONE_PRODUCTS = 32768  # up to this many are faster on one thread
 
 _i64 = ctypes.c_int64
@@ -95,18 +96,14 @@ def _panels(a: Any, column: int, panels: int) -> int:
 
 
 @inner
-def _lanes_rows(
-    a: Any, rows: int, source: int, panels: int, sums: int, floats: int, ahead: int, ahead_step: int
-) -> None:
+def _lanes_rows(a: Any, rows: int, source: int, panels: int, sums: int, floats: int) -> None:
     """sums [rows][COLUMNS] = rows at `source` times a piece's panels. `floats`: room for the rows as float32.
 
-    Meanwhile it asks for the weights from `ahead` on, a line every `ahead_step` bytes (cpu_product.py).
+    Meanwhile it asks for the weights that AHEAD after the panels' addresses tells.
     """
-    groups = COLUMNS // LANES
+    groups, ahead = COLUMNS // LANES, panels + AHEAD
     if a.element == 4:
-        multiply_ahead(
-            rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs, ahead, ahead_step
-        )
+        multiply_ahead(rows, groups, source, 4 * a.inputs, panels, 64, sums, 4 * COLUMNS, a.inputs, ahead)
         return
     if PAIRED_A == 4:
         for at in range(0, rows * a.inputs, LANES):
@@ -114,9 +111,7 @@ def _lanes_rows(
             store_f32_some(floats + 4 * at, load_some(source + 2 * at, count, 2), count)
         source = floats
     width = PAIRED_A * a.inputs
-    multiply_paired_ahead(
-        rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2, ahead, ahead_step
-    )
+    multiply_paired_ahead(rows, groups, source, width, panels, 64, sums, 4 * COLUMNS, a.inputs // 2, ahead)
 
 
 @inner
@@ -128,10 +123,12 @@ def _lanes_piece(a: Any, row: int, end: int, column: int, panels: int) -> None:
     ahead, step = panel, 0
     if column + COLUMNS * a.threads < a.outputs:
         ahead, step = panel + a.threads * piece_bytes, min(64, 128 // passes)
+    put_i64(panels + AHEAD + 8, step)
     while row < end:
         rows = _height(end - row)
         source = a.x + row * a.inputs * a.element
-        _lanes_rows(a, rows, source, panels, sums, sums + 8 * 4 * COLUMNS, ahead, step)
+        put_i64(panels + AHEAD, ahead)
+        _lanes_rows(a, rows, source, panels, sums, sums + 8 * 4 * COLUMNS)
         ahead += step * piece_bytes // 128  # what 8 rows ask for
         _write(a, row, rows, column, COLUMNS, sums)
         row += rows

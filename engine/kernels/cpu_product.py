@@ -56,21 +56,12 @@ class _Tile:
         self.sums = [[cgutils.alloca_once(builder, F32_VECTOR) for _ in range(groups)] for _ in range(rows)]
 
     def over(
-        self,
-        a: Any,
-        a_row: Any,
-        b: Any,
-        b_step: Any,
-        c: Any,
-        c_row: Any,
-        count: Any,
-        ahead: tuple[Any, Any] | None,
-        later: Any,
+        self, a: Any, a_row: Any, b: Any, b_step: Any, c: Any, c_row: Any, count: Any, ahead: Any, later: Any
     ) -> None:
         """C = A · B; `b` holds every group's start.
 
-        Each step asks for a line of what is `ahead` (its start, and bytes from one step to the next), if not None, and
-        for what stands behind the starts at `later`.
+        Each step asks for a line of what is `ahead` (where, and bytes from one step to the next), if not None, and for
+        what stands behind the starts at `later`.
         """
         builder = self.builder
         starts, wanted = self._starts(b), self._starts(later) if later else []
@@ -197,13 +188,17 @@ def _emit_rows(
             else:
                 entry = _times(builder, group, 8)
                 starts = builder.add(b, entry)
-                ahead = None
-                if asks == "ahead":
-                    start, step = more
-                    asked = builder.mul(builder.mul(loop.index, count), step)
-                    ahead = builder.add(start, asked), step
+                ahead = _ahead(builder, more[0], builder.mul(loop.index, count)) if asks == "ahead" else None
                 later = builder.add(more[0], entry) if asks == "later" else None
                 tile.over(a, a_row, starts, b_step, columns, c_row, count, ahead, later)
+
+
+def _ahead(builder: Any, place: Any, steps: Any) -> tuple[Any, Any]:
+    """After so many steps: where the next line is, and bytes from one step to the next, of what `place` tells."""
+    start, step = (
+        builder.load(pointer(builder, _plus(builder, place, offset)), typ=_I64, align=8) for offset in (0, 8)
+    )
+    return builder.add(start, builder.mul(steps, step)), step
 
 
 def _by_height(paired: bool, along: bool, asks: str = "") -> Callable[..., Any]:
@@ -235,7 +230,7 @@ def _product(paired: bool, along: bool) -> Any:
     return intrinsic(product)
 
 
-def _product_ahead(paired: bool) -> Any:
+def _product_asking(paired: bool, along: bool, asks: str) -> Any:
     def product(
         context: Any,
         rows: Any,
@@ -247,29 +242,9 @@ def _product_ahead(paired: bool) -> Any:
         c: Any,
         c_row: Any,
         count: Any,
-        ahead: Any,
-        ahead_step: Any,
+        wanted: Any,
     ) -> tuple[Any, Any]:
-        return types.void(*[types.int64] * 11), _by_height(paired, along=False, asks="ahead")
-
-    return intrinsic(product)
-
-
-def _product_later(paired: bool, along: bool) -> Any:
-    def product(
-        context: Any,
-        rows: Any,
-        groups: Any,
-        a: Any,
-        a_row: Any,
-        b: Any,
-        b_step: Any,
-        c: Any,
-        c_row: Any,
-        count: Any,
-        later: Any,
-    ) -> tuple[Any, Any]:
-        return types.void(*[types.int64] * 10), _by_height(paired, along, asks="later")
+        return types.void(*[types.int64] * 10), _by_height(paired, along, asks)
 
     return intrinsic(product)
 
@@ -283,12 +258,13 @@ rows: one of TILE_ROWS. a, a_row: address and row distance (bytes) of A, float32
 b: address of the groups' start addresses (int64). b_step: bytes from one k (or pair) to the next within a group.
 c, c_row: float32 C, groups adjacent. count: how many k, or pairs."""
 
-multiply_ahead, multiply_paired_ahead = _product_ahead(paired=False), _product_ahead(paired=True)
-"""The same with `ahead` and `ahead_step`: every step also asks for a line of what begins at `ahead`, `ahead_step` bytes
-after the one before, to have it in the cache when the next product is of it."""
+multiply_ahead = _product_asking(paired=False, along=False, asks="ahead")
+multiply_paired_ahead = _product_asking(paired=True, along=False, asks="ahead")
+"""The same with a last argument `ahead`, the address of an address and a number of bytes: every step also asks for a
+line from there on, each so many bytes after the one before, to have it in the cache when the next product is of it."""
 
-multiply_later = _product_later(paired=False, along=False)
-multiply_paired_later = _product_later(paired=True, along=False)
+multiply_later = _product_asking(paired=False, along=False, asks="later")
+multiply_paired_later = _product_asking(paired=True, along=False, asks="later")
 """The same with a last argument `later`, start addresses like those at `b`: of what the next product is of. Each load
 of B asks for its like there. (Asked for in one go, ahead of the product, memory and arithmetic waited in turns.)"""
 
@@ -296,6 +272,6 @@ weigh, weigh_paired = _product(paired=False, along=True), _product(paired=True, 
 """The same added to C, for B whose groups lie side by side: `b` is the address of a start address for every RUN of
 k, `count` counts runs."""
 
-weigh_later = _product_later(paired=False, along=True)
-weigh_paired_later = _product_later(paired=True, along=True)
+weigh_later = _product_asking(paired=False, along=True, asks="later")
+weigh_paired_later = _product_asking(paired=True, along=True, asks="later")
 """`weigh` with a last argument `later`."""
