@@ -30,7 +30,7 @@ from app.config_sources import load as load_config
 from app.loop import run_to_end
 from app.replica_tables import ReplicaTable
 from app.serving import Parts
-from bench.policies import LATE_SECONDS, Ending, Live, Outcome, Run, read, rotated, workload
+from bench.policies import LATE_SECONDS, Ending, Live, Outcome, Run, read, rotated, run_of, workload
 from bench.report import console
 from engine.engine import Engine
 from engine.events import MigrationOver, Pause
@@ -393,10 +393,7 @@ def main() -> int:
         parser.error("--rows, and --trace or --report, are needed; or --pauses")
     if options.report:
         return report(options.rows)
-    base = Run(
-        "least_load", options.trace, options.model, options.requests, options.answers_over, options.cap, 0.0,
-        options.blocks,
-    )  # fmt: skip
+    base = replace(run_of(options, "least_load", 0.0), blocks=options.blocks)
     return cell(base, options.load, options.replicas, options.systems.split(";"), options.rows)
 
 

@@ -57,7 +57,7 @@ LATE_SECONDS = 0.01
 """A run in which half of the requests were submitted later than this is void."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """What a process of its own is told."""
 
@@ -376,6 +376,20 @@ def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return found
 
 
+def run_of(options: argparse.Namespace, system: str, rate: float) -> Run:
+    """What the command line says of a run; all blocks it wants."""
+    return Run(
+        system=system,
+        trace=options.trace,
+        model=options.model,
+        requests=options.requests,
+        answers_over=options.answers_over,
+        cap=options.cap,
+        rate=rate,
+        blocks=UNPRESSURED_BLOCKS,
+    )
+
+
 def arguments(description: str | None, *, requests: int, answers_over: int) -> argparse.ArgumentParser:
     """What a run of a trace is told; the numbers are defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
@@ -409,11 +423,7 @@ def main() -> int:
         parser.error("--rows, and --trace or --report, are needed")
     if options.report:
         return report(options.rows)
-    base = Run(
-        "ours", options.trace, options.model, options.requests, options.answers_over, options.cap, options.rate,
-        UNPRESSURED_BLOCKS,
-    )  # fmt: skip
-    load = found_load(base, options.load, options.share, options.blocks)
+    load = found_load(run_of(options, "ours", options.rate), options.load, options.share, options.blocks)
     return cell(load, dict(map(named, options.systems)), options.rounds, options.rows)
 
 

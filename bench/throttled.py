@@ -11,6 +11,7 @@ in the middle third of the arrivals; told is what came back by which way in each
 turn: until, of the last five, more went the new way.
 """
 
+import argparse
 import json
 import sys
 from collections import Counter, defaultdict, deque
@@ -27,7 +28,6 @@ from rich.table import Table
 from app.serving import Parts
 from bench.policies import (
     LATE_SECONDS,
-    UNPRESSURED_BLOCKS,
     Ending,
     Live,
     Outcome,
@@ -37,6 +37,7 @@ from bench.policies import (
     in_a_process,
     play,
     rotated,
+    run_of,
     workload,
 )
 from bench.report import console
@@ -50,7 +51,7 @@ LAST = 5
 """Decisions that are looked at, to say which way they go."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlowRun(Run):
     """`system` is the way back. A link without bytes per second is none."""
 
@@ -218,7 +219,30 @@ def _median(rows: Sequence[dict[str, Any]], key: str) -> float:
     return float(median(row[key] for row in rows))
 
 
+def asked(options: argparse.Namespace) -> SlowRun:
+    return SlowRun(
+        **asdict(run_of(options, WAYS[0], options.per_second)),
+        latency_seconds=options.latency,
+        bytes_per_second=options.rate,
+        order=options.order,
+    )
+
+
 def main() -> int:
+    options = parsed(sys.argv[1:])
+    if options.play:
+        outcome = play_slow(SlowRun(**json.loads(options.play)))
+        sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
+        return 0
+    if options.report:
+        return report(options.rows)
+    return max(
+        repeat(asked(options), options.load, options.share, options.slowdown, number, options.rows)
+        for number in range(options.repeats)
+    )
+
+
+def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = arguments(__doc__, requests=300, answers_over=1)
     add = parser.add_argument
     add("--per-second", type=float, default=0.0, help="requests, instead of a load")
@@ -227,32 +251,10 @@ def main() -> int:
     add("--slowdown", type=float, default=1.0)
     add("--order", default="hybrid")
     add("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    if options.play:
-        outcome = play_slow(SlowRun(**json.loads(options.play)))
-        sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
-        return 0
-    if options.rows is None or not (options.report or options.trace):
+    options = parser.parse_args(words)
+    if not options.play and (options.rows is None or not (options.report or options.trace)):
         parser.error("--rows, and --trace or --report, are needed")
-    if options.report:
-        return report(options.rows)
-    base = SlowRun(
-        WAYS[0],
-        options.trace,
-        options.model,
-        options.requests,
-        options.answers_over,
-        options.cap,
-        options.per_second,
-        UNPRESSURED_BLOCKS,
-        options.latency,
-        options.rate,
-        order=options.order,
-    )
-    return max(
-        repeat(base, options.load, options.share, options.slowdown, number, options.rows)
-        for number in range(options.repeats)
-    )
+    return options
 
 
 if __name__ == "__main__":

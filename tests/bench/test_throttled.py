@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench.slow_tier import Link, SlowTier
-from bench.throttled import turned
+from bench.throttled import asked, parsed, turned
 from kvstore.copies import HOST, Place
 from kvstore.memory import MemoryTier
 
@@ -35,3 +35,10 @@ def test_decisions_have_turned_when_most_of_the_last_went_the_new_way() -> None:
     decisions = [(0.5, True), (1.5, False), (2.0, True), (2.5, True), (3.5, True), (4.0, False)]
     assert turned(decisions, since=1.0, way=True) == 2.5
     assert turned(decisions, since=1.0, way=False) is None
+
+
+def test_the_command_line_says_how_slow_the_link_is_and_how_often_requests_come() -> None:
+    words = "--trace t --rows r --latency 0.05 --rate 4e7 --per-second 28 --order fcfs"
+    run = asked(parsed(words.split()))
+    assert (run.latency_seconds, run.bytes_per_second, run.rate) == (0.05, 4e7, 28.0)
+    assert (run.order, run.system, run.policies) == ("fcfs", "cheapest", {})
