@@ -19,7 +19,7 @@ class Draft:
     shares: dict[Sequence, int] = field(default_factory=dict)
     placed: list[Sequence] = field(default_factory=list)  # those that are new on the device
     closed: bool = False  # to newcomers, promoted ones too: somebody was preempted for want of blocks
-    leaving: int = 0  # device blocks on their way out, while those who run are given their tokens
+    leaving: int = 0  # device blocks that will soon be out, while those who run are given their tokens
     room: Room | None = None  # what is foreseen of the pool; None: not asked yet, or no longer true
 
     def give(self, sequence: Sequence, count: int) -> None:

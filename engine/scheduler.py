@@ -173,7 +173,7 @@ class Scheduler:
     def _grow_in_order(self, draft: Draft, wanted: dict[Sequence, int], now: float) -> None:
         """Those in decode first. After a preemption there is nothing for newcomers."""
         order = self._policies.order
-        draft.leaving = self.residency.leaving
+        draft.leaving = self._leaving_soon()
         for sequence in sorted(wanted, key=lambda s: (wanted[s] > 1, not s.promoted, order(s), s.number)):
             count = min(wanted[sequence], draft.budget)
             if count <= 0 or (draft.closed and sequence.state is not State.RUNNING):
@@ -188,16 +188,30 @@ class Scheduler:
     def _find_blocks(self, sequence: Sequence, missing: int, draft: Draft, now: float) -> bool:
         """Whether so many are available, once others have been preempted if need be; else it sits this step out."""
         while missing > self.pool.available:
-            if missing <= self.pool.available + draft.leaving:
-                return False  # enough is on its way out
-            if self._may_wait(sequence, draft):
+            if missing <= self.pool.available + draft.leaving or self._may_wait(sequence, draft):
                 return False
-            victim = self._preempt_for(sequence, missing, now)
+            victim, decision = self._victims.for_blocks(sequence, missing, self.running)
+            if victim is sequence and missing <= self.pool.available + self.residency.leaving:
+                return False  # late is better than from the line
+            self._decide(victim, decision)
+            self.life.preempt(victim, now, by=self._policy_config.victim)
             draft.take_back(victim)
-            draft.closed, draft.leaving = True, self.residency.leaving
+            draft.closed, draft.leaving = True, self._leaving_soon()
             if victim is sequence:
                 return False
         return True
+
+    def _leaving_soon(self) -> int:
+        """Device blocks on their way out that are worth waiting for.
+
+        They are when they are free before those who run would have filled a block each. Behind a slow tier all would
+        stand still for them: one who gives way instead, and is computed again, costs less.
+        """
+        leaving = self.residency.leaving
+        if not leaving:
+            return 0
+        block_seconds = self.config.block_size * self.valuation.decode_seconds(self.running)
+        return leaving if self.valuation.saving_seconds() <= block_seconds else 0
 
     def _may_wait(self, sequence: Sequence, draft: Draft) -> bool:
         """Whether it had better sit this step out: one of those who go on is expected to end very soon.
@@ -217,12 +231,6 @@ class Scheduler:
             reason = f"no block is free, but a sequence is expected to end in {rounds:.0f} steps"
             self._decide(sequence, Decision(Kind.SPARED, "admission", "wait", reason))
         return True
-
-    def _preempt_for(self, sequence: Sequence, missing: int, now: float) -> Sequence:
-        victim, decision = self._victims.for_blocks(sequence, missing, self.running)
-        self._decide(victim, decision)
-        self.life.preempt(victim, now, by=self._policy_config.victim)
-        return victim
 
     # --- admit ----------------------------------------------------------------------------------------------------
 
@@ -267,8 +275,8 @@ class Scheduler:
         return [s for s in draft.shares if s.number > waiter.number and s not in draft.placed]
 
     def _makes_room(self, sequence: Sequence, match: Match, draft: Draft, now: float) -> bool:
-        """Whether somebody gave way to the first in line, at once: what is on its way out is waited for."""
-        if self._places.slots_left and self._places.fits(sequence, match, self.residency.leaving):
+        """Whether somebody gave way to the first in line, at once: what will soon be out is waited for."""
+        if self._places.slots_left and self._places.fits(sequence, match, self._leaving_soon()):
             return False
         found = self._victims.for_waiter(sequence, self.running)
         if found is None:

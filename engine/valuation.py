@@ -159,6 +159,11 @@ class Valuation:
             ahead_bytes=self._residency.below.bytes_up(self._block_bytes),
         )
 
+    def decode_seconds(self, running: Sequence_[Sequence]) -> float:
+        """Of a step in which each of these computes one token."""
+        context = sum(sequence.computed for sequence in running)
+        return self.costs.steps.step_seconds(0, 0.0, len(running), context)
+
     def computing_seconds(self, work: Work, cached: int, rest: int) -> float:
         """Of a step that computes all this, and after it `rest` positions of one sequence, beside those who decode."""
         steps, rows, context = self.costs.steps, work.decode_rows, work.decode_context

@@ -276,3 +276,25 @@ def test_prompts_under_way_delay_what_is_computed_again_but_not_what_is_loaded()
     assert beside[RELOAD] == without[RELOAD]
     made.finish()
     assert valuation.situation(running).prompts_seconds == 0.0
+
+
+@pytest.mark.parametrize(("copy_seconds", "stands_still"), [(QUICK, True), (SLOW, False)])
+def test_who_lacks_a_block_waits_for_one_on_its_way_down_unless_the_tier_is_slow(
+    copy_seconds: float, stands_still: bool
+) -> None:
+    """The blocks of one that has ended are being saved, and the two others fill the rest of the pool."""
+    made = driver("cheapest", load_seconds=copy_seconds, blocks=20)
+    made.arrive(
+        request("a", PROMPT, max_tokens=2),
+        request("b", range(50, 58), max_tokens=60),
+        request("c", range(70, 78), max_tokens=60),
+    )
+    scheduler = made.core.scheduler
+    while ("a", 0) not in made.finished:
+        assert made.step()
+    assert scheduler.residency.leaving >= 4
+    while scheduler.counts.preemptions == 0 and made.step():
+        pass
+    assert (scheduler.counts.preemptions == 0) == stands_still
+    assert scheduler.residency.leaving >= 4
+    made.finish()
