@@ -24,7 +24,7 @@ PROBE_SECONDS = 0.25
 """A tier that nobody loads from, as it was slow, is tried again so often: it may be quick again."""
 
 PROBE_ROOM = 4
-"""Only while so many times the probe's blocks are available."""
+"""Of so many blocks that are available a probe takes one, at most."""
 
 Decide = Callable[[Sequence, Decision], None]
 
@@ -88,10 +88,11 @@ class Intake:
         entry = match.entries[-1][1]
         if now - self._valuation.loaded_at(entry.tier) < PROBE_SECONDS:
             return
-        pool, most = self._places.pool, self._residency.config.copy_blocks
-        probed = [each for _, each in match.entries if each.tier == entry.tier][-most:]
-        if pool.available < PROBE_ROOM * len(probed):
+        pool = self._places.pool
+        room = min(self._residency.config.copy_blocks, pool.available // PROBE_ROOM)
+        if not room:
             return
+        probed = [each for _, each in match.entries if each.tier == entry.tier][-room:]
         self._valuation.probed(entry.tier, now)
         self._valuation.fetching(entry.tier, now)
         blocks = pool.allocate(len(probed))

@@ -4,6 +4,7 @@ Lanes: of each device one into it and one down from it, between memories; of the
 copy never fails here, and drops cost nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
@@ -25,9 +26,14 @@ class Lane:
 
 
 class SimulatedLanes:
-    def __init__(self, profile: Profile, replicas: int = 1) -> None:
+    """`slowdown`: how many times what the profile says a copy takes that is told at that moment."""
+
+    def __init__(
+        self, profile: Profile, replicas: int = 1, slowdown: Callable[[float], float] | None = None
+    ) -> None:
         self.copied_bytes: dict[str, int] = {}  # by route
         self._profile = profile
+        self._slowdown = slowdown
         self._up, self._down = ([Lane([0.0]) for _ in range(replicas)] for _ in range(2))
         self._writer = Lane([0.0])
         self._readers = Lane([0.0] * profile.disk_readers)
@@ -38,6 +44,8 @@ class SimulatedLanes:
         transfer = self._profile.transfer(copy.source, copy.target)
         size = len(copy.sources) * self._profile.block_bytes
         seconds = transfer.latency_seconds + size / transfer.bytes_per_second
+        if self._slowdown:
+            seconds *= self._slowdown(now)
         begins = self._lane(copy).take(now, seconds)
         route = f"{copy.source}>{copy.target}"
         self.copied_bytes[route] = self.copied_bytes.get(route, 0) + size

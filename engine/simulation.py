@@ -203,6 +203,8 @@ class Device:
 class Simulation:
     """One run of a workload. `tick_seconds`: how often the state is noted; `until`: when time is up.
 
+    `slowdown`: of the tiers below the device, by the time (simulated_lanes.py).
+
     `recorder` is told every event with its instructions, as a live engine's is; `on_step` every finished step.
     """
 
@@ -218,6 +220,7 @@ class Simulation:
         recorder: Recorder | None = None,
         on_step: Callable[[Step], None] | None = None,
         on_tick: Callable[[Tick, int], None] | None = None,
+        slowdown: Callable[[float], float] | None = None,
     ) -> None:
         """`catalog`: of policies; None: ours alone. `on_tick` is told the state and how many requests have ended."""
         first = config.replicas[0].core
@@ -228,7 +231,7 @@ class Simulation:
         self._step_seconds = profile.step.timer()
         self._workload = workload
         self._runner = SimulatedRunner(len(config.replicas), first.scheduler.max_sequences)
-        self._lanes = SimulatedLanes(profile, len(config.replicas))
+        self._lanes = SimulatedLanes(profile, len(config.replicas), slowdown)
         self._tick_seconds = tick_seconds
         self._until = until
         self._recorder = recorder

@@ -25,6 +25,9 @@ MEMORY_PRIOR = (2e-5, 1 / 5e9)
 DISK_PRIOR = (2e-4, 1 / 1e9)
 """Seconds a copy, and a byte."""
 
+COPIES_CHANGED_AFTER = 5
+"""Outliers in a row, as CHANGED_AFTER of fitting.py: copies are few, and behind a tier that has become slow, fewer."""
+
 WAITS_KEPT = 9
 """Of a tier: loads whose waiting is remembered. What they wait for is not of one kind, so their median counts."""
 
@@ -145,7 +148,7 @@ class CopyCost:
             route = sample.source, sample.target
             fit = self._routes.get(route)
             if fit is None:
-                fit = self._routes[route] = Fit(_copy_prior(*route))
+                fit = self._routes[route] = Fit(_copy_prior(*route), COPIES_CHANGED_AFTER)
             fit.observe((sample.bytes.bit_length() + 1) // 2, (1.0, sample.bytes), sample.seconds)
 
     def observe_wait(self, source: str, seconds: float) -> None:

@@ -86,11 +86,15 @@ class Outliers:
 
 
 class Fit:
-    """`prior`: seconds per unit of each feature before the first sample, positive; later only its shape counts."""
+    """`prior`: seconds per unit of each feature before the first sample, positive; later only its shape counts.
 
-    def __init__(self, prior: Sequence[float]) -> None:
+    `changed_after`: as CHANGED_AFTER.
+    """
+
+    def __init__(self, prior: Sequence[float], changed_after: int = CHANGED_AFTER) -> None:
         assert all(value > 0 for value in prior)
         self.samples = 0
+        self._changed_after = changed_after
         self._units = tuple(prior)  # a coefficient is so many of these
         self._shape = [1.0] * len(prior)  # of the coefficients, at any scale, where no sample says otherwise
         self._memories: dict[int, Memory] = {}
@@ -128,7 +132,7 @@ class Fit:
 
     def _set_aside(self, size_class: int, row: list[float], *, slow: bool) -> None:
         self._outliers.add(size_class, row, slow, self.samples)
-        if len(self._outliers.rows) == CHANGED_AFTER:
+        if len(self._outliers.rows) == self._changed_after:
             self._begin_anew(self._outliers)
             self._outliers = Outliers()
 

@@ -30,7 +30,7 @@ class Cheapest:
     """The way with the lowest predicted price. Ties: reload before split before recompute.
 
     Assumes that the cost model has seen steps and copies like these. Worst case: a tier that has just become slow is
-    believed fast for a dozen copies. Source: ours; no engine compares the two (vllm#54644 has what that costs).
+    believed fast for five copies. Source: ours; no engine compares the two (vllm#54644 has what that costs).
     """
 
     enabled: tuple[str, ...] = (RELOAD, SPLIT, RECOMPUTE)

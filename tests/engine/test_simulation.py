@@ -1,5 +1,6 @@
 """The simulator: the core's decisions on virtual time, the same each time, taking the time that a profile says."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from engine.checkpoint import CheckpointConfig
 from engine.core import CoreConfig
-from engine.events import Event
+from engine.events import Event, Resumed
 from engine.fleet import FleetConfig, Told
 from engine.plan import Sampling
 from engine.policy_set import PolicyConfig
@@ -242,6 +243,31 @@ def test_copies_wait_for_their_lane() -> None:
     assert [end for end, _ in reads] == pytest.approx([1.005, 1.005, 1.010])
     assert reads[-1][1].queued_seconds == pytest.approx(0.005)
     assert [lanes.submit(copy(n, HOST, DISK), 1.0)[0] for n in range(6, 8)] == pytest.approx([1.005, 1.010])
+
+
+def test_decisions_turn_when_a_tier_becomes_20_times_slower_and_turn_back() -> None:
+    """By measured cost, within two seconds: loaded, then computed again, then loaded."""
+    found: list[tuple[float, str]] = []
+
+    def record(now: float, event: Event, told: list[Told]) -> None:
+        back = [each for _, instructions in told for each in instructions if isinstance(each, Resumed)]
+        found.extend((now - each.actual_seconds, each.way) for each in back)
+
+    def slowdown(now: float) -> float:
+        return 20.0 if 10.0 <= now < 20.0 else 1.0
+
+    prompts = Jobs(
+        {n: (n / 4, job(n, [1000 + n] * 64, 100 + n * 37 % 100, known=False)) for n in range(150)}, {}
+    )
+    core = config(80, ResidencyConfig(host_blocks=400), "cheapest", block_bytes=1000)
+    quick_prefill = replace(
+        PROFILE, step=CurveTime(dense=((0, 0.010), (100, 0.012)), head=((0, 0.0), (10, 0.010)))
+    )
+    run(prompts, core, quick_prefill, recorder=record, slowdown=slowdown)
+    for begin, end, way in ((0.0, 10.0, "reload"), (12.0, 20.0, "recompute"), (22.0, 35.0, "reload")):
+        ways = Counter(way for at, way in found if begin <= at < end)
+        assert ways[way] >= 20
+        assert ways[way] == ways.total()
 
 
 def test_a_tier_whose_routes_were_not_measured_is_refused() -> None:
