@@ -6,8 +6,9 @@
 
 A cell is a trace, a load and a share of the demand; each is played with several seeds, and a seed chooses which
 sessions of the trace are there and when they come (Poisson). Per seed: all at once without pressure, for the capacity;
-then at `load` × capacity, for the demand (the peak of blocks held); then every system with `share` × demand. Answers
-have the recorded lengths; nobody knows them, and clients ask for `--cap` tokens.
+then at `load` × capacity, for the demand (the peak of blocks held); then every system with `share` × demand, behind
+`--link` where one is given: a slow tier. Answers have the recorded lengths; nobody knows them, and clients ask for
+`--cap` tokens.
 
 Latency is normalised: seconds from arrival to end, over the tokens of the answer. Live: bench/policies.py.
 """
@@ -15,6 +16,7 @@ Latency is normalised: seconds from arrival to end, over the tokens of the answe
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,10 +40,11 @@ from bench.systems import SYSTEMS, named
 from engine.events import Decided, Event
 from engine.fleet import FleetConfig, Told
 from engine.policy_set import Catalog
-from engine.profile import Profile, Transfer, read_profile
+from engine.profile import Profile, Route, Transfer, read_profile
 from engine.simulation import Outcome, Recorder, Simulation
 
 UNPRESSURED_BLOCKS = 2**17
+LINK: tuple[Route, Route] = ("device>host", "host>device")
 ASSUMED_COPIES = Transfer(2e-5, 2e10)
 """Between device and host, where operator tables measured none: PCIe 4.0 x16, 20 GB/s after 20 us."""
 
@@ -79,6 +82,7 @@ class Cell:
     max_sequences: int
     objectives: Objectives
     settings: tuple[str, ...] = ()  # of the configuration, for all systems
+    link: Transfer | None = None  # between device and host, instead of the profile's
 
 
 def profile_of(name: str) -> Profile:
@@ -87,9 +91,15 @@ def profile_of(name: str) -> Profile:
         return read_profile(shipped)
     if not Path(name).is_dir():
         return read_profile(Path(name))
-    return replace(
-        read_tables(Path(name)), transfers=dict.fromkeys(("device>host", "host>device"), ASSUMED_COPIES)
-    )
+    return replace(read_tables(Path(name)), transfers=dict.fromkeys(LINK, ASSUMED_COPIES))
+
+
+def machine(cell: Cell) -> str:
+    """For people: the profile, and the link where it is another one."""
+    name = Path(cell.profile).name
+    if cell.link is None:
+        return name
+    return f"{name}, {cell.link.latency_seconds * 1e3:g} ms + {cell.link.bytes_per_second / 1e6:g} MB/s"
 
 
 def play(
@@ -102,6 +112,8 @@ def play(
 ) -> tuple[Outcome, int]:
     """One run, and the most blocks held in it."""
     profile = profile_of(cell.profile)
+    if cell.link:
+        profile = replace(profile, transfers={**profile.transfers, **dict.fromkeys(LINK, cell.link)})
     flags = [f"policies.{key}={value}" for key, value in policies.items()]
     flags += [f"engine.kv_blocks={blocks}", f"engine.max_sequences={cell.max_sequences}", *cell.settings]
     config = load_config([*flags, "engine.max_queue=1000000"], {}, cwd=Path("/")).config
@@ -120,10 +132,10 @@ def play(
 
 
 def situation(cell: Cell) -> tuple[list[TraceRequest], float, int]:
-    """The requests as they come at the cell's load, their rate, and the demand: of fcfs, so that other defaults of
-    ours change neither.
+    """The requests as they come at the cell's load, their rate, and the demand: of fcfs by the profile's own link, so
+    that other defaults of ours, and slow tiers, change neither.
     """
-    plain = SYSTEMS["fcfs_reload"]
+    plain, cell = SYSTEMS["fcfs_reload"], replace(cell, link=None)
     recorded = formats.load(cell.workload.trace, Drawing(0))
     at_once = cell.workload.chosen(cell.seed, recorded)
     burst, _ = play(cell, at_once, plain, UNPRESSURED_BLOCKS)
@@ -148,7 +160,7 @@ def rows_of(cell: Cell) -> list[dict[str, Any]]:
         for name, policies in cell.systems.items():
             outcome, _ = play(cell, trace, policies, blocks)
             head = {
-                "trace": cell.workload.trace.name, "profile": Path(cell.profile).name, "load": cell.load,
+                "trace": cell.workload.trace.name, "profile": machine(cell), "load": cell.load,
                 "share": share, "seed": cell.seed, "system": name, "policies": dict(policies), "rate": rate,
                 "demand": demand, "blocks": blocks,
             }  # fmt: skip
@@ -166,7 +178,7 @@ def row_of(outcome: Outcome, objectives: Objectives) -> dict[str, Any]:
         "mean": normalised.mean, "p50": normalised.p50, "p99": normalised.p99, "ttft": ttft.mean,
         "ttft_p99": ttft.p99, "tpot": found.spreads["tpot"].mean, "seconds": found.seconds, "busy": found.busy,
         "promotions": outcome.counts.promotions.total(), "hits": found.hit_rate,
-        "digest": outcome.digest[:12],
+        "ways": Counter(back.way for back in outcome.returns), "digest": outcome.digest[:12],
     }  # fmt: skip
 
 
@@ -233,7 +245,7 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     return [
         Cell(
             workload, options.profile, load, tuple(options.shares), seed, systems, options.max_sequences,
-            Objectives(options.ttft, options.tpot), tuple(options.set),
+            Objectives(options.ttft, options.tpot), tuple(options.set), options.link and Transfer(*options.link),
         )
         for workload, load, seed in product(workloads, options.loads, options.seeds)
     ]  # fmt: skip
@@ -276,6 +288,13 @@ def parsed() -> argparse.Namespace:
         default=[],
         metavar="KEY=VALUE",
         help="of the configuration, for all systems",
+    )
+    parser.add_argument(
+        "--link",
+        type=float,
+        nargs=2,
+        metavar=("SECONDS", "BYTES"),
+        help="between device and host, instead of the profile's: of a copy, and a second",
     )
     parser.add_argument("--ttft", type=float, help="objective, in seconds")
     parser.add_argument("--tpot", type=float, help="objective, in seconds")

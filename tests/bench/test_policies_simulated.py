@@ -1,6 +1,7 @@
 """The simulated comparison: every system serves the same requests, short of blocks; rows to a table and a chart."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from app.simulate.figures import Objectives
 from bench.policies_simulated import Cell, Workload, rows_of, worst
 from bench.policies_simulated_report import draw, ratio, report
 from bench.systems import SYSTEMS, named
+from engine.profile import Transfer
 
 
 @pytest.fixture
@@ -35,6 +37,16 @@ def test_a_cell_has_a_row_for_each_system_and_share(cell: Cell) -> None:
     assert tight["vllm"]["tax"] > 0
     assert tight["fcfs_reload"]["tax"] < tight["vllm"]["tax"]
     assert rows_of(cell) == rows
+
+
+def test_behind_a_slow_link_it_is_computed_again_and_the_demand_is_the_same(cell: Cell) -> None:
+    systems = {"cheapest": {**SYSTEMS["fcfs_reload"], "resume": "cheapest"}}
+    quick = rows_of(replace(cell, systems=systems))[-1]
+    slow = rows_of(replace(cell, systems=systems, link=Transfer(0.1, 1e7)))[-1]
+    assert slow["demand"] == quick["demand"]
+    assert quick["ways"]["reload"] > 0
+    assert slow["ways"]["recompute"] > slow["ways"]["reload"]
+    assert slow["profile"] == "epyc2-tales.json, 100 ms + 10 MB/s"
 
 
 def test_the_worst_requests_timelines_are_told(cell: Cell, capsys: pytest.CaptureFixture[str]) -> None:
