@@ -45,24 +45,45 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to be placed. `keys`: of the full blocks of its tokens; `below_tokens`: of them, tiers below the
-    devices have, in the topmost `tier` that has the first."""
+class Prompt:
+    """Tokens of which one at least is to be computed. `keys`: of their full blocks; `below_tokens`: of them, tiers
+    below the devices have, in the topmost `tier` that has the first."""
 
     tokens: int
     keys: list[Key]
+    below_tokens: int = 0
+    tier: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be placed."""
+
+    prompt: Prompt
     expected_tokens: float
     urgent: bool
     session_home: int | None
-    below_tokens: int
-    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Of a prompt on one replica: `cached_tokens`, which its device has, save so much of `seconds`."""
+
+    cached_tokens: int
+    seconds: float
+    saved_seconds: float
+
+    @property
+    def own_seconds(self) -> float:
+        """What is left to do."""
+        return self.seconds - self.saved_seconds
 
 
 def candidate(member: Member, wanted: Wanted) -> Candidate:
     figures, steps = member.figures, member.core.scheduler.valuation.costs.steps
-    here, prefill, saved = prompt(member, wanted)
-    own = prefill - saved
-    context = wanted.tokens + wanted.expected_tokens / 2
+    prompt, prefill = wanted.prompt, prefill_of(member, wanted.prompt)
+    own = prefill.own_seconds
+    context = prompt.tokens + wanted.expected_tokens / 2
     beside = figures.decode_rows + 1
     step = steps.step_seconds(0, 0.0, beside, int(figures.decode_context + context))
     return Candidate(
@@ -77,12 +98,12 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
         backlog_seconds=figures.backlog_seconds,
         forecast_tokens=figures.forecast_tokens,
         waiting=member.waiting,
-        prompt_tokens=wanted.tokens,
-        size_tokens=wanted.tokens + wanted.expected_tokens,
+        prompt_tokens=prompt.tokens,
+        size_tokens=prompt.tokens + wanted.expected_tokens,
         urgent=wanted.urgent,
-        cached_tokens=here,
-        prefill_seconds=prefill,
-        saved_seconds=saved,
+        cached_tokens=prefill.cached_tokens,
+        prefill_seconds=prefill.seconds,
+        saved_seconds=prefill.saved_seconds,
         decode_seconds=wanted.expected_tokens * step,
         ahead_seconds=sum(min(each, own) for each in figures.prompts_seconds) + figures.waiting_seconds,
         behind_seconds=own * member.core.scheduler.waiting,
@@ -92,34 +113,40 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
     )
 
 
-def prompt(member: Member, wanted: Wanted) -> tuple[int, float, float]:
-    """Of its tokens, how many the device has; the seconds of its prefill without these, and what they save of it."""
+def prefill_of(member: Member, prompt: Prompt) -> Prefill:
     core = member.core
     size, steps = core.scheduler.config.block_size, core.scheduler.valuation.costs.steps
-    here = min(len(core.scheduler.pool.match(wanted.keys)) * size, wanted.tokens - 1)
-    below = wanted.below_tokens
-    load = member.load_or_compute_seconds(wanted.tier, 0, below)
-    prefill = load + steps.added_seconds(below, wanted.tokens - below)
-    saved = load if here >= below else member.load_or_compute_seconds(wanted.tier, 0, here)
+    here = min(len(core.scheduler.pool.match(prompt.keys)) * size, prompt.tokens - 1)
+    below = prompt.below_tokens
+    load = member.load_or_compute_seconds(prompt.tier, 0, below)
+    seconds = load + steps.added_seconds(below, prompt.tokens - below)
+    saved = load if here >= below else member.load_or_compute_seconds(prompt.tier, 0, here)
     if here > below:
         saved += steps.added_seconds(below, here - below)
-    return here, prefill, saved
+    return Prefill(here, seconds, saved)
 
 
 def decode_share(member: Member, wanted: Wanted) -> float:
     """Of its decode steps, with so many beside it as are nominal."""
     steps = member.core.scheduler.valuation.costs.steps
-    context = int(NOMINAL_ROWS * (wanted.tokens + wanted.expected_tokens / 2))
+    context = int(NOMINAL_ROWS * (wanted.prompt.tokens + wanted.expected_tokens / 2))
     return wanted.expected_tokens * steps.step_seconds(0, 0.0, NOMINAL_ROWS, context) / NOMINAL_ROWS
 
 
 def work_seconds(member: Member, wanted: Wanted) -> float:
     """What a request is charged: as a candidate says, for who needs no more of it."""
-    _, prefill, saved = prompt(member, wanted)
-    return prefill - saved + decode_share(member, wanted)
+    return prefill_of(member, wanted.prompt).own_seconds + decode_share(member, wanted)
 
 
-def below_match(core: Core, keys: list[Key]) -> tuple[int, str]:
+def prompt_of(core: Core, tokens: int, keys: list[Key]) -> Prompt:
+    """Of so many tokens, whose full blocks have these keys, as the tiers below the devices are now."""
+    size = core.config.scheduler.block_size
+    keys = keys[: (tokens - 1) // size]
+    below, tier = _below_match(core, keys)
+    return Prompt(tokens, keys, below * size, tier)
+
+
+def _below_match(core: Core, keys: list[Key]) -> tuple[int, str]:
     """How many of the first blocks tiers below the devices have, and which has the first of them."""
     shelves = core.scheduler.residency.shelves
     count = 0
@@ -161,9 +188,19 @@ def movable(member: Member, sequence: Sequence) -> Movable:
         tokens=len(sequence.tokens),
         size_tokens=len(sequence.tokens) + sequence.expected_remaining_tokens,
         remaining_tokens=sequence.expected_remaining_tokens,
-        cost_seconds=sequence.weight * member.move_seconds(max(sequence.computed, sequence.kept_tokens)),
+        cost_seconds=sequence.weight * _move_seconds(member, sequence),
         moves=sequence.migrations,
         moved_at=sequence.migrated_at,
         waits=sequence.slot < 0,
         crossed=sequence.crossed,
     )
+
+
+def _move_seconds(member: Member, sequence: Sequence) -> float:
+    """What it takes elsewhere to have what this device has of it, and to have room for that."""
+    if sequence.slot >= 0:
+        return member.move_seconds(sequence.computed) + member.displaced_seconds(sequence.computed)
+    size = member.core.config.scheduler.block_size
+    prompt = prompt_of(member.core, len(sequence.tokens), sequence.block_keys(size))
+    found = prefill_of(member, prompt)
+    return found.saved_seconds + member.displaced_seconds(found.cached_tokens)

@@ -161,16 +161,16 @@ class Member:
         return prompt + sequence.expected_remaining_tokens * row_seconds(steps, len(sequence.tokens))
 
     def move_seconds(self, tokens: int) -> float:
-        """To bring so many positions here, from the topmost tier below the device; without one, to compute them.
+        """To bring so many positions here, from the topmost tier below the device; without one, to compute them."""
+        shelves = self.core.scheduler.residency.shelves
+        tier = next((shelf.name for shelf in shelves if shelf.up), "")
+        return self.load_or_compute_seconds(tier, 0, tokens)
 
-        They take the room of as many that are cached, which are then computed again as far as hits are usual.
-        """
+    def displaced_seconds(self, tokens: int) -> float:
+        """What room for so many positions takes: as many cached ones are computed again, as far as hits are usual."""
         scheduler = self.core.scheduler
-        tier = next((shelf.name for shelf in scheduler.residency.shelves if shelf.up), "")
-        counts = scheduler.counts
-        reuse = counts.prefix_hits / max(1, counts.prefix_queries)
-        lost = reuse * scheduler.valuation.costs.steps.added_seconds(0, tokens)
-        return self.load_or_compute_seconds(tier, 0, tokens) + lost
+        reuse = scheduler.counts.prefix_hits / max(1, scheduler.counts.prefix_queries)
+        return reuse * scheduler.valuation.costs.steps.added_seconds(0, tokens)
 
     def load_or_compute_seconds(self, tier: str, start: int, end: int) -> float:
         """Of positions start … end - 1, from that tier; "": to compute them."""

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine.candidates import Wanted, below_match, candidate, work_seconds
+from engine.candidates import Prompt, Wanted, candidate, prompt_of, work_seconds
 from engine.common import Common
 from engine.member import Member
 from engine.request import Request
@@ -75,17 +75,12 @@ class Placing:
         return self._members[0].core.config.scheduler.block_size
 
     def _wanted(self, request: Request, tokens: int, keys: list[Key], expected: float) -> Wanted:
-        size = self._block_size
-        keys = keys[: (tokens - 1) // size]
-        below, tier = (0, "") if self._alone else below_match(self._members[0].core, keys)
+        core = self._members[0].core
         return Wanted(
-            tokens=tokens,
-            keys=keys,
+            prompt=Prompt(tokens, keys) if self._alone else prompt_of(core, tokens, keys),
             expected_tokens=expected,
             urgent=request.service.rank == 0 and bool(request.service.name),
             session_home=self._sessions.get(request.session) if request.session else None,
-            below_tokens=below * size,
-            tier=tier,
         )
 
     def _place(self, members: Sequence[Member], wanted: Wanted) -> Place:

@@ -184,6 +184,25 @@ def test_uneven_loads_are_evened_out_and_do_not_go_back_and_forth() -> None:
     assert set(moved.values()) == {1}
 
 
+@pytest.mark.parametrize("returning", [False, True])
+def test_a_waiter_is_not_taken_away_from_its_prefix(returning: bool) -> None:
+    """A move evens loads out, but elsewhere 250 tokens are computed again."""
+    core = core_config(blocks=300, max_sequences=1)
+    driver = FleetDriver(fleet_config(core, 2, routing="least_load", rebalancing="load_pairs"))
+    driver.drain(1)
+    prompt = list(range(250))
+    driver.arrive(request("before", prompt if returning else [7, *prompt], max_tokens=2))
+    driver.finish()
+    driver.arrive(request("ahead", [8, *range(700)], max_tokens=190, ignore_eos=True))
+    for _ in range(50):
+        driver.step(0)
+    driver.arrive(request("waiting", [*prompt, 5], max_tokens=2))
+    driver.drain(1, draining=False)
+    driver.timer()
+    assert [over.request_id for over in driver.migrations] == ([] if returning else ["waiting"])
+    driver.finish()
+
+
 def test_sessions_go_where_they_were() -> None:
     driver = FleetDriver(fleet_config(ROOMY, 4, routing="session"))
     for turn in range(3):

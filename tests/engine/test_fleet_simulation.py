@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.candidates import Wanted, candidate, work_seconds
+from engine.candidates import Prompt, Wanted, candidate, work_seconds
 from engine.events import Arrived
 from engine.fleet import BalanceConfig, Fleet, FleetConfig
 from engine.simulation import VOCABULARY, Outcome, Simulation
@@ -63,7 +63,7 @@ def test_what_a_request_waits_for_and_delays_is_seen_where_it_might_go() -> None
     machine.handle(Arrived(long), 0.0)
     member, idle = machine.members if machine.cores[0].sequences else reversed(machine.members)
     size = machine.cores[0].config.scheduler.block_size
-    wanted = Wanted(len(short.prompt), keys(short)[1][: 39 // size], 5.0, False, None, 0, "")
+    wanted = Wanted(Prompt(len(short.prompt), keys(short)[1][: 39 // size]), 5.0, False, None)
     there, elsewhere = candidate(member, wanted), candidate(idle, wanted)
     own = there.prefill_seconds - there.saved_seconds
     assert there.ahead_seconds == pytest.approx(own)
