@@ -196,7 +196,7 @@ class Lifecycle:
         snapshot = sequence.snapshot or sequence.take_snapshot(self._block_size)
         if not sequence.pins:
             sequence.pins = self._residency.pin(snapshot.all_keys)
-        self._leave(sequence, now)
+        self._leave(sequence, now, for_elsewhere=True)
         return replace(
             snapshot,
             queued_seconds=sequence.queued_seconds,
@@ -204,7 +204,7 @@ class Lifecycle:
             migrations=sequence.migrations,
         )
 
-    def _leave(self, sequence: Sequence, now: float) -> None:
+    def _leave(self, sequence: Sequence, now: float, *, for_elsewhere: bool = False) -> None:
         if sequence.state is not State.RUNNING:
             sequence.queued_seconds += now - sequence.waiting_since
         self.tenants.leave(sequence.tenant)
@@ -212,7 +212,7 @@ class Lifecycle:
         if before is State.WAITING:
             self.line.left()
         else:
-            self._places.leave(sequence)
+            self._places.leave(sequence, for_elsewhere=for_elsewhere)
 
     def _settle_snapshot(self, sequence: Sequence) -> None:
         """Its snapshot is used up, or nobody will come back to it: the tail is no use to anybody else."""

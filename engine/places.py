@@ -64,10 +64,12 @@ class Places:
         sequence.table += fresh
         sequence.slot = self._slots.pop()
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: Sequence, *, for_elsewhere: bool = False) -> None:
         """It gives up its place, running or loading. Its state is the caller's to change."""
         self.no_longer_computing(sequence, *sequence.keys[sequence.published :])
         self.pool.release(sequence.table)
+        if for_elsewhere:
+            self.pool.demote(sequence.table)
         self._slots.append(sequence.slot)
         (self.loading if sequence in self.loading else self.running).remove(sequence)
         sequence.lose_place()
@@ -87,7 +89,8 @@ class Places:
     def cache(self, sequence: Sequence, index: int) -> None:
         """A block of its table is whole: it is cached, or gives way to an equal one that is already."""
         key = sequence.keys[index]
-        block = self.pool.publish(sequence.table[index], key)
+        parent = sequence.keys[index - 1] if index else b""
+        block = self.pool.publish(sequence.table[index], key, parent)
         if block != sequence.table[index]:
             sequence.table[index] = block
             sequence.told = min(sequence.told, index)

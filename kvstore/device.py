@@ -22,6 +22,8 @@ class DevicePool:
         self._references = [0] * blocks
         self._key_of: dict[int, Key] = {}
         self._block_of: dict[Key, int] = {}
+        self._parent_of: dict[Key, Key] = {}
+        self._children: Counter[Key] = Counter()  # cached ones
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently released first
 
     @property
@@ -80,7 +82,12 @@ class DevicePool:
 
     def _evict(self) -> None:
         block, _ = self._idle.popitem(last=False)
-        del self._block_of[self._key_of.pop(block)]
+        key = self._key_of.pop(block)
+        del self._block_of[key]
+        parent = self._parent_of.pop(key)
+        self._children[parent] -= 1
+        if not self._children[parent]:
+            del self._children[parent]
         self._free.append(block)
 
     def release(self, table: Sequence[int]) -> None:
@@ -94,15 +101,32 @@ class DevicePool:
                 else:
                     self._free.append(block)
 
-    def publish(self, block: int, key: Key) -> int:
+    def demote(self, table: Sequence[int]) -> None:
+        """Of a block table just released, what is its alone is the first to give way: another device has it.
+
+        That is its end, up to the first block that somebody holds, or that more than this table leads through.
+        """
+        demoted: list[int] = []
+        for block in reversed(table):
+            if block not in self._key_of and not demoted:
+                continue  # not full yet
+            if block not in self._idle or self._children[self._key_of[block]] > bool(demoted):
+                break
+            demoted.append(block)
+        for block in reversed(demoted):
+            self._idle.move_to_end(block, last=False)
+
+    def publish(self, block: int, key: Key, parent: Key) -> int:
         """Caches a held, fully computed block under `key` and returns the block that stands for the key now.
 
-        When another block has the key already, that one is returned, with the caller's hold moved to it: equal
-        keys have equal bytes.
+        `parent`: the key of the block before it, or b"". When another block has the key already, that one is returned,
+        with the caller's hold moved to it: equal keys have equal bytes.
         """
         known = self._block_of.setdefault(key, block)
         if known == block:
             self._key_of[block] = key
+            self._parent_of[key] = parent
+            self._children[parent] += 1
         else:
             self.hold((known,))
             self.release((block,))
@@ -126,3 +150,5 @@ class DevicePool:
             assert (block in free) == (not held and not keyed), f"block {block}: free, or not?"
             assert (block in idle) == (not held and keyed), f"block {block}: idle, or not?"
         assert {block: key for key, block in self._block_of.items()} == self._key_of
+        assert self._parent_of.keys() == self._block_of.keys()
+        assert Counter(self._parent_of.values()) == self._children

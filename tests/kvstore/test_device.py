@@ -16,12 +16,22 @@ def chain(*tokens: int) -> list[bytes]:
     return keys[1:]
 
 
+def publish(pool: DevicePool, table: list[int], keys: list[bytes], found: int = 0) -> None:
+    """All from `found` on."""
+    for index in range(found, len(keys)):
+        table[index] = pool.publish(table[index], keys[index], keys[index - 1] if index else b"")
+
+
+def cached(pool: DevicePool, keys: list[bytes]) -> list[int]:
+    table = pool.allocate(len(keys))
+    publish(pool, table, keys)
+    return table
+
+
 def test_released_blocks_are_found_again_until_their_room_is_needed() -> None:
     pool = DevicePool(4)
-    table = pool.allocate(3)
     keys = chain(1, 2, 3)
-    for block, key in zip(table, keys, strict=True):
-        assert pool.publish(block, key) == block
+    table = cached(pool, keys)
     pool.release(table)
     assert pool.match(keys) == table
     pool.release(pool.allocate(2))  # the free one, and the tail of the chain
@@ -31,10 +41,8 @@ def test_released_blocks_are_found_again_until_their_room_is_needed() -> None:
 
 def test_a_parent_never_leaves_before_its_child() -> None:
     pool = DevicePool(3)
-    table = pool.allocate(3)
     keys = chain(1, 2, 3)
-    for block, key in zip(table, keys, strict=True):
-        pool.publish(block, key)
+    table = cached(pool, keys)
     pool.hold(table[:1])
     pool.release(table)
     pool.release(table[:1])
@@ -43,12 +51,42 @@ def test_a_parent_never_leaves_before_its_child() -> None:
         assert len(pool.match(keys)) == left
 
 
+def test_what_is_cached_elsewhere_gives_way_first_but_not_what_others_share() -> None:
+    pool = DevicePool(6)
+    stays, goes = chain(1, 2, 3), chain(1, 2, 4, 5)
+    first = cached(pool, stays)
+    pool.release(first)
+    held = pool.match(goes)
+    pool.hold(held)
+    table = held + pool.allocate(2)
+    publish(pool, table, goes, found=2)
+    pool.release(table)
+    pool.demote(table)
+    pool.allocate(3)  # one was free
+    assert pool.match(goes) == first[:2]
+    assert pool.match(stays) == first
+
+
+def test_what_somebody_holds_is_not_the_first_to_give_way() -> None:
+    pool = DevicePool(4)
+    keys = chain(1, 2, 3)
+    table = cached(pool, keys)
+    pool.hold(table[:2])
+    pool.release(table)
+    pool.demote(table)
+    pool.release(table[:2])
+    pool.release(cached(pool, chain(7)))
+    assert pool.match(keys) == table
+    pool.allocate(1)
+    assert pool.match(keys) == table[:2]
+
+
 def test_a_block_with_a_known_key_gives_way() -> None:
     pool = DevicePool(2)
     (first,), (second,) = pool.allocate(1), pool.allocate(1)
     (key,) = chain(1)
-    assert pool.publish(first, key) == first
-    assert pool.publish(second, key) == first
+    assert pool.publish(first, key, b"") == first
+    assert pool.publish(second, key, b"") == first
     pool.check([[first], [first]])
     assert pool.available == 1
 
@@ -85,15 +123,16 @@ class Pool(RuleBasedStateMachine):
             return
         found = len(table)
         table += self.pool.allocate(missing)
-        for index in range(found, len(tokens)):
-            table[index] = self.pool.publish(table[index], keys[index])
+        publish(self.pool, table, keys, found)
         self.tables.append((tokens, table))
 
     @precondition(lambda self: self.tables)
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), elsewhere=st.booleans())
+    def end(self, data: st.DataObject, elsewhere: bool) -> None:
         _, table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
         self.pool.release(table)
+        if elsewhere:
+            self.pool.demote(table)
 
     @rule()
     def forget(self) -> None:

@@ -37,8 +37,8 @@ class Holder:
         self.residency = residency
         self.keys = keys
         self.table = residency.pool.allocate(len(keys))
-        for index, key in enumerate(keys):
-            self.table[index] = residency.pool.publish(self.table[index], key)
+        for index, (key, parent) in enumerate(zip(keys, [b"", *keys], strict=False)):
+            self.table[index] = residency.pool.publish(self.table[index], key, parent)
 
     def places(self) -> list[tuple[int, Place]]:
         parents = [b"", *self.keys]
