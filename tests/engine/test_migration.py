@@ -104,6 +104,27 @@ def test_a_sequence_migrates_live_with_a_pause_of_its_tails_copy() -> None:
     assert driver.finished["a", 0].migrations == 1
 
 
+def test_what_a_sequence_leaves_behind_gives_way_before_what_is_older() -> None:
+    """The target has it."""
+    driver = FleetDriver(fleet_config(core_config(blocks=40, residency=TIERS), 2))
+    driver.drain(1)
+    older, moves = list(range(50, 80)), list(range(30))
+    driver.arrive(request("older", older, max_tokens=2))
+    driver.finish()
+    driver.arrive(request("moves", moves, max_tokens=60, ignore_eos=True))
+    for _ in range(10):
+        driver.step(0)
+    driver.drain(1, draining=False)
+    driver.migrate("moves", 1)
+    driver.finish()
+    driver.drain(1)
+    driver.arrive(request("fresh", range(100, 218), max_tokens=4))
+    driver.finish()
+    here = driver.fleet.cores[0]
+    cached = [len(here.scheduler.pool.match(here.chain(request("", prompt))[1])) for prompt in (older, moves)]
+    assert cached[0] == len(older) // 4 > cached[1]
+
+
 def test_without_a_tier_below_it_is_computed_again_at_the_target() -> None:
     requests = asked(6)
     driver = FleetDriver(fleet_config(core_config(blocks=60), 2))
