@@ -4,6 +4,7 @@ Of the replica itself: member.py. Seconds are predicted ones of its device, by i
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.core import Core
 from engine.member import Member, row_seconds
@@ -159,48 +160,51 @@ def _below_match(core: Core, keys: list[Key]) -> tuple[int, str]:
     return count, HOST if shelves.host.readable(keys[0]) else DISK
 
 
-@dataclass(frozen=True, slots=True)
 class Movable:
-    """A sequence that may go on elsewhere. Implements policies.rebalancing.MovableView."""
+    """A sequence that may go on elsewhere. Implements policies.rebalancing.MovableView.
 
-    request: str
-    choice: int
-    replica: int
-    load_seconds: float
-    disturbs_seconds: float
-    tokens: int
-    size_tokens: float
-    remaining_tokens: float
-    cost_seconds: float
-    moves: int
-    moved_at: float
-    waits: bool
-    crossed: bool
+    There may be ten thousand, and a policy prices few: seconds are looked up when it asks, and kept.
+    """
 
+    def __init__(self, member: Member, sequence: Sequence) -> None:
+        self._member = member
+        self._sequence = sequence
+        self.replica = member.number
+        self.moves = sequence.migrations
+        self.moved_at = sequence.migrated_at
+        self.waits = sequence.slot < 0
+        self.crossed = sequence.crossed
+        self.tokens = len(sequence.tokens)
+        self.choice = sequence.choice
 
-def movable(member: Member, sequence: Sequence) -> Movable:
-    return Movable(
-        request=sequence.request.id,
-        choice=sequence.choice,
-        replica=member.number,
-        load_seconds=member.load_seconds(sequence),
-        disturbs_seconds=member.disturbs_seconds(sequence),
-        tokens=len(sequence.tokens),
-        size_tokens=len(sequence.tokens) + sequence.expected_remaining_tokens,
-        remaining_tokens=sequence.expected_remaining_tokens,
-        cost_seconds=sequence.weight * _move_seconds(member, sequence),
-        moves=sequence.migrations,
-        moved_at=sequence.migrated_at,
-        waits=sequence.slot < 0,
-        crossed=sequence.crossed,
-    )
+    @property
+    def request(self) -> str:
+        return self._sequence.request.id
 
+    @property
+    def remaining_tokens(self) -> float:
+        return self._sequence.expected_remaining_tokens
 
-def _move_seconds(member: Member, sequence: Sequence) -> float:
-    """What it takes elsewhere to have what this device has of it, and to have room for that."""
-    if sequence.slot >= 0:
-        return member.move_seconds(sequence.computed) + member.displaced_seconds(sequence.computed)
-    size = member.core.config.scheduler.block_size
-    prompt = prompt_of(member.core, len(sequence.tokens), sequence.block_keys(size))
-    found = prefill_of(member, prompt)
-    return found.saved_seconds + member.displaced_seconds(found.cached_tokens)
+    @property
+    def size_tokens(self) -> float:
+        return self.tokens + self.remaining_tokens
+
+    @cached_property
+    def load_seconds(self) -> float:
+        return self._member.load_seconds(self._sequence)
+
+    @cached_property
+    def disturbs_seconds(self) -> float:
+        return self._member.disturbs_seconds(self._sequence)
+
+    @cached_property
+    def cost_seconds(self) -> float:
+        """What it takes elsewhere to have what this device has of it, and to have room for that; weighted."""
+        member, sequence = self._member, self._sequence
+        if not self.waits:
+            tokens, seconds = sequence.computed, member.move_seconds(sequence.computed)
+        else:
+            size = member.core.config.scheduler.block_size
+            found = prefill_of(member, prompt_of(member.core, self.tokens, sequence.block_keys(size)))
+            tokens, seconds = found.cached_tokens, found.saved_seconds
+        return sequence.weight * (seconds + member.displaced_seconds(tokens))

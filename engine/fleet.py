@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.candidates import movable
+from engine.candidates import Movable
 from engine.common import Common
 from engine.core import Core, CoreConfig
 from engine.events import (
@@ -382,7 +382,7 @@ class Fleet:
             return
         moving = self.moves.moving
         movables = [
-            movable(member, sequence)
+            Movable(member, sequence)
             for member in self.members
             if member.up
             for sequences in member.core.sequences.values()

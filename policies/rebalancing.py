@@ -187,12 +187,10 @@ def load_pairs(
     for pairing the most with the least loaded of LLM instances.
     """
     books = _Books(loads)
-    rested = [
-        each
-        for each in movables
-        if each.moves < limits.max_moves and now - each.moved_at >= limits.cooldown_seconds
-    ]
-    here = {load.number: [each for each in rested if each.replica == load.number] for load in loads}
+    here: dict[int, list[MovableView]] = {load.number: [] for load in loads}
+    for each in movables:
+        if each.moves < limits.max_moves and now - each.moved_at >= limits.cooldown_seconds:
+            here[each.replica].append(each)
     moves: list[Move] = []
     while True:
         before = len(moves)
@@ -318,10 +316,10 @@ def _nearest_to_half(
     worth = [
         each
         for each in movables
-        if _gain(gap, each.load_seconds)
-        > max(0.0, (each.cost_seconds + crowd * each.disturbs_seconds) * limits.min_gain)
+        if (gain := _gain(gap, each.load_seconds)) > 0.0
         and max(each.tokens, each.size_tokens) <= limit
         and books.has_room(low, each)
+        and gain > (each.cost_seconds + crowd * each.disturbs_seconds) * limits.min_gain
     ]
 
     def rank(each: MovableView) -> tuple[float, float, int, str, int]:
