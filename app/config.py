@@ -157,7 +157,7 @@ class PolicyNames(Section):
     eviction: Annotated[str, one_of(EVICTIONS, plugins=True)] = "lru"
     placement: Annotated[str, one_of(PLACEMENTS, plugins=True)] = "write_through"
     routing: Annotated[str, one_of(ROUTINGS, plugins=True)] = "hybrid"
-    rebalancing: Annotated[str, one_of(REBALANCINGS, plugins=True)] = "none"
+    rebalancing: Annotated[str, one_of(REBALANCINGS, plugins=True)] = "load_pairs"
     also: AlsoSection = AlsoSection()
 
 
