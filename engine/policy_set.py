@@ -234,6 +234,8 @@ class GuardedRebalancing(Guarded):
     def sound(self, answer: Any, *asked: Any) -> bool:
         if not isinstance(answer, Round):
             return False
+        if not isinstance(answer.moves, tuple) or not isinstance(answer.stayed, int):
+            return False
         if not answer.moves:
             return True
         loads, movables, *_ = asked

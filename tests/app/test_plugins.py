@@ -14,6 +14,7 @@ from app.config import AlsoSection, Config, ConfigError, ModelSection, PoliciesS
 from app.config_sources import load
 from app.plugins import PluginError, load_plugin, load_plugins
 from engine.policy_set import PLAINEST, Catalog, PolicyConfig
+from policies.rebalancing import Limits, Move, Round
 from tests.app.lives import configuration, served
 from tests.app.rig import Rig, rig
 from tests.app.test_logs import lines, logged
@@ -225,12 +226,29 @@ async def test_who_displaces_whom_is_guarded_too(answer: Callable[[], Any]) -> N
     assert value(samples, "sluice:policy_failures_total", family="order", policy="broken:x") > 0
 
 
-def guarded(plugin: Any, failures: list[str]) -> Any:
-    """As a predictor in force."""
-    catalog = Catalog({"prediction": {"house:x": plugin}})
-    return catalog.make(
-        PolicyConfig(prediction="house:x"), lambda *failed: failures.append(failed[2])
-    ).prediction
+def guarded(plugin: Any, failures: list[str], family: str = "prediction") -> Any:
+    """As a policy in force."""
+    catalog = Catalog({family: {"house:x": plugin}})
+    made = catalog.make(
+        PolicyConfig().having({family: "house:x"}), lambda *failed: failures.append(failed[2])
+    )
+    return getattr(made, family)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        Round(moves=None),  # type: ignore[arg-type]
+        Round(moves=iter(())),  # type: ignore[arg-type]
+        Round(stayed=None),  # type: ignore[arg-type]
+        Round((Move("nobody", 0, 0, 0, "", 1.0, 0.0),)),
+    ],
+)
+def test_a_round_that_is_none_moves_nobody(answer: Any) -> None:
+    failures: list[str] = []
+    assert guarded(lambda *asked: answer, failures, "rebalancing")([], [], 0.0, Limits()) == Round()
+    assert len(failures) == 1
 
 
 def test_the_survival_of_a_predictor_that_does_not_say_is_that_of_its_quantiles() -> None:
