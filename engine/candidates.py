@@ -115,6 +115,7 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
 
 
 def prefill_of(member: Member, prompt: Prompt) -> Prefill:
+    """There; what tiers below have is loaded, and the rest computed."""
     core = member.core
     size, steps = core.scheduler.config.block_size, core.scheduler.valuation.costs.steps
     here = min(len(core.scheduler.pool.match(prompt.keys)) * size, prompt.tokens - 1)

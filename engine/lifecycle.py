@@ -196,7 +196,9 @@ class Lifecycle:
         snapshot = sequence.snapshot or sequence.take_snapshot(self._block_size)
         if not sequence.pins:
             sequence.pins = self._residency.pin(snapshot.all_keys)
-        self._leave(sequence, now, for_elsewhere=True)
+        table = sequence.table
+        self._leave(sequence, now)
+        self._places.pool.demote(table)
         return replace(
             snapshot,
             queued_seconds=sequence.queued_seconds,
@@ -204,7 +206,7 @@ class Lifecycle:
             migrations=sequence.migrations,
         )
 
-    def _leave(self, sequence: Sequence, now: float, *, for_elsewhere: bool = False) -> None:
+    def _leave(self, sequence: Sequence, now: float) -> None:
         if sequence.state is not State.RUNNING:
             sequence.queued_seconds += now - sequence.waiting_since
         self.tenants.leave(sequence.tenant)
@@ -212,7 +214,7 @@ class Lifecycle:
         if before is State.WAITING:
             self.line.left()
         else:
-            self._places.leave(sequence, for_elsewhere=for_elsewhere)
+            self._places.leave(sequence)
 
     def _settle_snapshot(self, sequence: Sequence) -> None:
         """Its snapshot is used up, or nobody will come back to it: the tail is no use to anybody else."""

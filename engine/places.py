@@ -64,12 +64,10 @@ class Places:
         sequence.table += fresh
         sequence.slot = self._slots.pop()
 
-    def leave(self, sequence: Sequence, *, for_elsewhere: bool = False) -> None:
+    def leave(self, sequence: Sequence) -> None:
         """It gives up its place, running or loading. Its state is the caller's to change."""
         self.no_longer_computing(sequence, *sequence.keys[sequence.published :])
         self.pool.release(sequence.table)
-        if for_elsewhere:
-            self.pool.demote(sequence.table)
         self._slots.append(sequence.slot)
         (self.loading if sequence in self.loading else self.running).remove(sequence)
         sequence.lose_place()

@@ -24,7 +24,9 @@ class DevicePool:
         self._block_of: dict[Key, int] = {}
         self._parent_of: dict[Key, Key] = {}
         self._children: Counter[Key] = Counter()  # cached ones
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently released first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # the demoted first, then the least recently released
 
     @property
     def available(self) -> int:
@@ -71,7 +73,7 @@ class DevicePool:
             self._idle.pop(block, None)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks of unknown content, held once each; idle ones give way, the longest unused first."""
+        """`count` blocks of unknown content, held once each; idle ones give way, those demoted first."""
         assert count <= self.available, f"{count} blocks asked, {self.available} available"
         while len(self._free) < count:
             self._evict()

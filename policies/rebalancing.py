@@ -7,6 +7,7 @@ Where requests go at first: routing.py.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import inf
 from typing import Protocol
 
@@ -313,17 +314,22 @@ def _nearest_to_half(
         return None
     limit = low.limit_tokens or inf
     crowd = limits.disturbance * max(0, low.requests - high.requests)
-    worth = [
+    fitting = [
         each
         for each in movables
-        if (gain := _gain(gap, each.load_seconds)) > 0.0
+        if 0.0 < each.load_seconds < gap
         and max(each.tokens, each.size_tokens) <= limit
         and books.has_room(low, each)
-        and gain > (each.cost_seconds + crowd * each.disturbs_seconds) * limits.min_gain
     ]
 
-    def rank(each: MovableView) -> tuple[float, float, int, str, int]:
-        from_half = abs(each.load_seconds - gap / 2)
-        return from_half, each.cost_seconds, each.moves, each.request, each.choice
+    def from_half(each: MovableView) -> float:
+        return abs(each.load_seconds - gap / 2)
 
-    return min(worth, key=rank, default=None)
+    def repays(each: MovableView) -> bool:
+        cost = each.cost_seconds + crowd * each.disturbs_seconds
+        return _gain(gap, each.load_seconds) > cost * limits.min_gain
+
+    for _, alike in groupby(sorted(fitting, key=from_half), key=from_half):  # so that few are priced
+        if worth := [each for each in alike if repays(each)]:
+            return min(worth, key=lambda each: (each.cost_seconds, each.moves, each.request, each.choice))
+    return None
