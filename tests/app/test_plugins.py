@@ -235,16 +235,15 @@ def guarded(plugin: Any, failures: list[str], family: str = "prediction") -> Any
     return getattr(made, family)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        None,
-        Round(moves=None),  # type: ignore[arg-type]
-        Round(moves=iter(())),  # type: ignore[arg-type]
-        Round(stayed=None),  # type: ignore[arg-type]
-        Round((Move("nobody", 0, 0, 0, "", 1.0, 0.0),)),
-    ],
-)
+NONSENSE: list[dict[str, Any]] = [
+    {"moves": None},
+    {"moves": iter(())},
+    {"stayed": None},
+    {"moves": (Move("nobody", 0, 0, 0, "", 1.0, 0.0),)},
+]
+
+
+@pytest.mark.parametrize("answer", [None, *(Round(**wrong) for wrong in NONSENSE)])
 def test_a_round_that_is_none_moves_nobody(answer: Any) -> None:
     failures: list[str] = []
     assert guarded(lambda *asked: answer, failures, "rebalancing")([], [], 0.0, Limits()) == Round()
