@@ -265,7 +265,7 @@ def test_decisions_turn_when_a_tier_becomes_20_times_slower_and_turn_back() -> N
     )
     run(prompts, core, quick_prefill, recorder=record, slowdown=slowdown)
     for begin, end, way in ((0.0, 10.0, "reload"), (12.0, 20.0, "recompute"), (22.0, 35.0, "reload")):
-        ways = Counter(way for at, way in found if begin <= at < end)
+        ways = Counter(taken for at, taken in found if begin <= at < end)
         assert ways[way] >= 20
         assert ways[way] == ways.total()
 
