@@ -127,6 +127,35 @@ def test_what_is_open_at_the_start_is_told_first(rig: Rig) -> None:
     assert rig.heard() == TierUp(DISK, (place(7),), 10)
 
 
+def test_a_brief_copy_has_ended_when_it_has_begun(rig: Rig) -> None:
+    rig.started().heard()
+    rig.copy(1, DEVICE, HOST, [3])
+    assert rig.news.get_nowait() == CopyDone(1)
+    assert np.array_equal(rig.host.buffer(3), block_of(3, SIZE))
+
+
+def test_one_that_is_not_brief_is_a_threads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.transfer.BRIEF_BYTES", SIZE)
+    rig.started().heard()
+    tellers: list[str] = []
+    monkeypatch.setattr(
+        rig.store._outbox, "report", lambda news: (tellers.append(threading.current_thread().name), rig.news.put(news))
+    )
+    rig.copy(1, DEVICE, HOST, [3])
+    rig.heard()
+    rig.copy(2, DEVICE, HOST, [4, 5])
+    assert rig.heard_copy().id == 2
+    assert tellers == [threading.current_thread().name, "kv down copier 0 0"]
+
+
+def test_a_brief_copy_is_refused_once_the_store_has_stopped(rig: Rig) -> None:
+    rig.started().heard()
+    assert rig.store.stop(WAIT)
+    rig.copy(1, DEVICE, HOST, [3])
+    assert rig.heard_copy().lost == ((0, Loss.DOWN),)
+    assert not rig.host.buffer(3).any()
+
+
 @pytest.mark.parametrize(
     ("there", "back"), [(HOST, DEVICE), (DISK, DEVICE), (DISK, HOST)], ids=["host", "disk", "disk to host"]
 )

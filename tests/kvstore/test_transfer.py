@@ -21,7 +21,7 @@ from kvstore.copies import DEVICE, DISK, HOST, Copy, CopyDone, Loss, Place
 from kvstore.memory import MemoryTier
 from kvstore.tier import Buffer, Tier
 from kvstore.transfer import Lane, Measured, Task, Transfers
-from tests.kvstore.conformance import places
+from tests.kvstore.conformance import place, places
 from tests.kvstore.disk_rig import BLOCK_BYTES, block_of, key_of, open_tier
 from tests.kvstore.memory_tier import MemoryRecords
 
@@ -181,6 +181,41 @@ def test_a_full_target_loses_all_and_counts_them(rig: Rig) -> None:
     rig.submit(1, HOST, REMOTE, [1, 2])
     assert rig.heard().lost == ((0, Loss.FULL), (1, Loss.FULL))
     assert rig.transfers.totals()[REMOTE].losses == Counter({Loss.FULL: 2})
+
+
+@pytest.mark.parametrize(("source", "target"), ROUTES)
+def test_what_is_small_between_two_memories_is_brief(
+    rig: Rig, source: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.transfer.BRIEF_BYTES", 3 * BLOCK_BYTES)
+    small, large = (Copy(1, source, target, of, of) for of in (tuple(places(range(n))) for n in (3, 4)))
+    assert rig.transfers.is_brief(small) is ({source, target} == {DEVICE, HOST})
+    assert not rig.transfers.is_brief(large)
+
+
+def test_nothing_is_brief_that_a_card_has() -> None:
+    rig = Rig(MemoryRecords(DEVICE, BLOCK_BYTES))
+    assert not rig.transfers.is_brief(Copy(1, DEVICE, HOST, (place(1),), (place(1),)))
+    assert rig.close()
+
+
+def test_what_the_caller_carries_out_has_ended_then_and_is_measured(rig: Rig) -> None:
+    rig.fill(DEVICE, [5, 3])
+    of = tuple(places([5, 3]))
+    rig.transfers.carry_out(Copy(1, DEVICE, HOST, of, of))
+    assert rig.done.get_nowait() == CopyDone(1)
+    for found, number in zip(rig.found(HOST, [5, 3]), (5, 3), strict=True):
+        assert np.array_equal(found, block_of(number, BLOCK_BYTES))
+    (measured,) = rig.transfers.measured()
+    assert (measured.source, measured.target, measured.copies) == (DEVICE, HOST, 1)
+    assert measured.bytes == 2 * BLOCK_BYTES
+
+
+def test_a_memory_that_raises_costs_the_caller_nothing_but_the_copy(rig: Rig) -> None:
+    nowhere = (place(SLOTS),)
+    rig.transfers.carry_out(Copy(1, DEVICE, HOST, nowhere, nowhere))
+    assert rig.done.get_nowait().lost == ((0, Loss.IO),)
+    assert [id for id, _ in rig.failures] == [1]
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------
