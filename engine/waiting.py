@@ -6,7 +6,7 @@ whose keys grow for all of a tenant's waiters at once, only each tenant's first 
 """
 
 from collections.abc import Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import chain
 
 from engine.sequence import Sequence, State
@@ -14,10 +14,13 @@ from policies.order import Order
 from policies.promotion import Promotion
 
 STALE = 64
-"""Entries of ended sequences that the heap may hold beyond as many as it has waiters."""
+"""Entries of sequences that have left that each heap may hold beyond as many as it has waiters."""
 
 Entry = tuple[tuple[float, ...], int, int, Sequence]
 """(rank, order of arrival, ticket, waiter): one of several of a sequence counts, that with its ticket."""
+
+Spell = tuple[float, int, int, Sequence]
+"""(since when, ticket, the waiter's epoch, waiter)"""
 
 
 class WaitingLine:
@@ -27,13 +30,12 @@ class WaitingLine:
         self._order = order
         self._promotion = promotion
         self._heap: list[Entry] = []
-        self._spells: list[
-            tuple[float, int, int, Sequence]
-        ] = []  # a heap: (since when, ticket, epoch, waiter)
+        self._spells: list[Spell] = []  # a heap
         # where the order is by tenant: who of it stands in the heap, and a heap by arrival of those behind
         self._first_of: dict[str, Sequence] = {}
         self._behind: dict[str, list[tuple[int, int, Sequence]]] = {}
         self._tickets = 0
+        self._left_behind = 0  # entries in all of `_behind`
         self._count = 0
 
     def __len__(self) -> int:
@@ -61,6 +63,7 @@ class WaitingLine:
         """A spell of waiting goes on: it had left the line, and is back without having run."""
         self.put_back(sequence)
         heappush(self._spells, (sequence.waiting_since, sequence.ticket, sequence.epoch, sequence))
+        self._clear_away()
 
     def put_back(self, sequence: Sequence) -> None:
         """A waiter that was popped, and could not move."""
@@ -92,8 +95,16 @@ class WaitingLine:
     def left(self) -> None:
         """A waiter's state is no longer WAITING. Clients may come and leave while the first cannot move."""
         self._count -= 1
-        if len(self._heap) > 2 * self._count + STALE:
+        self._clear_away()
+
+    def _clear_away(self) -> None:
+        """What is left of those who left goes when it comes up, or here: behind one who waits long it never would."""
+        most = 2 * self._count + STALE
+        if len(self._heap) + self._left_behind > most:
             self._rank_anew()
+        if len(self._spells) > most:
+            self._spells = [spell for spell in self._spells if _lasts(spell)]
+            heapify(self._spells)
 
     def next_few(self, count: int) -> list[Sequence]:
         """The first, and some of those that follow it soon: the top of the heap, unsorted."""
@@ -108,9 +119,9 @@ class WaitingLine:
         """Those whose wait has reached a bound go before all others from now on."""
         promoted = []
         while self._spells:
-            _, _, epoch, sequence = self._spells[0]
-            if sequence.state is State.WAITING and sequence.epoch == epoch and not sequence.promoted:
-                reason = self._due(sequence, now, served)
+            sequence = self._spells[0][-1]
+            if _lasts(self._spells[0]):
+                reason = self.due(sequence, now, served)
                 if not reason:
                     break  # those behind it have waited less
                 sequence.promoted = reason
@@ -119,7 +130,8 @@ class WaitingLine:
             heappop(self._spells)
         return promoted
 
-    def _due(self, sequence: Sequence, now: float, served: int) -> str:
+    def due(self, sequence: Sequence, now: float, served: int) -> str:
+        """Which bound has been reached since it began to wait, if one has."""
         bounds = self._promotion
         if 0 < bounds.service_tokens <= served - sequence.served_before:
             return "service"
@@ -135,6 +147,7 @@ class WaitingLine:
         self._heap.clear()
         self._first_of.clear()
         self._behind.clear()
+        self._left_behind = 0
         for sequence in waiting:
             self._push(sequence)
 
@@ -146,6 +159,7 @@ class WaitingLine:
             if first is not None and first is not sequence and first.number < sequence.number:
                 behind = self._behind.setdefault(sequence.tenant, [])
                 heappush(behind, (sequence.number, sequence.ticket, sequence))
+                self._left_behind += 1
                 return
             self._first_of[sequence.tenant] = sequence
         heappush(self._heap, (self._rank(sequence), sequence.number, sequence.ticket, sequence))
@@ -163,6 +177,7 @@ class WaitingLine:
         behind = self._behind.get(tenant, [])
         while behind and tenant not in self._first_of:
             _, ticket, following = heappop(behind)
+            self._left_behind -= 1
             if _stands(following) and following.ticket == ticket:
                 self._first_of[tenant] = following
                 heappush(self._heap, (self._rank(following), following.number, ticket, following))
@@ -177,6 +192,12 @@ class WaitingLine:
 def _counts(entry: Entry) -> bool:
     """Whether it is the entry of a waiter that counts."""
     return _stands(entry[-1]) and entry[-1].ticket == entry[-2]
+
+
+def _lasts(spell: Spell) -> bool:
+    """Whether somebody still waits so, and for promotion too."""
+    _, _, epoch, sequence = spell
+    return sequence.state is State.WAITING and sequence.epoch == epoch and not sequence.promoted
 
 
 def _stands(sequence: Sequence) -> bool:

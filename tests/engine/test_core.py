@@ -1,5 +1,7 @@
 """The core, driven by hand: continuous batching, chunks, preemption, prefix reuse, stops, refusals."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from engine.request import FinishReason, Request
 from engine.scheduler import PASSED_OVER
 from engine.waiting import STALE
 from policies.decisions import Kind
-from tests.engine.driving import EOS, Driver, core_config, request
+from tests.engine.driving import EOS, UNFORESEEN, Driver, core_config, request
 from tests.fakes import hashed, saying
 
 
@@ -227,15 +229,33 @@ def test_a_cancelled_request_frees_its_blocks_at_once() -> None:
     assert driver.tokens("b") == expected_tokens(request("b", range(30, 40)))
 
 
-def test_waiters_that_left_do_not_pile_up_behind_one_that_cannot_move() -> None:
-    driver = Driver(core_config(max_sequences=1, max_queue=3))
+@pytest.mark.parametrize("order", ["hybrid", "fair"])
+def test_waiters_that_left_do_not_pile_up_behind_one_that_cannot_move(order: str) -> None:
+    policies = PolicyConfig(order=order, parameters=UNFORESEEN)
+    driver = Driver(core_config(max_sequences=1, max_queue=3, policies=policies))
     driver.arrive(request("a", [1], max_tokens=100), request("b", [2]))
     for i in range(10 * STALE):
         driver.core.handle(Arrived(request(f"r{i}", [i])), driver.now)
         driver.core.handle(Cancelled(f"r{i}"), driver.now)
-    assert len(driver.core.scheduler.life.line._heap) <= STALE + 3
+    line = driver.core.scheduler.life.line
+    assert len(line._heap) + sum(map(len, line._behind.values())) <= STALE + 3
+    assert len(line._spells) <= STALE + 3
     driver.finish()
     assert driver.tokens("b") == expected_tokens(request("b", [2]))
+
+
+def test_those_that_were_served_do_not_pile_up_behind_one_that_starves() -> None:
+    parameters: dict[str, dict[str, float]] = {**UNFORESEEN, "promotion": {"service_tokens": 0}}
+    policies = PolicyConfig(order="priority", parameters=parameters)
+    driver = Driver(core_config(max_sequences=1, policies=policies))
+    driver.arrive(request("first", [1], max_tokens=2), replace(request("starves", [2]), priority=9))
+    for i in range(3 * STALE):
+        driver.arrive(request(f"r{i}", [i], max_tokens=2))
+        while driver.core.scheduler.waiting > 1:
+            driver.step()
+    assert len(driver.core.scheduler.life.line._spells) <= STALE + 3
+    driver.finish()
+    assert len(driver.finished) == 3 * STALE + 2
 
 
 @pytest.mark.parametrize("max_outstanding", [1, 2])
