@@ -32,6 +32,15 @@ class Draft:
         self.shares = shares
         self.budget -= sum(shares.values())
 
+    def cede(self, sequence: Sequence, count: int) -> None:
+        """Up to `count` of its tokens are somebody else's."""
+        left = self.shares[sequence] - count
+        if left > 0:
+            self.shares[sequence] = left
+            self.budget += count
+        else:
+            self.take_back(sequence)
+
     def take_back(self, sequence: Sequence) -> None:
         self.budget += self.shares.pop(sequence, 0)
         if sequence in self.placed:
@@ -84,6 +93,7 @@ def _row(sequence: Sequence, count: int) -> Row:
         tokens: tuple[int, ...] = (sequence.tokens[start],)  # nearly all
     else:
         tokens = tuple(sequence.tokens[start : start + count]) or (PENDING,)
+        sequence.served_before += count
     row = Row(sequence.slot, start, tokens, told, blocks, samples)
     sequence.told = held
     sequence.scheduled = start + count

@@ -156,6 +156,8 @@ class Scheduler:
             if (count := sequence.remaining) > 0:
                 wanted[sequence] = count
                 tokens += count
+                if count > 1:
+                    self._look_at(sequence, now)
                 if sequence.scheduled + count > len(sequence.table) * block_size:
                     lacking.append(sequence)
                     missing += self._places.missing_blocks(sequence, count)
@@ -170,8 +172,14 @@ class Scheduler:
                 self._places.grow(sequence, wanted[sequence])
             draft.give_all(wanted)
 
+    def _look_at(self, prompt: Sequence, now: float) -> None:
+        """Nor is a prompt under way passed by for longer than one that waits."""
+        if not prompt.promoted and (reason := self._line.due(prompt, now, self.life.tenants.served)):
+            prompt.promoted = reason
+            self.life.promoted(prompt, now)
+
     def _grow_in_order(self, draft: Draft, wanted: dict[Sequence, int], now: float) -> None:
-        """Those in decode first. After a preemption there is nothing for newcomers."""
+        """Those in decode first. After a preemption there is nothing for newcomers, as long as anybody runs."""
         order = self._policies.order
         draft.leaving = self._leaving_soon()
         for sequence in sorted(wanted, key=lambda s: (wanted[s] > 1, not s.promoted, order(s), s.number)):
@@ -182,7 +190,7 @@ class Scheduler:
             if not missing or self._find_blocks(sequence, missing, draft, now):
                 self._places.grow(sequence, count)
                 draft.give(sequence, count)
-        if draft.closed:
+        if draft.closed and draft.shares:
             draft.budget = 0
 
     def _find_blocks(self, sequence: Sequence, missing: int, draft: Draft, now: float) -> bool:
@@ -244,7 +252,8 @@ class Scheduler:
         """Takes waiters in while the budget, the slots and the pool have room for all their tokens."""
         set_aside: list[Sequence] = []
         while len(set_aside) < PASSED_OVER and (sequence := self._line.first()):
-            if draft.budget <= 0 and not self._later(sequence, draft):
+            later = None
+            if draft.budget <= 0 and (later := self._later(sequence, draft)) is None:
                 break
             match = self._intake.match(sequence)
             if match.waits_for is not None:
@@ -256,23 +265,36 @@ class Scheduler:
                 break
             if not (sequence.promoted or self._foreseen(sequence, draft)):
                 break
-            if draft.budget <= 0:
-                draft.take_back(max(self._later(sequence, draft), key=lambda s: s.number))
             self._line.pop()
             if self._policies.admission.foresees:
                 self._room(draft).add(sequence, self._places.known_blocks(sequence))
             way = self._intake.take(sequence, match, outstanding_step, now)
             if sequence.state is State.RUNNING:
                 self.life.started(sequence, match, way, now)
+                if later is not None:
+                    draft.cede(later, sequence.remaining)
                 self._place(sequence, draft)
         for sequence in set_aside:
             self._line.put_back(sequence)
 
-    def _later(self, waiter: Sequence, draft: Draft) -> list[Sequence]:
-        """Who has tokens of this step that a promoted waiter may have instead: else prompts under way kept it out."""
-        if draft.closed or not waiter.promoted:
-            return []
-        return [s for s in draft.shares if s.number > waiter.number and s not in draft.placed]
+    def _later(self, waiter: Sequence, draft: Draft) -> Sequence | None:
+        """Who cedes tokens of this step to the first in line, where all are given: nothing is lost by it, while prompts
+        under way would keep out whoever goes before them. By the order it is the last prompt; to a promoted one cedes
+        whoever came last.
+        """
+        if draft.closed:
+            return None
+        if waiter.promoted:
+            later = [s for s in draft.shares if s.number > waiter.number and s not in draft.placed]
+            return max(later, key=lambda s: s.number, default=None)
+        order = self._policies.order
+        prompts = [
+            (order(s), s.number, s)
+            for s, count in draft.shares.items()
+            if count > 1 and not s.promoted and s not in draft.placed
+        ]
+        last = max(prompts, default=None)
+        return last[-1] if last and order(waiter) < last[0] else None
 
     def _makes_room(self, sequence: Sequence, match: Match, draft: Draft, now: float) -> bool:
         """Whether somebody gave way to the first in line, at once: what will soon be out is waited for."""

@@ -49,7 +49,7 @@ class Sequence:
     state: State = State.WAITING
     ticket: int = 0  # of its entry in the waiting line that counts
     promoted: str = ""  # why it goes before all others; "" while it does not
-    served_before: int = 0  # tokens served to anybody when it began to wait
+    served_before: int = 0  # tokens served to anybody when it began to wait, and of its own prompt since
     snapshot: Snapshot | None = None  # taken when it was preempted, until it runs again
     way_back: Return | None = None
     pins: list[Entry] = field(default_factory=list)  # blocks below the device that are kept for it

@@ -298,3 +298,28 @@ def test_who_lacks_a_block_waits_for_one_on_its_way_down_unless_the_tier_is_slow
     assert (scheduler.counts.preemptions == 0) == stands_still
     assert scheduler.residency.leaving >= 4
     made.finish()
+
+
+@pytest.mark.parametrize("resume", ["cheapest", "recompute", "reload"])
+def test_the_last_that_runs_may_give_way_to_itself_while_another_is_loaded_and_ready(resume: str) -> None:
+    """Then nobody computes in that step, and no copy need be under way: the one that is ready must start."""
+    policies = PolicyConfig(resume=resume, parameters=UNFORESEEN)
+    residency = ResidencyConfig(host_blocks=64)
+    made = Driver(core_config(blocks=13, policies=policies, residency=residency, every_tokens=1000))
+    made.arrive(request("first", range(1, 30), max_tokens=2))
+    made.finish()
+    made.prune(DEVICE)
+    made.prompt_copies = False
+    made.arrive(request("alone", range(50, 62), max_tokens=30))
+    made.step()
+    made.arrive(request("loads", range(1, 30), max_tokens=2))  # what the host has, which takes all blocks left
+    (alone,) = made.core.sequences["alone"]
+    scheduler = made.core.scheduler
+    while scheduler.pool.available or alone.scheduled < len(alone.table) * 4:
+        assert made.step()
+    assert [each.request.id for each in scheduler.loading] == ["loads"]
+    made.copies()
+    made.finish()
+    assert alone.preemptions > 0
+    for id, prompt, tokens in (("alone", range(50, 62), 30), ("loads", range(1, 30), 2)):
+        assert made.tokens(id) == expected_tokens(request(id, prompt, max_tokens=tokens))
