@@ -4,6 +4,9 @@ The line of waiters is a heap that looks again at what comes up. So the key of a
 one that falls is noticed late. No order has a clock: linear ageing is a static term, as `work + rate × arrived`
 sorts like `work − rate × waited`. Equal keys are settled by the line, by order of arrival.
 
+The tokens of a step go by it as well: where all are given, the last prompt under way cedes what a waiter before it
+needs, and loses nothing by it. "Displaces" is about places.
+
 Promotion (promotion.py) is the line's too, and the same for all: a promoted waiter goes before all others. With
 promotion by service on, every order here has this *service bound*: while a sequence waits, those that came later
 are computed no more than `service_tokens` + 2 × `max_batch_tokens` tokens (promotion.py says why two).
