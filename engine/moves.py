@@ -189,5 +189,7 @@ def _obstacle(sequence: Sequence, target: Member) -> str:
     """Why it cannot begin to move there now, if so."""
     if not target.up:
         return "the target is down"
+    if target.draining:
+        return "the target drains"
     too_small = sequence.prompt_tokens + sequence.max_tokens > target.core.config.context
     return "the target is too small for it" if too_small else ""

@@ -225,6 +225,21 @@ def test_a_drained_replica_hands_on_all_it_has_and_takes_again_when_it_may() -> 
     )
 
 
+def test_moves_that_wait_for_their_turn_do_not_begin_to_where_a_drain_has_begun() -> None:
+    driver = FleetDriver(fleet_config(core_config(blocks=200, max_sequences=16, residency=TIERS), 2))
+    driver.drain(1)
+    driver.arrive(*(request(f"r{n}", range(n, n + 8), max_tokens=400, ignore_eos=True) for n in range(8)))
+    for _ in range(8):
+        driver.step(0)
+    driver.drain(1, draining=False)
+    for number in range(8):
+        driver.migrate(f"r{number}", 1)
+    driver.drain(1)
+    assert [over.failure for over in driver.migrations] == ["the target drains"] * 8
+    driver.finish()
+    assert {ended.replica for ended in driver.finished.values()} == {0}
+
+
 def unlike(*replicas: ReplicaConfig, **policies: str) -> FleetConfig:
     first, *others = replicas
     names = fleet_config(first.core, 1, **policies).replicas[0].core
