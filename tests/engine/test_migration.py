@@ -8,7 +8,8 @@ import pytest
 
 from engine.events import Preempted
 from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
-from engine.moves import REASONS
+from engine.ledger import Ledger
+from engine.moves import REASONS, Move, Moves
 from engine.request import Delta, Request
 from engine.sequence import State
 from kvstore.below import ResidencyConfig
@@ -238,6 +239,36 @@ def test_moves_that_wait_for_their_turn_do_not_begin_to_where_a_drain_has_begun(
     assert [over.failure for over in driver.migrations] == ["the target drains"] * 8
     driver.finish()
     assert {ended.replica for ended in driver.finished.values()} == {0}
+
+
+class Counted(str):
+    """A request id that counts how often it is looked up."""
+
+    looked_up = 0
+
+    def __hash__(self) -> int:
+        Counted.looked_up += 1
+        return super().__hash__()
+
+
+def test_to_want_many_moves_takes_as_much_for_each_as_to_want_few() -> None:
+    moves = Moves([], Ledger(1), 4, lambda sequence, here: None)
+    moves.want(Move(Counted(f"r{number}"), 0, None, "drain") for number in range(1000))
+    assert len(moves) == 1000
+    assert Counted.looked_up <= 5 * 1000
+
+
+def test_an_operators_move_takes_the_turn_of_one_that_a_policy_wants() -> None:
+    moves = Moves([], Ledger(1), 4, lambda sequence, here: None)
+    load, operator, drain = (
+        Move("r", 0, 1, "load"),
+        Move("r", 0, 2, "operator"),
+        Move("r", 0, None, "drain"),
+    )
+    again = Move("r", 0, 3, "operator")
+    for move, waits in ((load, load), (operator, operator), (drain, operator), (again, again)):
+        moves.want([move])
+        assert list(moves._wanted.values()) == [waits]
 
 
 def unlike(*replicas: ReplicaConfig, **policies: str) -> FleetConfig:
