@@ -351,7 +351,6 @@ class Fleet:
                 continue
             move = Move(sequence.request.id, sequence.choice, target.number, "failure", reason)
             self.moves.send(sequence, core, target.core, move, now)
-            target.changed()
             touched.append(target.core)
         told.append(Told(core.replica, core.go_on(now)))  # what it had decided to save
         member.changed()

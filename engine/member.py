@@ -1,7 +1,8 @@
 """One replica in the fleet's books: what routing and rebalancing see of it. Pure.
 
-Figures are looked up when somebody asks, and kept until the replica's core has handled something. Seconds are predicted
-ones of its device, by its cost model (policies/cost.py).
+Figures of those who have a place are looked up when somebody asks, and kept until the replica's core has handled
+something; what is charged for those who wait is read off the ledger. Seconds are predicted ones of its device, by its
+cost model (policies/cost.py).
 """
 
 from collections import deque
@@ -16,14 +17,14 @@ from policies.forecast import ForecastError, forecast_tokens
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of a replica's sequences, at one moment."""
+    """Of a replica's sequences that have a place, at one moment."""
 
     used_tokens: int
     decode_rows: int
     decode_context: int
     prompts_seconds: tuple[float, ...]  # of each prompt that is being computed: what is left
-    waiting_seconds: float  # charged for those who wait
-    backlog_seconds: float
+    decode_seconds: float  # of all their steps to come
+    charged_seconds: float
     forecast_tokens: float
 
 
@@ -79,8 +80,14 @@ class Member:
         return self._account.seconds
 
     @property
+    def waiting_seconds(self) -> float:
+        """Charged for those who wait."""
+        return max(0.0, self.charged_seconds - self.figures.charged_seconds)
+
+    @property
     def backlog_seconds(self) -> float:
-        return self.figures.backlog_seconds
+        figures = self.figures
+        return sum(figures.prompts_seconds) + figures.decode_seconds + self.waiting_seconds
 
     @property
     def forecast_tokens(self) -> float:
@@ -131,14 +138,13 @@ class Member:
         decoding = 0.0
         if taken:
             decoding = rounds / len(taken) * steps.step_seconds(0, 0.0, len(taken), context)
-        waiting = max(0.0, self.charged_seconds - charged)
         return Figures(
             used_tokens=scheduler.pool.held * scheduler.config.block_size,
             decode_rows=len(taken),
             decode_context=context,
             prompts_seconds=tuple(prompts),
-            waiting_seconds=waiting,
-            backlog_seconds=sum(prompts) + decoding + waiting,
+            decode_seconds=decoding,
+            charged_seconds=charged,
             forecast_tokens=forecast_tokens(taken, self.core.common.policies.prediction, self._horizon_steps),
         )
 

@@ -174,6 +174,7 @@ class Moves:
         twin.crossed = twin.crossed or move.reason == "size"
         target.adopt(twin, now)
         self._ledger.move((sequence.request.id, sequence.choice), target.replica)
+        self._members[source.replica].changed()
         self._note(move, source.replica, target.replica)
 
     def _note(self, move: Move, source: int, target: int, failure: str = "") -> None:

@@ -203,6 +203,28 @@ def test_a_waiter_is_not_taken_away_from_its_prefix(returning: bool) -> None:
     driver.finish()
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_waiters_of_a_replica_that_drains_or_is_lost_are_spread(lost: bool) -> None:
+    """Each that has been sent is seen where it is before the next is placed."""
+    core = core_config(blocks=200, max_sequences=2)
+    driver = FleetDriver(fleet_config(core, 3, routing="predicted_load"))
+    members = driver.fleet.members
+    many = [request(f"r{number}", range(number, number + 30), max_tokens=200) for number in range(14)]
+    for only, requests in ((1, [request("there", range(8), max_tokens=20)]), (0, many)):
+        for member in members:
+            member.draining = member.number != only
+        driver.arrive(*requests)
+    for member in members:
+        member.draining = False
+    if lost:
+        driver.kill(0)
+    else:
+        driver.drain(0)
+    assert members[0].requests == 0
+    assert abs(members[1].requests - members[2].requests) <= 1
+    driver.finish()
+
+
 def test_sessions_go_where_they_were() -> None:
     driver = FleetDriver(fleet_config(ROOMY, 4, routing="session"))
     for turn in range(3):
