@@ -357,14 +357,10 @@ class Fleet:
         self._go_on(told, [each for each in touched if each is not core], now)
 
     def _up(self, member: Member, now: float) -> None:
-        """A fresh core takes the lost one's place."""
         assert not member.up, "a replica that is up is not started again"
         self._gone.append(member.core)
-        member.core = Core(
-            self.config.replicas[member.number].core, self._vocabulary, self.common, member.number
-        )
-        member.up, member.down_reason = True, ""
-        member.changed()
+        config = self.config.replicas[member.number].core
+        member.restart(Core(config, self._vocabulary, self.common, member.number))
         self._rebalance(now)
 
     # --- evening out ----------------------------------------------------------------------------------------------

@@ -52,6 +52,12 @@ class Member:
         """Its core has handled something."""
         self._figures = None
 
+    def restart(self, core: Core) -> None:
+        """A fresh core takes the lost one's place, with steps of its own that forecasts are due at."""
+        self.core, self.up, self.down_reason = core, True, ""
+        self._forecasts.clear()
+        self.changed()
+
     # --- what policies see ----------------------------------------------------------------------------------------
 
     @property

@@ -240,6 +240,23 @@ def test_sessions_go_where_they_were() -> None:
     assert all(len(replicas) == 1 for replicas in placed.values())
 
 
+def test_forecasts_are_compared_again_soon_after_a_restart() -> None:
+    config = replace(fleet_config(ROOMY, 2), balance=BalanceConfig(horizon_steps=4))
+    driver = FleetDriver(config)
+    member, compared = driver.fleet.members[0], [0]
+    for name in ("before", "after"):
+        driver.drain(1)
+        driver.arrive(request(name, range(8), max_tokens=40, ignore_eos=True))
+        while driver.step(0):
+            driver.timer()
+        compared.append(member.errors.compared)
+        driver.drain(1, draining=False)
+        driver.kill(0)
+        driver.revive(0)
+    assert compared[1] > 30
+    assert compared[2] == 2 * compared[1]
+
+
 def replayed(config: FleetConfig, events: list[tuple[float, Event]]) -> list[bytes]:
     fleet = Fleet(config, VOCABULARY)
     return [line(now, event, fleet.handle(event, now)) for now, event in events]
