@@ -211,8 +211,9 @@ class Migration:
     # --- its end --------------------------------------------------------------------------------------------------
 
     def landed(self, now: float) -> None:
-        """The target runs it: it is the source's no more."""
+        """The target runs it, as urgent as it is by now: it is the source's no more."""
         assert self.stage is Stage.COMING
+        self.twin.reprioritise(self.sequence.priority, self.sequence.request.service)
         self.pause = self._paused(now)
         self._unpin()
         residency = self.source.scheduler.residency

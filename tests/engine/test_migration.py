@@ -6,11 +6,12 @@ from random import Random
 
 import pytest
 
-from engine.events import Preempted
+from engine.events import Preempted, Reprioritised
 from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
 from engine.ledger import Ledger
+from engine.migration import Migration, Stage
 from engine.moves import REASONS, Move, Moves
-from engine.request import Delta, Request
+from engine.request import Delta, Request, ServiceClass
 from engine.sequence import State
 from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, HOST, Copy, Loss, Place
@@ -103,6 +104,32 @@ def test_a_sequence_migrates_live_with_a_pause_of_its_tails_copy() -> None:
     assert over.pause.steps - over.pause.transfer_steps <= 1
     assert sum(account.recomputed_tokens for account in driver.accounts) == recomputed == 0
     assert driver.finished["a", 0].migrations == 1
+
+
+def under_way(stage: Stage, **core: int) -> tuple[FleetDriver, Migration]:
+    """ "a" has got so far on its way from replica 0 to replica 1."""
+    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS, **core), 2))
+    driver.drain(1)
+    driver.arrive(request("a", range(30), max_tokens=300, ignore_eos=True))
+    for _ in range(8):
+        driver.step(0)
+    driver.drain(1, draining=False)
+    driver.migrate("a", 1)
+    ((migration, _),) = driver.fleet.moves._under_way
+    while migration.stage is not stage:
+        assert driver.copy() or driver.step(0)
+    return driver, migration
+
+
+@pytest.mark.parametrize("stage", [Stage.COPYING, Stage.FETCHING, Stage.LEAVING, Stage.LANDING])
+def test_a_priority_that_is_given_on_the_way_is_kept(stage: Stage) -> None:
+    driver, _ = under_way(stage)
+    driver.feed(Reprioritised("a", -5, ServiceClass("urgent")))
+    while not driver.moved():
+        assert driver.copy() or driver.step(0)
+    (moved,) = driver.fleet.sequences_of("a")
+    assert (moved.priority, moved.class_name) == (-5, "urgent")
+    driver.finish()
 
 
 def test_what_a_sequence_leaves_behind_gives_way_before_what_is_older() -> None:
