@@ -132,6 +132,16 @@ def test_a_priority_that_is_given_on_the_way_is_kept(stage: Stage) -> None:
     driver.finish()
 
 
+def test_one_that_is_on_its_way_does_not_wait() -> None:
+    """Nor does it fill a queue where nobody waits."""
+    driver, _ = under_way(Stage.FETCHING, max_queue=1)
+    assert driver.fleet.cores[1].scheduler.loading
+    assert driver.fleet.waiting == 0
+    driver.arrive(request("b", range(8)))
+    assert not driver.rejected
+    driver.finish()
+
+
 def test_what_a_sequence_leaves_behind_gives_way_before_what_is_older() -> None:
     """The target has it."""
     driver = FleetDriver(fleet_config(core_config(blocks=40, residency=TIERS), 2))
