@@ -138,7 +138,8 @@ class Member:
         for sequence in taken:
             context += sequence.computed
             rounds += sequence.expected_remaining_tokens
-            charged += self._ledger.seconds((sequence.request.id, sequence.choice))
+            if not sequence.arriving:  # else it is charged to where it is served
+                charged += self._ledger.seconds((sequence.request.id, sequence.choice))
             if (left := len(sequence.tokens) - sequence.computed) > 1:
                 prompts.append(steps.added_seconds(sequence.computed, left))
         decoding = 0.0

@@ -142,6 +142,17 @@ def test_one_that_is_on_its_way_does_not_wait() -> None:
     driver.finish()
 
 
+def test_what_is_charged_for_one_on_its_way_is_not_taken_off_the_targets_waiters() -> None:
+    driver, _ = under_way(Stage.FETCHING, max_sequences=1)
+    driver.drain(0)
+    driver.arrive(*(request(f"q{number}", range(number, number + 8), max_tokens=20) for number in range(2)))
+    driver.drain(0, draining=False)
+    target = driver.fleet.members[1]
+    assert len(target.core.scheduler.life.line) == 2
+    assert target.waiting_seconds == target.charged_seconds > 0.0
+    driver.finish()
+
+
 def test_what_a_sequence_leaves_behind_gives_way_before_what_is_older() -> None:
     """The target has it."""
     driver = FleetDriver(fleet_config(core_config(blocks=40, residency=TIERS), 2))
