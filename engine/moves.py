@@ -166,13 +166,17 @@ class Moves:
         return None
 
     def send(self, sequence: Sequence, source: Core, target: Core, move: Move, now: float) -> None:
-        """It waits at the target from now on, with all that is kept of it below the devices."""
+        """It waits at the target from now on, with all that is kept of it below the devices.
+
+        If it waited at the source, that counts there.
+        """
+        waited_tokens = source.waited_tokens(sequence)
         snapshot = source.depart(sequence, now)
         twin = target.twin(sequence, snapshot)
         twin.pins, sequence.pins = sequence.pins, []
         twin.migrations, twin.migrated_at = twin.migrations + 1, now
         twin.crossed = twin.crossed or move.reason == "size"
-        target.adopt(twin, now)
+        target.adopt(twin, waited_tokens, now)
         self._ledger.move((sequence.request.id, sequence.choice), target.replica)
         self._members[source.replica].changed()
         self._note(move, source.replica, target.replica)

@@ -20,6 +20,10 @@ Entry = tuple[tuple[float, ...], int, int, Sequence]
 """(rank, order of arrival, ticket, waiter): one of several of a sequence counts, that with its ticket."""
 
 
+Spell = tuple[float, int, int, Sequence]
+"""(when it began, ticket, epoch, waiter) of one spell of waiting: by the time, or by what had been served."""
+
+
 class WaitingLine:
     """Sequences in state WAITING. One that ends where it stands is told by `left`; its entry goes when it comes up."""
 
@@ -27,9 +31,9 @@ class WaitingLine:
         self._order = order
         self._promotion = promotion
         self._heap: list[Entry] = []
-        self._spells: list[
-            tuple[float, int, int, Sequence]
-        ] = []  # a heap: (since when, ticket, epoch, waiter)
+        # heaps: who comes from another replica may have waited longer by the one, and less by the other
+        self._by_service: list[Spell] = []
+        self._by_time: list[Spell] = []
         # where the order is by tenant: who of it stands in the heap, and a heap by arrival of those behind
         self._first_of: dict[str, Sequence] = {}
         self._behind: dict[str, list[tuple[int, int, Sequence]]] = {}
@@ -58,9 +62,11 @@ class WaitingLine:
         return reason
 
     def go_on(self, sequence: Sequence) -> None:
-        """A spell of waiting goes on: it had left the line, and is back without having run."""
+        """A spell of waiting goes on: it had left the line, here or elsewhere, and is back without having run."""
         self.put_back(sequence)
-        heappush(self._spells, (sequence.waiting_since, sequence.ticket, sequence.epoch, sequence))
+        spell = sequence.ticket, sequence.epoch, sequence
+        heappush(self._by_service, (sequence.served_before, *spell))
+        heappush(self._by_time, (sequence.waiting_since, *spell))
 
     def put_back(self, sequence: Sequence) -> None:
         """A waiter that was popped, and could not move."""
@@ -106,24 +112,23 @@ class WaitingLine:
 
     def promote(self, now: float, served: int) -> list[Sequence]:
         """Those whose wait has reached a bound go before all others from now on."""
-        promoted = []
-        while self._spells:
-            _, _, epoch, sequence = self._spells[0]
-            if sequence.state is State.WAITING and sequence.epoch == epoch and not sequence.promoted:
-                reason = self._due(sequence, now, served)
-                if not reason:
-                    break  # those behind it have waited less
-                sequence.promoted = reason
-                promoted.append(sequence)
-                self.look_again(sequence)
-            heappop(self._spells)
-        return promoted
-
-    def _due(self, sequence: Sequence, now: float, served: int) -> str:
         bounds = self._promotion
-        if 0 < bounds.service_tokens <= served - sequence.served_before:
-            return "service"
-        return "wait" if 0 < bounds.wait_seconds <= now - sequence.waiting_since else ""
+        return [
+            *self._due(self._by_service, served, bounds.service_tokens, "service"),
+            *self._due(self._by_time, now, bounds.wait_seconds, "wait"),
+        ]
+
+    def _due(self, spells: list[Spell], now: float, bound: float, reason: str) -> Iterator[Sequence]:
+        """Promotes those whose spell has lasted for `bound` by now; 0: nobody."""
+        while spells:
+            began, _, epoch, sequence = spells[0]
+            if sequence.state is State.WAITING and sequence.epoch == epoch and not sequence.promoted:
+                if not 0 < bound <= now - began:
+                    return  # those behind it have waited less
+                sequence.promoted = reason
+                self.look_again(sequence)
+                yield sequence
+            heappop(spells)
 
     def use(self, order: Order, promotion: Promotion) -> None:
         """All ranks are by these from now on."""

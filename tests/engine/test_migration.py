@@ -11,12 +11,13 @@ from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
 from engine.ledger import Ledger
 from engine.migration import Migration, Stage
 from engine.moves import REASONS, Move, Moves
+from engine.policy_set import PolicyConfig
 from engine.request import Delta, Request, ServiceClass
 from engine.sequence import State
 from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, HOST, Copy, Loss, Place
 from policies.decisions import Kind
-from tests.engine.driving import core_config, request
+from tests.engine.driving import UNFORESEEN, core_config, request
 from tests.engine.fleet_driving import FleetDriver, fleet_config
 
 TIERS = ResidencyConfig(host_blocks=400, disk_blocks=400, transaction_blocks=4, copy_blocks=4)
@@ -247,6 +248,41 @@ def test_a_waiter_goes_at_once() -> None:
     driver.migrate(waiter.request.id, 1 - source)
     assert [(m.request_id, m.live, m.failure) for m in driver.migrations] == [(waiter.request.id, False, "")]
     driver.finish()
+
+
+def test_a_wait_goes_on_where_the_waiter_goes() -> None:
+    """By what has been served since it began, there and here, it is promoted; and its seconds count once."""
+    parameters = {**UNFORESEEN, "promotion": {"service_tokens": 60}}
+    core = core_config(max_sequences=1, policies=PolicyConfig(order="sjf", parameters=parameters))
+    driver = FleetDriver(fleet_config(core, 2))
+
+    def arrive(replica: int, *names: str) -> None:
+        driver.fleet.members[1 - replica].draining = True
+        driver.arrive(*(request(name, range(8), max_tokens=100, ignore_eos=True) for name in names))
+        driver.fleet.members[1 - replica].draining = False
+
+    def step(replica: int, times: int) -> None:
+        for _ in range(times):
+            assert driver.step(replica)
+
+    arrive(1, "runs there", "longer")
+    arrive(0, "runs here", "waits")
+    step(0, 40)
+    step(1, 20)
+    (longer,) = driver.fleet.sequences_of("longer")
+    driver.migrate("waits", 1)
+    assert [(each.target, each.failure) for each in driver.migrations] == [(1, "")]
+    step(1, 25)
+    (waits,) = driver.fleet.sequences_of("waits")
+    assert waits in driver.fleet.cores[1].sequences["waits"]
+    assert (waits.promoted, longer.promoted) == ("service", "")
+    driver.migrate("waits", 0)
+    (waits,) = driver.fleet.sequences_of("waits")
+    assert (waits.promoted, waits.promotions) == ("service", 1)
+    driver.finish()
+    ended = driver.finished["waits", 0]
+    assert ended.admitted is not None
+    assert ended.queued_seconds == pytest.approx(ended.admitted - ended.arrived)
 
 
 def test_a_drained_replica_hands_on_all_it_has_and_takes_again_when_it_may() -> None:
