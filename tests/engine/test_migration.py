@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_a_sequence_migrates_live_with_a_pause_of_its_tails_copy() -> None:
     assert driver.finished["a", 0].migrations == 1
 
 
-def under_way(stage: Stage, **core: int) -> tuple[FleetDriver, Migration]:
+def under_way(stage: Stage, **core: Any) -> tuple[FleetDriver, Migration]:
     """ "a" has got so far on its way from replica 0 to replica 1."""
     driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS, **core), 2))
     driver.drain(1)
@@ -252,8 +253,8 @@ def test_a_waiter_goes_at_once() -> None:
 
 def test_a_wait_goes_on_where_the_waiter_goes() -> None:
     """By what has been served since it began, there and here, it is promoted; and its seconds count once."""
-    parameters = {**UNFORESEEN, "promotion": {"service_tokens": 60}}
-    core = core_config(max_sequences=1, policies=PolicyConfig(order="sjf", parameters=parameters))
+    policies = PolicyConfig(order="sjf", parameters={**UNFORESEEN, "promotion": {"service_tokens": 60}})
+    core = core_config(max_sequences=1, policies=policies)
     driver = FleetDriver(fleet_config(core, 2))
 
     def arrive(replica: int, *names: str) -> None:
