@@ -96,7 +96,7 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
         requests=member.requests,
         placed=member.placed,
         charged_seconds=member.charged_seconds,
-        backlog_seconds=figures.backlog_seconds,
+        backlog_seconds=member.backlog_seconds,
         forecast_tokens=figures.forecast_tokens,
         waiting=member.waiting,
         prompt_tokens=prompt.tokens,
@@ -106,7 +106,7 @@ def candidate(member: Member, wanted: Wanted) -> Candidate:
         prefill_seconds=prefill.seconds,
         saved_seconds=prefill.saved_seconds,
         decode_seconds=wanted.expected_tokens * step,
-        ahead_seconds=sum(min(each, own) for each in figures.prompts_seconds) + figures.waiting_seconds,
+        ahead_seconds=sum(min(each, own) for each in figures.prompts_seconds) + member.waiting_seconds,
         behind_seconds=own * member.core.scheduler.waiting,
         disturbed_seconds=(own + wanted.expected_tokens * row_seconds(steps, context)) * figures.decode_rows,
         session_home=wanted.session_home == member.number,
@@ -205,7 +205,10 @@ class Movable:
         if not self.waits:
             tokens, seconds = sequence.computed, member.move_seconds(sequence.computed)
         else:
-            size = member.core.config.scheduler.block_size
-            found = prefill_of(member, prompt_of(member.core, self.tokens, sequence.block_keys(size)))
+            core = member.core
+            keys = sequence.block_keys(core.config.scheduler.block_size)
+            if not core.scheduler.pool.match(keys[:1]):
+                return 0.0
+            found = prefill_of(member, prompt_of(core, self.tokens, keys))
             tokens, seconds = found.cached_tokens, found.saved_seconds
         return sequence.weight * (seconds + member.displaced_seconds(tokens))

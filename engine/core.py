@@ -328,12 +328,21 @@ class Core:
         """A sequence of another replica's as it would go on here from a snapshot. Nobody knows it yet."""
         twin = Sequence.of(snapshot, sequence.number, sequence.root, self._vocabulary)
         twin.migrated_at, twin.crossed = sequence.migrated_at, sequence.crossed
+        twin.waiting_since, twin.promoted = sequence.waiting_since, sequence.promoted
+        twin.resume_seconds = sequence.resume_seconds
         return twin
 
-    def adopt(self, twin: Sequence, now: float) -> None:
-        """It waits here from now on."""
+    def waited_tokens(self, sequence: Sequence) -> int | None:
+        """Served to anybody here since it began to wait; None: it runs."""
+        return self._life.waited_tokens(sequence)
+
+    def adopt(self, twin: Sequence, waited_tokens: int | None, now: float) -> None:
+        """It waits here from now on, as one that has waited so much service elsewhere; None: it begins to wait."""
         self.settle(twin)
-        self._life.arrive(twin, now)
+        if waited_tokens is None:
+            self._life.arrive(twin, now)
+        else:
+            self._life.wait_on(twin, waited_tokens)
 
     def settle(self, twin: Sequence) -> None:
         """It is one of ours."""

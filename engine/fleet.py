@@ -351,21 +351,16 @@ class Fleet:
                 continue
             move = Move(sequence.request.id, sequence.choice, target.number, "failure", reason)
             self.moves.send(sequence, core, target.core, move, now)
-            target.changed()
             touched.append(target.core)
         told.append(Told(core.replica, core.go_on(now)))  # what it had decided to save
         member.changed()
         self._go_on(told, [each for each in touched if each is not core], now)
 
     def _up(self, member: Member, now: float) -> None:
-        """A fresh core takes the lost one's place."""
         assert not member.up, "a replica that is up is not started again"
         self._gone.append(member.core)
-        member.core = Core(
-            self.config.replicas[member.number].core, self._vocabulary, self.common, member.number
-        )
-        member.up, member.down_reason = True, ""
-        member.changed()
+        config = self.config.replicas[member.number].core
+        member.restart(Core(config, self._vocabulary, self.common, member.number))
         self._rebalance(now)
 
     # --- evening out ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ end. Seconds are kept as whole nanoseconds, so that what is released is just wha
 
 from dataclasses import dataclass
 
-Sequence = tuple[str, int]
+ChoiceId = tuple[str, int]
 """(request id, choice)"""
 
 NANO = 1_000_000_000
@@ -28,13 +28,13 @@ class Account:
 class Ledger:
     def __init__(self, replicas: int) -> None:
         self.accounts = [Account() for _ in range(replicas)]
-        self._charges: dict[Sequence, tuple[int, int]] = {}  # (replica, nanoseconds)
+        self._charges: dict[ChoiceId, tuple[int, int]] = {}  # (replica, nanoseconds)
 
     def __len__(self) -> int:
         """Sequences that are charged to somebody."""
         return len(self._charges)
 
-    def charge(self, sequence: Sequence, replica: int, seconds: float) -> None:
+    def charge(self, sequence: ChoiceId, replica: int, seconds: float) -> None:
         assert sequence not in self._charges, f"{sequence} is charged already"
         nanoseconds = int(seconds * NANO)
         self._charges[sequence] = replica, nanoseconds
@@ -43,7 +43,7 @@ class Ledger:
         account.placed += 1
         account.nanoseconds += nanoseconds
 
-    def release(self, sequence: Sequence) -> float:
+    def release(self, sequence: ChoiceId) -> float:
         """The seconds that were charged."""
         replica, nanoseconds = self._charges.pop(sequence)
         account = self.accounts[replica]
@@ -51,18 +51,13 @@ class Ledger:
         account.nanoseconds -= nanoseconds
         return nanoseconds / NANO
 
-    def move(self, sequence: Sequence, replica: int) -> None:
+    def move(self, sequence: ChoiceId, replica: int) -> None:
         """It is charged to another from now on."""
         self.charge(sequence, replica, self.release(sequence))
 
-    def seconds(self, sequence: Sequence) -> float:
+    def seconds(self, sequence: ChoiceId) -> float:
         charge = self._charges.get(sequence)
         return charge[1] / NANO if charge else 0.0
-
-    def replica(self, sequence: Sequence) -> int | None:
-        """Who is charged for it."""
-        charge = self._charges.get(sequence)
-        return charge[0] if charge else None
 
     def check(self) -> None:
         """Asserts that accounts and charges agree."""

@@ -68,13 +68,28 @@ class Lifecycle:
         self.tenants.arrive(sequence.tenant)
         self._enqueue(sequence, now)
 
+    def waited_tokens(self, sequence: Sequence) -> int | None:
+        """Served to anybody since it began to wait; None: it runs."""
+        return None if sequence.state is State.RUNNING else self.tenants.served - sequence.served_before
+
+    def wait_on(self, sequence: Sequence, waited_tokens: int) -> None:
+        """It is new here, from another replica: a spell of waiting, in which so many were served, goes on."""
+        self.tenants.arrive(sequence.tenant)
+        self._look_up(sequence)
+        sequence.served_before = self.tenants.served - waited_tokens
+        self.line.go_on(sequence)
+
     def _enqueue(self, sequence: Sequence, now: float) -> None:
         """It begins to wait, for the first time or after a preemption."""
+        self._look_up(sequence)
+        if self.line.enter(sequence, now, self.tenants.served):
+            self.promoted(sequence, now)
+
+    def _look_up(self, sequence: Sequence) -> None:
+        """It waits; what its rank depends on is as it is now."""
         sequence.state, sequence.prefetched, sequence.service = State.WAITING, False, self.tenants.service
         sequence.expected_remaining_tokens = self._prediction.remaining(sequence)
         self.intake.match(sequence)
-        if self.line.enter(sequence, now, self.tenants.served):
-            self.promoted(sequence, now)
 
     def promoted(self, sequence: Sequence, now: float) -> None:
         """It goes before all others from now on."""
@@ -191,7 +206,8 @@ class Lifecycle:
     def depart(self, sequence: Sequence, now: float) -> Snapshot:
         """It is to go on elsewhere from what is returned: nothing of it stays here but its cached blocks.
 
-        What is kept of it below the device stays pinned: `sequence.pins` are whoever's that goes on with it.
+        What is kept of it below the device stays pinned: `sequence.pins` are whoever's that goes on with it. Its wait,
+        if it waits, goes on there too.
         """
         snapshot = sequence.snapshot or sequence.take_snapshot(self._block_size)
         if not sequence.pins:
@@ -199,12 +215,7 @@ class Lifecycle:
         table = sequence.table
         self._leave(sequence, now)
         self._places.pool.demote(table)
-        return replace(
-            snapshot,
-            queued_seconds=sequence.queued_seconds,
-            promotions=sequence.promotions,
-            migrations=sequence.migrations,
-        )
+        return replace(snapshot, promotions=sequence.promotions, migrations=sequence.migrations)
 
     def _leave(self, sequence: Sequence, now: float) -> None:
         if sequence.state is not State.RUNNING:

@@ -1,7 +1,8 @@
 """One replica in the fleet's books: what routing and rebalancing see of it. Pure.
 
-Figures are looked up when somebody asks, and kept until the replica's core has handled something. Seconds are predicted
-ones of its device, by its cost model (policies/cost.py).
+Figures of those who have a place are looked up when somebody asks, and kept until the replica's core has handled
+something; what is charged for those who wait is read off the ledger. Seconds are predicted ones of its device, by its
+cost model (policies/cost.py).
 """
 
 from collections import deque
@@ -16,14 +17,14 @@ from policies.forecast import ForecastError, forecast_tokens
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of a replica's sequences, at one moment."""
+    """Of a replica's sequences that have a place, at one moment."""
 
     used_tokens: int
     decode_rows: int
     decode_context: int
     prompts_seconds: tuple[float, ...]  # of each prompt that is being computed: what is left
-    waiting_seconds: float  # charged for those who wait
-    backlog_seconds: float
+    decode_seconds: float  # of all their steps to come
+    charged_seconds: float
     forecast_tokens: float
 
 
@@ -51,6 +52,12 @@ class Member:
         """Its core has handled something."""
         self._figures = None
 
+    def restart(self, core: Core) -> None:
+        """A fresh core takes the lost one's place, with steps of its own that forecasts are due at."""
+        self.core, self.up, self.down_reason = core, True, ""
+        self._forecasts.clear()
+        self.changed()
+
     # --- what policies see ----------------------------------------------------------------------------------------
 
     @property
@@ -67,6 +74,11 @@ class Member:
         return self.figures.used_tokens
 
     @property
+    def slots_left(self) -> int:
+        scheduler = self.core.scheduler
+        return scheduler.config.max_sequences - len(scheduler.running) - len(scheduler.loading)
+
+    @property
     def requests(self) -> int:
         return self._account.sequences
 
@@ -79,8 +91,14 @@ class Member:
         return self._account.seconds
 
     @property
+    def waiting_seconds(self) -> float:
+        """Charged for those who wait."""
+        return max(0.0, self.charged_seconds - self.figures.charged_seconds)
+
+    @property
     def backlog_seconds(self) -> float:
-        return self.figures.backlog_seconds
+        figures = self.figures
+        return sum(figures.prompts_seconds) + figures.decode_seconds + self.waiting_seconds
 
     @property
     def forecast_tokens(self) -> float:
@@ -125,20 +143,20 @@ class Member:
         for sequence in taken:
             context += sequence.computed
             rounds += sequence.expected_remaining_tokens
-            charged += self._ledger.seconds((sequence.request.id, sequence.choice))
+            if not sequence.arriving:  # else it is charged to where it is served
+                charged += self._ledger.seconds((sequence.request.id, sequence.choice))
             if (left := len(sequence.tokens) - sequence.computed) > 1:
                 prompts.append(steps.added_seconds(sequence.computed, left))
         decoding = 0.0
         if taken:
             decoding = rounds / len(taken) * steps.step_seconds(0, 0.0, len(taken), context)
-        waiting = max(0.0, self.charged_seconds - charged)
         return Figures(
             used_tokens=scheduler.pool.held * scheduler.config.block_size,
             decode_rows=len(taken),
             decode_context=context,
             prompts_seconds=tuple(prompts),
-            waiting_seconds=waiting,
-            backlog_seconds=sum(prompts) + decoding + waiting,
+            decode_seconds=decoding,
+            charged_seconds=charged,
             forecast_tokens=forecast_tokens(taken, self.core.common.policies.prediction, self._horizon_steps),
         )
 

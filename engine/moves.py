@@ -5,20 +5,20 @@ tier below the device, where nothing can be copied, it gives up its place and is
 is decided elsewhere: by operators, drains, or a rebalancing policy (fleet.py).
 """
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.core import Core
 from engine.events import MigrationOver, Pause
-from engine.ledger import Ledger
+from engine.ledger import ChoiceId, Ledger
 from engine.member import Member
 from engine.migration import Migration, Stage
 from engine.sequence import Sequence, State
 
 REASONS = ("operator", "drain", "failure", "load", "size")
 """Why a sequence moves: somebody wants it to; its replica drains, or is lost; by the rebalancing policy, to even loads
-out, or because it has outgrown its replica."""
+out, or because it has outgrown its replica. Of two that wait, the one whose reason stands first here counts."""
 
 MOST_WANTED = 10_000
 """Moves that wait for their turn; more are not taken."""
@@ -34,6 +34,10 @@ class Move:
     reason: str
     detail: str = ""
 
+    @property
+    def sequence(self) -> ChoiceId:
+        return self.request, self.choice
+
 
 Choose = Callable[[Sequence, Member], Member | None]
 """Where a sequence, which is here, had better be; None: nowhere else."""
@@ -48,7 +52,7 @@ class Moves:
         self._ledger = ledger
         self._at_once = at_once
         self._choose = choose
-        self._wanted: deque[Move] = deque()
+        self._wanted: OrderedDict[ChoiceId, Move] = OrderedDict()  # in the order of their turns
         self._under_way: list[tuple[Migration, Move]] = []
 
     def __len__(self) -> int:
@@ -56,16 +60,26 @@ class Moves:
         return len(self._under_way) + len(self._wanted)
 
     @property
-    def moving(self) -> set[tuple[str, int]]:
+    def moving(self) -> set[ChoiceId]:
         """Sequences that are under way, or wanted."""
-        wanted = {(move.request, move.choice) for move in self._wanted}
-        return wanted | {(move.request, move.choice) for _, move in self._under_way}
+        return {*self._wanted, *self._on_their_way}
+
+    @property
+    def _on_their_way(self) -> set[ChoiceId]:
+        return {move.sequence for _, move in self._under_way}
 
     def want(self, moves: Iterable[Move]) -> None:
-        """They begin in their turn. Who moves already is left alone."""
+        """They begin in their turn. Who is under way is left alone; of two moves of one, a later one with no lesser
+        reason takes the turn of the other."""
+        under_way = self._on_their_way
         for move in moves:
-            if len(self._wanted) < MOST_WANTED and (move.request, move.choice) not in self.moving:
-                self._wanted.append(move)
+            before = self._wanted.get(move.sequence)
+            if before is None:
+                welcome = len(self._wanted) < MOST_WANTED and move.sequence not in under_way
+            else:
+                welcome = REASONS.index(move.reason) <= REASONS.index(before.reason)
+            if welcome:
+                self._wanted[move.sequence] = move
 
     # --- going on -------------------------------------------------------------------------------------------------
 
@@ -109,7 +123,8 @@ class Moves:
 
     def forget(self, request: str) -> None:
         """Its wanted moves are not wanted any more."""
-        self._wanted = deque(move for move in self._wanted if move.request != request)
+        for sequence in [each for each in self._wanted if each[0] == request]:
+            del self._wanted[sequence]
 
     # --- beginnings and ends --------------------------------------------------------------------------------------
 
@@ -117,7 +132,7 @@ class Moves:
         """Whether there was something to begin."""
         began, loading = False, list[Move]()
         while self._wanted and len(self._under_way) < self._at_once:
-            move = self._wanted.popleft()
+            _, move = self._wanted.popitem(last=False)
             found = self._find(move)
             if found is None:
                 continue
@@ -133,6 +148,7 @@ class Moves:
             if target is None or (obstacle := _obstacle(sequence, target)):
                 why = obstacle if target else "no other replica takes it"
                 to = target.number if target else source.number
+                sequence.migrated_at = now
                 self._note(move, source.number, to, failure=why)
             elif sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
                 migration = Migration(sequence, source.core, target.core, now)
@@ -140,7 +156,7 @@ class Moves:
             else:
                 self.send(sequence, source.core, target.core, move, now)
                 touched += (source.core, target.core)
-        self._wanted.extend(loading)
+        self._wanted.update((move.sequence, move) for move in loading)
         return began
 
     def _find(self, move: Move) -> tuple[Sequence, Member] | None:
@@ -151,14 +167,19 @@ class Moves:
         return None
 
     def send(self, sequence: Sequence, source: Core, target: Core, move: Move, now: float) -> None:
-        """It waits at the target from now on, with all that is kept of it below the devices."""
+        """It waits at the target from now on, with all that is kept of it below the devices.
+
+        If it waited at the source, that counts there.
+        """
+        waited_tokens = source.waited_tokens(sequence)
         snapshot = source.depart(sequence, now)
         twin = target.twin(sequence, snapshot)
         twin.pins, sequence.pins = sequence.pins, []
         twin.migrations, twin.migrated_at = twin.migrations + 1, now
         twin.crossed = twin.crossed or move.reason == "size"
-        target.adopt(twin, now)
+        target.adopt(twin, waited_tokens, now)
         self._ledger.move((sequence.request.id, sequence.choice), target.replica)
+        self._members[source.replica].changed()
         self._note(move, source.replica, target.replica)
 
     def _note(self, move: Move, source: int, target: int, failure: str = "") -> None:
@@ -172,6 +193,8 @@ class Moves:
         self._under_way.remove((migration, move))
         source, target = migration.source.replica, migration.target.replica
         seconds, failure = now - migration.began, migration.failure
+        if failure:
+            migration.sequence.migrated_at = now
         self.over.append(
             MigrationOver(
                 *(move.request, move.choice, source, target, move.reason, failure, True, seconds),
@@ -189,5 +212,7 @@ def _obstacle(sequence: Sequence, target: Member) -> str:
     """Why it cannot begin to move there now, if so."""
     if not target.up:
         return "the target is down"
+    if target.draining:
+        return "the target drains"
     too_small = sequence.prompt_tokens + sequence.max_tokens > target.core.config.context
     return "the target is too small for it" if too_small else ""

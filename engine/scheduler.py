@@ -346,7 +346,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self._line) + len(self.loading)
+        return len(self._line) + sum(not sequence.arriving for sequence in self.loading)
 
     # --- what is told ---------------------------------------------------------------------------------------------
 

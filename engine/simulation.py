@@ -7,7 +7,7 @@ for byte, of which `Outcome.digest` is the SHA-256.
 Not simulated: bytes, text, HTTP, copies that fail, steps that copies slow down, clients that leave.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -312,8 +312,9 @@ class Simulation:
         told = self.fleet.handle(event, self._now)
         if self._recorder:
             self._recorder(self._now, event, told)
-        for replica, instructions in told:
-            self._devices[replica].finished = len([True for each in instructions if type(each) is Report])
+        finished = Counter(r for r, instructions in told for each in instructions if type(each) is Report)
+        for replica, _ in told:
+            self._devices[replica].finished = finished[replica]
         # News for clients are not looked at: tokens follow from the step that drew them, and texts are empty.
         notes = [
             note

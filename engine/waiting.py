@@ -20,7 +20,7 @@ Entry = tuple[tuple[float, ...], int, int, Sequence]
 """(rank, order of arrival, ticket, waiter): one of several of a sequence counts, that with its ticket."""
 
 Spell = tuple[float, int, int, Sequence]
-"""(since when, ticket, the waiter's epoch, waiter)"""
+"""(when it began, ticket, epoch, waiter) of one spell of waiting: by the time, or by what had been served."""
 
 
 class WaitingLine:
@@ -30,7 +30,9 @@ class WaitingLine:
         self._order = order
         self._promotion = promotion
         self._heap: list[Entry] = []
-        self._spells: list[Spell] = []  # a heap
+        # heaps: who comes from another replica may have waited longer by the one, and less by the other
+        self._by_service: list[Spell] = []
+        self._by_time: list[Spell] = []
         # where the order is by tenant: who of it stands in the heap, and a heap by arrival of those behind
         self._first_of: dict[str, Sequence] = {}
         self._behind: dict[str, list[tuple[int, int, Sequence]]] = {}
@@ -60,9 +62,11 @@ class WaitingLine:
         return reason
 
     def go_on(self, sequence: Sequence) -> None:
-        """A spell of waiting goes on: it had left the line, and is back without having run."""
+        """A spell of waiting goes on: it had left the line, here or elsewhere, and is back without having run."""
         self.put_back(sequence)
-        heappush(self._spells, (sequence.waiting_since, sequence.ticket, sequence.epoch, sequence))
+        spell = sequence.ticket, sequence.epoch, sequence
+        heappush(self._by_service, (sequence.served_before, *spell))
+        heappush(self._by_time, (sequence.waiting_since, *spell))
         self._clear_away()
 
     def put_back(self, sequence: Sequence) -> None:
@@ -102,9 +106,10 @@ class WaitingLine:
         most = 2 * self._count + STALE
         if len(self._heap) + self._left_behind > most:
             self._rank_anew()
-        if len(self._spells) > most:
-            self._spells = [spell for spell in self._spells if _lasts(spell)]
-            heapify(self._spells)
+        for spells in (self._by_service, self._by_time):
+            if len(spells) > most:
+                spells[:] = filter(_lasts, spells)
+                heapify(spells)
 
     def next_few(self, count: int) -> list[Sequence]:
         """The first, and some of those that follow it soon: the top of the heap, unsorted."""
@@ -117,18 +122,23 @@ class WaitingLine:
 
     def promote(self, now: float, served: int) -> list[Sequence]:
         """Those whose wait has reached a bound go before all others from now on."""
-        promoted = []
-        while self._spells:
-            sequence = self._spells[0][-1]
-            if _lasts(self._spells[0]):
-                reason = self.due(sequence, now, served)
-                if not reason:
-                    break  # those behind it have waited less
+        bounds = self._promotion
+        return [
+            *self._due(self._by_service, served, bounds.service_tokens, "service"),
+            *self._due(self._by_time, now, bounds.wait_seconds, "wait"),
+        ]
+
+    def _due(self, spells: list[Spell], now: float, bound: float, reason: str) -> Iterator[Sequence]:
+        """Promotes those whose spell has lasted for `bound` by now; 0: nobody."""
+        while spells:
+            began, *_, sequence = spells[0]
+            if _lasts(spells[0]):
+                if not 0 < bound <= now - began:
+                    return  # those behind it have waited less
                 sequence.promoted = reason
-                promoted.append(sequence)
                 self.look_again(sequence)
-            heappop(self._spells)
-        return promoted
+                yield sequence
+            heappop(spells)
 
     def due(self, sequence: Sequence, now: float, served: int) -> str:
         """Which bound has been reached since it began to wait, if one has."""

@@ -5,8 +5,10 @@ sequence is in two moves of a round, so rounds end. The snapshot has all replica
 Where requests go at first: routing.py.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
 from itertools import groupby
 from math import inf
 from typing import Protocol
@@ -33,6 +35,10 @@ class LoadView(Protocol):
     @property
     def used_tokens(self) -> int:
         """Of these, what sequences hold now."""
+
+    @property
+    def slots_left(self) -> int:
+        """Sequences that may run beside those that do."""
 
     @property
     def backlog_seconds(self) -> float:
@@ -94,7 +100,7 @@ class MovableView(Protocol):
 
     @property
     def moved_at(self) -> float:
-        """When, the last time; -inf: never."""
+        """When, the last time, or when a move of it failed; -inf: never."""
 
     @property
     def waits(self) -> bool:
@@ -175,10 +181,11 @@ def load_pairs(
     Only between replicas that differ by more than `least_gap`. Only a sequence whose move repays it: the gap of the
     pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above. If more are
     at the low one than at the high one, its cost has what it delays these: a load that is high as few long ones are
-    there stays with those whom it delays least. And only if the target has room for it as long as expected, and takes
-    its size. By each move Σ load² falls, as it does by 2 · load · (gap − load). Pools are balanced each by itself: it
-    is for routing to spill between them. It never moves one within `cooldown_seconds` of its last move, nor more than
-    `max_moves` times in all: loads that go up and down cannot send it back and forth.
+    there stays with those whom it delays least. And only if the target has room for it as long as expected, a slot if
+    it runs, and takes its size. By each move Σ load² falls, as it does by 2 · load · (gap − load). Pools are balanced
+    each by itself: it is for routing to spill between them. It never moves one within `cooldown_seconds` of its last
+    move, or of one that failed, nor more than `max_moves` times in all: loads that go up and down cannot send it back
+    and forth.
 
     Assumes that a load is the same on either replica. Ties: the cheaper move, then who moved less often, then by
     request and choice; of replicas, the lower number is the higher one. Worst case: a gap that consists of one
@@ -188,21 +195,24 @@ def load_pairs(
     for pairing the most with the least loaded of LLM instances.
     """
     books = _Books(loads)
-    here: dict[int, list[MovableView]] = {load.number: [] for load in loads}
+    mobile: dict[int, list[MovableView]] = {load.number: [] for load in loads}
     for each in movables:
         if each.moves < limits.max_moves and now - each.moved_at >= limits.cooldown_seconds:
-            here[each.replica].append(each)
+            mobile[each.replica].append(each)
+    by_load: dict[int, _ByLoad] = {}  # of those that have been a high one
     moves: list[Move] = []
     while True:
         before = len(moves)
-        for high, low in _pairs(loads, books):
+        for high, low in _pairs(loads, books, limits.least_gap):
             if len(moves) == limits.moves_per_round:
                 return Round(tuple(moves))
-            chosen = _nearest_to_half(high, low, here[high.number], books, limits)
+            if high.number not in by_load:
+                by_load[high.number] = _ByLoad(mobile[high.number])
+            chosen = _nearest_to_half(high, low, by_load[high.number], books, limits)
             if chosen:
                 reason = f"{books.seconds[high.number]:.3g} s here, {books.seconds[low.number]:.3g} s there"
                 moves.append(books.move(chosen, low.number, reason))
-                here[high.number].remove(chosen)
+                by_load[high.number].remove(chosen)
         if len(moves) == before:
             return Round(tuple(moves))
 
@@ -213,9 +223,9 @@ def cache_size(
     """A sequence that holds more than its replica's limit moves up: to the smallest limit that it fits in at its end.
 
     Replicas stand in ascending order of their limits, those without one last. A sequence moves up once: to where its
-    expected size belongs, or if that is above all limits, to the highest. If all of these are full, it stays, and is
-    counted, in every round in which it is so. Of `limits`, only `moves_per_round` is heeded: a move for size is
-    neither repaid nor repeated.
+    expected size belongs, or if that is above all limits of those that accept, to the highest of them. If all of
+    these are full, it stays, and is counted, in every round in which it is so. Of `limits`, only `moves_per_round` is
+    heeded: a move for size is neither repaid nor repeated.
 
     Assumes that the load of a class comes from sequences of its size (sizes.py). Ties: replicas of one limit by
     backlog, then number; of sequences the longest first, which make room for those that come from below, then by
@@ -236,7 +246,7 @@ def cache_size(
     stayed = 0
     for each in crossing:
         above = [load for load in loads if limit[load.number] > limit[each.replica]]
-        highest = max((limit[load.number] for load in above), default=0.0)
+        highest = max((limit[load.number] for load in above if load.number in accepting), default=0.0)
         fitting = [
             load
             for load in above
@@ -268,9 +278,15 @@ class _Books:
     def __init__(self, loads: Iterable[LoadView]) -> None:
         self.seconds = {each.number: each.backlog_seconds for each in loads}
         self._free = {each.number: float(each.capacity_tokens - each.used_tokens) for each in loads}
+        self._slots = {each.number: each.slots_left for each in loads}
+
+    def gap(self, high: LoadView, low: LoadView) -> float:
+        return self.seconds[high.number] - self.seconds[low.number]
 
     def has_room(self, target: LoadView, movable: MovableView) -> bool:
-        """For all that it is expected to hold at its end."""
+        """For all that it is expected to hold at its end; and a slot, if it has one now."""
+        if not (movable.waits or self._slots[target.number] > 0):
+            return False
         return _at_end(movable) <= self._free[target.number]
 
     def move(self, movable: MovableView, target: int, reason: str, *, for_size: bool = False) -> Move:
@@ -280,6 +296,9 @@ class _Books:
         self.seconds[target] += load
         self._free[source] += movable.tokens
         self._free[target] -= _at_end(movable)
+        if not movable.waits:
+            self._slots[source] += 1
+            self._slots[target] -= 1
         cost = movable.cost_seconds
         return Move(movable.request, movable.choice, source, target, reason, gain, cost, for_size)
 
@@ -294,42 +313,81 @@ def _gain(gap: float, load: float) -> float:
     return abs(gap) - abs(gap - 2 * load)
 
 
-def _pairs(loads: Iterable[LoadView], books: _Books) -> list[tuple[LoadView, LoadView]]:
-    """Of each role, highest and lowest, second highest and second lowest, …; one in the middle has no partner."""
+Check = Callable[[MovableView], bool]
+
+
+class _ByLoad:
+    """Who may move from one replica. There may be ten thousand, many of them of one load: few are to be priced."""
+
+    def __init__(self, movables: Iterable[MovableView]) -> None:
+        self._alike: dict[float, list[MovableView]] = {}
+        for each in movables:
+            self._alike.setdefault(each.load_seconds, []).append(each)
+        self._loads = sorted(self._alike)
+        self._in_order: set[float] = set()  # loads of which the cheapest stands first
+
+    def outwards(self, gap: float) -> Iterable[Iterable[float]]:
+        """Loads above 0 and below the gap, from those nearest to its half on; those that are as near together."""
+        loads, half = self._loads, gap / 2
+        first, middle, end = bisect_right(loads, 0.0), bisect_left(loads, half), bisect_left(loads, gap)
+
+        def from_half(load: float) -> float:
+            return abs(load - half)
+
+        outwards = merge(reversed(loads[first:middle]), loads[middle:end], key=from_half)
+        return (near for _, near in groupby(outwards, key=from_half))
+
+    def cheapest(self, load: float, fits: Check, repays: Check) -> MovableView | None:
+        """Of that load, among those that fit and whose move repays it."""
+        alike = self._alike[load]
+        if load not in self._in_order:
+            if not any(map(fits, alike)):
+                return None
+            alike.sort(key=_preference)
+            self._in_order.add(load)
+        return next((each for each in alike if fits(each) and repays(each)), None)
+
+    def remove(self, movable: MovableView) -> None:
+        self._alike[movable.load_seconds].remove(movable)
+
+
+def _preference(movable: MovableView) -> tuple[float, int, str, int]:
+    return movable.cost_seconds, movable.moves, movable.request, movable.choice
+
+
+def _pairs(loads: Iterable[LoadView], books: _Books, least_gap: float) -> list[tuple[LoadView, LoadView]]:
+    """Of each role, highest and lowest, second highest and second lowest, …; one in the middle has no partner.
+
+    Without those that differ by no more than `least_gap`, as a share of the higher.
+    """
     pools: dict[str, list[LoadView]] = {}
     for each in sorted(loads, key=lambda each: (-books.seconds[each.number], each.number)):
         if each.accepting:
             pools.setdefault(each.role, []).append(each)
     return [
-        pair for pool in pools.values() for pair in zip(pool[: len(pool) // 2], reversed(pool), strict=False)
+        (high, low)
+        for pool in pools.values()
+        for high, low in zip(pool[: len(pool) // 2], reversed(pool), strict=False)
+        if books.gap(high, low) > least_gap * books.seconds[high.number]
     ]
 
 
 def _nearest_to_half(
-    high: LoadView, low: LoadView, movables: Iterable[MovableView], books: _Books, limits: Limits
+    high: LoadView, low: LoadView, here: _ByLoad, books: _Books, limits: Limits
 ) -> MovableView | None:
     """Of those whose move repays it and for which the low one has room."""
-    gap = books.seconds[high.number] - books.seconds[low.number]
-    if gap <= limits.least_gap * books.seconds[high.number]:
-        return None
-    limit = low.limit_tokens or inf
+    gap, limit = books.gap(high, low), low.limit_tokens or inf
     crowd = limits.disturbance * max(0, low.requests - high.requests)
-    fitting = [
-        each
-        for each in movables
-        if 0.0 < each.load_seconds < gap
-        and max(each.tokens, each.size_tokens) <= limit
-        and books.has_room(low, each)
-    ]
 
-    def from_half(each: MovableView) -> float:
-        return abs(each.load_seconds - gap / 2)
+    def fits(each: MovableView) -> bool:
+        return max(each.tokens, each.size_tokens) <= limit and books.has_room(low, each)
 
     def repays(each: MovableView) -> bool:
         cost = each.cost_seconds + crowd * each.disturbs_seconds
         return _gain(gap, each.load_seconds) > cost * limits.min_gain
 
-    for _, alike in groupby(sorted(fitting, key=from_half), key=from_half):  # so that few are priced
-        if worth := [each for each in alike if repays(each)]:
-            return min(worth, key=lambda each: (each.cost_seconds, each.moves, each.request, each.choice))
+    for near in here.outwards(gap):
+        found = [here.cheapest(load, fits, repays) for load in near]
+        if worth := [each for each in found if each]:
+            return min(worth, key=_preference)
     return None

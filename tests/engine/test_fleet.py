@@ -184,6 +184,48 @@ def test_uneven_loads_are_evened_out_and_do_not_go_back_and_forth() -> None:
     assert set(moved.values()) == {1}
 
 
+def uneven(residency: ResidencyConfig, slots: int) -> FleetDriver:
+    """Four long ones at one replica, and four short ones at the other, that has so many slots."""
+    core = core_config(blocks=400, max_sequences=4, residency=residency)
+    config = fleet_config(core, 2, rebalancing="load_pairs")
+    first, second = config.replicas
+    scheduler = replace(second.core.scheduler, max_sequences=slots)
+    second = replace(second, core=replace(second.core, scheduler=scheduler))
+    driver = FleetDriver(replace(config, replicas=(first, second)))
+    members = driver.fleet.members
+    for replica, length in ((0, 900), (1, 60)):
+        members[1 - replica].draining = True
+        prompts = ([replica, number, *range(10)] for number in range(4))
+        driver.arrive(*(request(f"{replica}.{p[1]}", p, max_tokens=length, ignore_eos=True) for p in prompts))
+        members[1 - replica].draining = False
+        for _ in range(4):
+            driver.step(replica)
+    return driver
+
+
+def test_nobody_who_runs_is_moved_to_where_no_slot_is_left() -> None:
+    for slots, moves in ((4, False), (8, True)):
+        driver = uneven(TIERS, slots)
+        driver.timer()
+        assert (len(driver.fleet.moves) > 0) == moves
+        driver.finish()
+        assert not any(over.failure for over in driver.migrations)
+
+
+def test_one_that_could_not_move_is_left_alone_for_a_while() -> None:
+    driver = uneven(ResidencyConfig(host_blocks=1), slots=8)
+    for _ in range(9):
+        driver.now += 1.0
+        driver.timer()
+        while driver.copy():
+            pass
+    failed = Counter(over.request_id for over in driver.migrations if over.failure)
+    assert failed
+    assert set(failed.values()) == {1}
+    driver.finish()
+    assert {ended.migrations for ended in driver.finished.values()} == {0}
+
+
 @pytest.mark.parametrize("returning", [False, True])
 def test_a_waiter_is_not_taken_away_from_its_prefix(returning: bool) -> None:
     """A move evens loads out, but elsewhere 250 tokens are computed again."""
@@ -203,6 +245,28 @@ def test_a_waiter_is_not_taken_away_from_its_prefix(returning: bool) -> None:
     driver.finish()
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_waiters_of_a_replica_that_drains_or_is_lost_are_spread(lost: bool) -> None:
+    """Each that has been sent is seen where it is before the next is placed."""
+    core = core_config(blocks=200, max_sequences=2)
+    driver = FleetDriver(fleet_config(core, 3, routing="predicted_load"))
+    members = driver.fleet.members
+    many = [request(f"r{number}", range(number, number + 30), max_tokens=200) for number in range(14)]
+    for only, requests in ((1, [request("there", range(8), max_tokens=20)]), (0, many)):
+        for member in members:
+            member.draining = member.number != only
+        driver.arrive(*requests)
+    for member in members:
+        member.draining = False
+    if lost:
+        driver.kill(0)
+    else:
+        driver.drain(0)
+    assert members[0].requests == 0
+    assert abs(members[1].requests - members[2].requests) <= 1
+    driver.finish()
+
+
 def test_sessions_go_where_they_were() -> None:
     driver = FleetDriver(fleet_config(ROOMY, 4, routing="session"))
     for turn in range(3):
@@ -216,6 +280,23 @@ def test_sessions_go_where_they_were() -> None:
             placed.setdefault(told.request_id.split(".")[0], set()).add(told.decision.chosen)
     assert len(placed) == 8
     assert all(len(replicas) == 1 for replicas in placed.values())
+
+
+def test_forecasts_are_compared_again_soon_after_a_restart() -> None:
+    config = replace(fleet_config(ROOMY, 2), balance=BalanceConfig(horizon_steps=4))
+    driver = FleetDriver(config)
+    member, compared = driver.fleet.members[0], [0]
+    for name in ("before", "after"):
+        driver.drain(1)
+        driver.arrive(request(name, range(8), max_tokens=40, ignore_eos=True))
+        while driver.step(0):
+            driver.timer()
+        compared.append(member.errors.compared)
+        driver.drain(1, draining=False)
+        driver.kill(0)
+        driver.revive(0)
+    assert compared[1] > 30
+    assert compared[2] == 2 * compared[1]
 
 
 def replayed(config: FleetConfig, events: list[tuple[float, Event]]) -> list[bytes]:

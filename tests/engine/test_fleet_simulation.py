@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from engine.candidates import Prompt, Wanted, candidate, work_seconds
-from engine.events import Arrived
-from engine.fleet import BalanceConfig, Fleet, FleetConfig
+from engine.events import Arrived, Event
+from engine.fleet import BalanceConfig, Fleet, FleetConfig, Told
+from engine.profile import Between
 from engine.simulation import VOCABULARY, Outcome, Simulation
 from kvstore.below import ResidencyConfig
 from tests.engine.fleet_driving import fleet_config
@@ -70,6 +71,20 @@ def test_what_a_request_waits_for_and_delays_is_seen_where_it_might_go() -> None
     assert there.disturbed_seconds > own
     assert (elsewhere.ahead_seconds, elsewhere.disturbed_seconds) == (0.0, 0.0)
     assert work_seconds(member, wanted) == there.work_seconds
+
+
+def test_choices_that_end_count_though_their_replica_is_told_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is when a move gets further with the same event."""
+    slow = replace(PROFILE, between=Between(finished=0.01))
+    before = Simulation(skewed(), slow, workload(20)).run()
+    handle = Fleet.handle
+
+    def told_more(self: Fleet, event: Event, now: float) -> list[Told]:
+        told = handle(self, event, now)
+        return [*told, *(each._replace(instructions=[]) for each in told)]
+
+    monkeypatch.setattr(Fleet, "handle", told_more)
+    assert Simulation(skewed(), slow, workload(20)).run().digest == before.digest
 
 
 def test_several_replicas_are_sooner_done_than_one() -> None:

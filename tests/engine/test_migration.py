@@ -3,19 +3,25 @@
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
-from engine.events import Preempted
+from engine.checkpoint import Checkpoints
+from engine.events import Preempted, Reprioritised
 from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
-from engine.moves import REASONS
-from engine.request import Delta, Request
+from engine.ledger import Ledger
+from engine.migration import Migration, Stage
+from engine.moves import REASONS, Move, Moves
+from engine.policy_set import PolicyConfig
+from engine.request import Delta, Request, ServiceClass
 from engine.sequence import State
 from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, HOST, Copy, Loss, Place
 from policies.decisions import Kind
-from tests.engine.driving import core_config, request
+from tests.engine.driving import UNFORESEEN, core_config, request
 from tests.engine.fleet_driving import FleetDriver, fleet_config
+from tests.engine.test_step_work import counted
 
 TIERS = ResidencyConfig(host_blocks=400, disk_blocks=400, transaction_blocks=4, copy_blocks=4)
 
@@ -104,6 +110,53 @@ def test_a_sequence_migrates_live_with_a_pause_of_its_tails_copy() -> None:
     assert driver.finished["a", 0].migrations == 1
 
 
+def under_way(stage: Stage, **core: Any) -> tuple[FleetDriver, Migration]:
+    """ "a" has got so far on its way from replica 0 to replica 1."""
+    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS, **core), 2))
+    driver.drain(1)
+    driver.arrive(request("a", range(30), max_tokens=300, ignore_eos=True))
+    for _ in range(8):
+        driver.step(0)
+    driver.drain(1, draining=False)
+    driver.migrate("a", 1)
+    ((migration, _),) = driver.fleet.moves._under_way
+    while migration.stage is not stage:
+        assert driver.copy() or driver.step(0)
+    return driver, migration
+
+
+@pytest.mark.parametrize("stage", [Stage.COPYING, Stage.FETCHING, Stage.LEAVING, Stage.LANDING])
+def test_a_priority_that_is_given_on_the_way_is_kept(stage: Stage) -> None:
+    driver, _ = under_way(stage)
+    driver.feed(Reprioritised("a", -5, ServiceClass("urgent")))
+    while not driver.moved():
+        assert driver.copy() or driver.step(0)
+    (moved,) = driver.fleet.sequences_of("a")
+    assert (moved.priority, moved.class_name) == (-5, "urgent")
+    driver.finish()
+
+
+def test_one_that_is_on_its_way_does_not_wait() -> None:
+    """Nor does it fill a queue where nobody waits."""
+    driver, _ = under_way(Stage.FETCHING, max_queue=1)
+    assert driver.fleet.cores[1].scheduler.loading
+    assert driver.fleet.waiting == 0
+    driver.arrive(request("b", range(8)))
+    assert not driver.rejected
+    driver.finish()
+
+
+def test_what_is_charged_for_one_on_its_way_is_not_taken_off_the_targets_waiters() -> None:
+    driver, _ = under_way(Stage.FETCHING, max_sequences=1)
+    driver.drain(0)
+    driver.arrive(*(request(f"q{number}", range(number, number + 8), max_tokens=20) for number in range(2)))
+    driver.drain(0, draining=False)
+    target = driver.fleet.members[1]
+    assert len(target.core.scheduler.life.line) == 2
+    assert target.waiting_seconds == target.charged_seconds > 0.0
+    driver.finish()
+
+
 def test_what_a_sequence_leaves_behind_gives_way_before_what_is_older() -> None:
     """The target has it."""
     driver = FleetDriver(fleet_config(core_config(blocks=40, residency=TIERS), 2))
@@ -190,6 +243,27 @@ def test_whatever_goes_wrong_on_the_way_streams_are_right_and_nothing_is_left(
     assert failures or trouble == "down", "nothing went wrong on the way"
 
 
+def test_while_the_way_down_is_full_of_others_blocks_none_is_offered_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = core_config(blocks=200, residency=replace(TIERS, spilling_blocks=2), every_tokens=1000)
+    driver = FleetDriver(fleet_config(core, 2))
+    driver.drain(1)
+    driver.arrive(*(request(name, range(30), max_tokens=60, ignore_eos=True, salt=name) for name in "ab"))
+    for _ in range(8):
+        driver.step(0)
+    driver.drain(1, draining=False)
+    for name in "ab":
+        driver.migrate(name, 1)
+    calls = counted(monkeypatch, Checkpoints, "save_all")
+    for _ in range(20):
+        driver.step(0)
+    assert calls["save_all"] == 0
+    driver.finish()
+    assert calls["save_all"] > 0
+    assert len(driver.moved(live=True)) == 2
+
+
 def test_a_waiter_goes_at_once() -> None:
     driver = FleetDriver(fleet_config(core_config(blocks=20, max_sequences=1, residency=TIERS), 2))
     driver.arrive(*(request(f"r{number}", range(number, number + 20), max_tokens=20) for number in range(6)))
@@ -198,6 +272,41 @@ def test_a_waiter_goes_at_once() -> None:
     driver.migrate(waiter.request.id, 1 - source)
     assert [(m.request_id, m.live, m.failure) for m in driver.migrations] == [(waiter.request.id, False, "")]
     driver.finish()
+
+
+def test_a_wait_goes_on_where_the_waiter_goes() -> None:
+    """By what has been served since it began, there and here, it is promoted; and its seconds count once."""
+    policies = PolicyConfig(order="sjf", parameters={**UNFORESEEN, "promotion": {"service_tokens": 60}})
+    core = core_config(max_sequences=1, policies=policies)
+    driver = FleetDriver(fleet_config(core, 2))
+
+    def arrive(replica: int, *names: str) -> None:
+        driver.fleet.members[1 - replica].draining = True
+        driver.arrive(*(request(name, range(8), max_tokens=100, ignore_eos=True) for name in names))
+        driver.fleet.members[1 - replica].draining = False
+
+    def step(replica: int, times: int) -> None:
+        for _ in range(times):
+            assert driver.step(replica)
+
+    arrive(1, "runs there", "longer")
+    arrive(0, "runs here", "waits")
+    step(0, 40)
+    step(1, 20)
+    (longer,) = driver.fleet.sequences_of("longer")
+    driver.migrate("waits", 1)
+    assert [(each.target, each.failure) for each in driver.migrations] == [(1, "")]
+    step(1, 25)
+    (waits,) = driver.fleet.sequences_of("waits")
+    assert waits in driver.fleet.cores[1].sequences["waits"]
+    assert (waits.promoted, longer.promoted) == ("service", "")
+    driver.migrate("waits", 0)
+    (waits,) = driver.fleet.sequences_of("waits")
+    assert (waits.promoted, waits.promotions) == ("service", 1)
+    driver.finish()
+    ended = driver.finished["waits", 0]
+    assert ended.admitted is not None
+    assert ended.queued_seconds == pytest.approx(ended.admitted - ended.arrived)
 
 
 def test_a_drained_replica_hands_on_all_it_has_and_takes_again_when_it_may() -> None:
@@ -223,6 +332,51 @@ def test_a_drained_replica_hands_on_all_it_has_and_takes_again_when_it_may() -> 
     assert {key: driver.answer(*key) for key in driver.deltas if key[0].startswith("r")} == unmigrated(
         requests
     )
+
+
+def test_moves_that_wait_for_their_turn_do_not_begin_to_where_a_drain_has_begun() -> None:
+    driver = FleetDriver(fleet_config(core_config(blocks=200, max_sequences=16, residency=TIERS), 2))
+    driver.drain(1)
+    driver.arrive(*(request(f"r{n}", range(n, n + 8), max_tokens=400, ignore_eos=True) for n in range(8)))
+    for _ in range(8):
+        driver.step(0)
+    driver.drain(1, draining=False)
+    for number in range(8):
+        driver.migrate(f"r{number}", 1)
+    driver.drain(1)
+    assert [over.failure for over in driver.migrations] == ["the target drains"] * 8
+    driver.finish()
+    assert {ended.replica for ended in driver.finished.values()} == {0}
+
+
+class Counted(str):
+    """A request id that counts how often it is looked up."""
+
+    looked_up = 0
+
+    def __hash__(self) -> int:
+        Counted.looked_up += 1
+        return super().__hash__()
+
+
+def test_to_want_many_moves_takes_as_much_for_each_as_to_want_few() -> None:
+    moves = Moves([], Ledger(1), 4, lambda sequence, here: None)
+    moves.want(Move(Counted(f"r{number}"), 0, None, "drain") for number in range(1000))
+    assert len(moves) == 1000
+    assert Counted.looked_up <= 5 * 1000
+
+
+def test_an_operators_move_takes_the_turn_of_one_that_a_policy_wants() -> None:
+    moves = Moves([], Ledger(1), 4, lambda sequence, here: None)
+    load, operator, drain = (
+        Move("r", 0, 1, "load"),
+        Move("r", 0, 2, "operator"),
+        Move("r", 0, None, "drain"),
+    )
+    again = Move("r", 0, 3, "operator")
+    for move, waits in ((load, load), (operator, operator), (drain, operator), (again, again)):
+        moves.want([move])
+        assert list(moves._wanted.values()) == [waits]
 
 
 def unlike(*replicas: ReplicaConfig, **policies: str) -> FleetConfig:

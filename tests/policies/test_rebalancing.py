@@ -5,6 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from math import inf
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,17 @@ def named(movables: list[Movable]) -> dict[str, Movable]:
     return {each.request: each for each in movables}
 
 
+class Watched(Movable):
+    """Counts how often anybody is asked for what."""
+
+    asked: ClassVar[Counter[str]] = Counter()
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a dataclass's would ask for all
+
+    def __getattribute__(self, name: str) -> Any:
+        Watched.asked[name] += 1
+        return super().__getattribute__(name)
+
+
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[list[Load], list[Movable]]:
     """Seconds are in quarters, so that sums are exact."""
@@ -47,6 +59,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Load], list[Movable]]:
         cost_seconds=st.integers(0, 12).map(lambda quarters: quarters / 4),
         moves=st.integers(0, 4),
         moved_at=st.sampled_from([-inf, 80.0, 95.0]),
+        waits=st.booleans(),
     )
     movables = [
         replace(each, request=f"r{at}") for at, each in enumerate(draw(st.lists(sequences, max_size=25)))
@@ -58,6 +71,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Load], list[Movable]]:
             accepting=draw(st.sampled_from([True, True, True, False])),
             role=draw(st.sampled_from(["any", "burst"])),
             limit_tokens=draw(st.sampled_from([0, 0, 50])),
+            slots_left=draw(st.sampled_from([0, 1, 100])),
         )
         for each in loads
     ], movables
@@ -77,6 +91,7 @@ class TestLoadPairs:
         sequences, replicas = named(movables), {each.number: each for each in loads}
         seconds = {each.number: Fraction(each.backlog_seconds) for each in loads}
         used = {each.number: float(each.used_tokens) for each in loads}
+        slots = {each.number: each.slots_left for each in loads}
         assert max(Counter(move.request for move in found.moves).values(), default=0) <= 1
         for move in found.moves:
             each, before = sequences[move.request], squares(seconds)
@@ -94,9 +109,47 @@ class TestLoadPairs:
             used[move.source] -= each.tokens
             used[move.target] += max(each.tokens, each.size_tokens)
             assert used[move.target] <= target.capacity_tokens
+            slots[move.source] += not each.waits
+            slots[move.target] -= not each.waits
+            assert slots[move.target] >= 0
             assert not target.limit_tokens or each.size_tokens <= target.limit_tokens
             assert each.moves < FREE.max_moves
             assert each.moved_at <= 90.0
+
+    @given(situations())
+    def test_the_first_move_is_the_nearest_to_half_of_all_that_may_move_there(
+        self, situation: tuple[list[Load], list[Movable]]
+    ) -> None:
+        loads, movables = situation
+        for move in load_pairs(loads, movables, 100.0, FREE).moves[:1]:
+            source, target = (next(e for e in loads if e.number == n) for n in (move.source, move.target))
+            gap = source.backlog_seconds - target.backlog_seconds
+            free = min(target.limit_tokens or inf, target.capacity_tokens - target.used_tokens)
+            candidates = [
+                (abs(each.load_seconds - gap / 2), each.cost_seconds, each.moves, each.request)
+                for each in movables
+                if each.replica == move.source
+                and each.moves < 3
+                and each.moved_at <= 90.0
+                and 0 < each.load_seconds < gap
+                and (each.waits or target.slots_left)
+                and max(each.tokens, each.size_tokens) <= free
+                and gap - abs(gap - 2 * each.load_seconds) > each.cost_seconds
+            ]
+            assert min(candidates)[-1] == move.request
+
+    def test_few_of_many_are_looked_at_for_a_move(self) -> None:
+        movables = [Watched(f"r{number}", 0, load_seconds=1 + number / 1000) for number in range(1000)]
+        Watched.asked.clear()
+        assert len(load_pairs([Load(0, 1500.0), Load(1, 1497.0)], movables, 0.0, FREE).moves) == 1
+        assert 1 <= Watched.asked["size_tokens"] <= 5
+
+    def test_those_of_one_load_are_priced_once_a_round(self) -> None:
+        movables = [Watched(f"r{number}", 0) for number in range(1000)]
+        Watched.asked.clear()
+        limits = replace(FREE, moves_per_round=4)
+        assert len(load_pairs([Load(0, 1000.0), Load(1)], movables, 0.0, limits).moves) == 4
+        assert 1000 <= Watched.asked["cost_seconds"] <= 1020
 
     @given(situations())
     def test_rounds_end_though_costs_rest_and_limits_are_nothing(
@@ -165,6 +218,13 @@ class TestLoadPairs:
         loads = replicas_with(movables, 2, capacity=79)
         assert not load_pairs(loads, movables, 0.0, FREE).moves
         assert load_pairs([loads[0], replace(loads[1], capacity_tokens=80)], movables, 0.0, FREE).moves
+
+    def test_who_runs_moves_to_where_a_slot_is_left_and_who_waits_needs_none(self) -> None:
+        runs, waits = Movable("runs", 0, load_seconds=4.0), Movable("waits", 0, load_seconds=3.0, waits=True)
+        for slots, first in ((0, "waits"), (1, "runs")):
+            loads = [Load(0, 8.0), Load(1, slots_left=slots)]
+            assert load_pairs(loads, [runs, waits], 0.0, FREE).moves[0].request == first
+        assert not load_pairs([Load(0, 8.0), Load(1, slots_left=0)], [runs], 0.0, FREE).moves
 
     def test_oscillating_load_does_not_send_sequences_back_and_forth(self) -> None:
         """Load that comes and goes by turns on either replica, for 200 periods of 1 s; ten sequences could move."""
@@ -239,6 +299,10 @@ class TestCacheSize:
         each = Movable("r", 0, tokens=1001, size_tokens=1500.0)
         assert cache_size(loads, [each], 0.0, FREE) == Round(stayed=1)
         assert self.moves([*loads, self.LARGE], each) == [("r", 2)]
+
+    def test_what_is_above_all_limits_goes_to_the_highest_that_accepts(self) -> None:
+        loads = [self.SMALL, self.MIDDLE, replace(self.LARGE, accepting=False)]
+        assert self.moves(loads, Movable("r", 0, tokens=1001, size_tokens=6000.0)) == [("r", 1)]
 
     def test_who_leaves_the_middle_makes_room_for_who_comes_from_below(self) -> None:
         loads = [self.SMALL, replace(self.MIDDLE, used_tokens=9_500), self.LARGE]
