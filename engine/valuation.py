@@ -16,7 +16,7 @@ from kvstore.flights import InFlight
 from kvstore.residency import Residency
 from kvstore.shelf import Entry
 from policies.cost import CopySample, CostModel, StepSample
-from policies.pricing import RECOMPUTE, RELOAD, Situation, Stake, Standing, Way, price, ways
+from policies.pricing import RECOMPUTE, RELOAD, Situation, Stake, Standing, price, way_back, ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,24 +217,18 @@ class Valuation:
             return True
         if stake.survival < 1.0:
             return False
-        best = self._best_way(sequence, stake, situation)
-        return best is not None and best.name == RELOAD
+        return self._way_back(sequence, stake, situation) == RELOAD
 
     def worth_saving(self, sequence: Sequence, stake: Stake, situation: Situation) -> bool:
         """Whether one that gives way now would rather be loaded than computed again, what saving it takes included.
 
         What is on its way down holds its device blocks: to a slow tier, for long.
         """
-        best = self._best_way(sequence, stake, situation)
-        return best is None or best.name != RECOMPUTE
+        return not stake.standing.below or self._way_back(sequence, stake, situation) != RECOMPUTE
 
-    def _best_way(self, sequence: Sequence, stake: Stake, situation: Situation) -> Way | None:
-        """The cheapest way back when those that load cost the saving, too. None: there is none that loads."""
-        if not stake.standing.below_blocks:
-            return None
-        found = ways(stake.standing, sequence.weight, self._without(situation, sequence), self.enabled)
-        saving = sequence.weight * self.saving_seconds(stake.unsaved_blocks)
-        return min(found, key=lambda way: way.price + saving * (way.name != RECOMPUTE))
+    def _way_back(self, sequence: Sequence, stake: Stake, situation: Situation) -> str:
+        """The name of the cheapest."""
+        return way_back(stake, sequence.weight, self._without(situation, sequence), self.enabled).name
 
     def saving_seconds(self, blocks: int = 0) -> float:
         """Until so many blocks more than are on their way down now would be below the device."""
@@ -260,13 +254,14 @@ class Valuation:
             below_tokens=sequence.computed - kept if below else 0,
             total=sequence.computed,
         )
+        unsaved = max(0, blocks - max(sequence.saved, blocks - frees)) if tier else 0
         return Stake(
             standing=standing,
             frees=frees,
-            unsaved_blocks=max(0, blocks - max(sequence.saved, blocks - frees)) if tier else 0,
+            unsaved_blocks=unsaved,
+            saving_seconds=self.saving_seconds(unsaved),
             survival=self._residency.survival(frees) if tier else 0.0,
             preemptions=sequence.preemptions,
-            save_tier=tier,
         )
 
     def _without(self, situation: Situation, sequence: Sequence) -> Situation:

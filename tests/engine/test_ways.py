@@ -256,6 +256,29 @@ def test_the_victim_is_whose_way_back_costs_least() -> None:
     made.finish()
 
 
+@pytest.mark.parametrize(("resume", "charged"), [("recompute", 0.0), ("reload", 1.0)])
+def test_saving_is_in_the_price_weighted_of_those_alone_who_would_be_saved(
+    resume: str, charged: float
+) -> None:
+    made = driver(resume, every_tokens=1000)
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    while not made.deltas:
+        assert made.step()
+    valuation, (sequence,) = made.core.scheduler.valuation, made.core.scheduler.running
+
+    def price(saved: int) -> float:
+        sequence.saved = saved
+        frees = len(sequence.table)
+        return frees * valuation.price(sequence, frees, valuation.situation((sequence,)))
+
+    for weight in (1.0, 8.0):
+        sequence.weight = weight
+        saving = price(saved=0) - price(saved=len(sequence.table))
+        assert saving == pytest.approx(
+            charged * weight * (valuation.saving_seconds(len(sequence.table)) - valuation.saving_seconds())
+        )
+
+
 def test_prompts_under_way_delay_what_is_computed_again_but_not_what_is_loaded() -> None:
     made = driver("cheapest", max_batch_tokens=16)
     valuation, running = made.core.scheduler.valuation, made.core.scheduler.running
