@@ -130,7 +130,7 @@ class Valuation:
         if tier not in self._residency.flights.bytes_up(self._block_bytes):
             del self._fetching[tier]
             if fetching.whole:
-                self.costs.copies.observe_wait(tier, now - fetching.since - fetching.copying)
+                self.costs.copies.observe_load(tier, fetching.copying, now - fetching.since)
 
     # --- what is, and would be ------------------------------------------------------------------------------------
 
