@@ -11,7 +11,7 @@ from functools import cached_property
 from engine.plan import Row
 from engine.resumption import Match
 from engine.sequence import Sequence
-from kvstore.copies import DEVICE, CopyDone
+from kvstore.copies import DEVICE, DISK, CopyDone
 from kvstore.flights import InFlight
 from kvstore.residency import Residency
 from kvstore.shelf import Entry
@@ -156,8 +156,14 @@ class Valuation:
             step_seconds=self.costs.steps.step_seconds(0, 0.0, rows, context),
             prompts_seconds=prompts,
             running_weight=weight,
-            ahead_bytes=self._residency.below.bytes_up(self._block_bytes),
+            ahead_bytes=self._ahead_bytes(),
         )
+
+    def _ahead_bytes(self) -> dict[str, int]:
+        """By tier, what comes up before what is asked for now: from the disk, what all replicas have asked for."""
+        own = self._residency.flights.bytes_up(self._block_bytes)
+        everybodys = self._residency.below.bytes_up(self._block_bytes)
+        return {**own, DISK: everybodys.get(DISK, 0)}
 
     def decode_seconds(self, running: Sequence_[Sequence]) -> float:
         """Of a step in which each of these computes one token."""
