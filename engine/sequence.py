@@ -150,7 +150,10 @@ class Sequence:
 
     @property
     def kept_tokens(self) -> int:
-        return self.snapshot.computed if self.snapshot else 0
+        """All of its pins but the last are full blocks; without the first of them the others are no use."""
+        if not self.pins or self.pins[0].doomed:
+            return 0
+        return self.pins[0].tokens * (len(self.pins) - 1) + self.pins[-1].tokens
 
     @property
     def expected_output_tokens(self) -> int | None:

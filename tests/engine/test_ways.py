@@ -14,7 +14,9 @@ from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST, Loss
 from policies.cost import CopySample, StepSample
 from policies.decisions import Kind
+from policies.order import still_to_compute
 from policies.pricing import RECOMPUTE, RELOAD, Standing, ways
+from policies.promotion import Promotion
 from tests.engine.driving import UNFORESEEN, Driver, core_config, request
 from tests.engine.test_core import expected_tokens
 
@@ -277,6 +279,33 @@ def test_saving_is_in_the_price_weighted_of_those_alone_who_would_be_saved(
         assert saving == pytest.approx(
             charged * weight * (valuation.saving_seconds(len(sequence.table)) - valuation.saving_seconds())
         )
+
+
+@pytest.mark.parametrize("resume", ["recompute", "reload"])
+def test_what_no_tier_keeps_of_a_preempted_one_is_still_to_compute(resume: str) -> None:
+    made = driver(resume, max_sequences=1)
+    made.use_policies(order="sjf")
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    while not made.deltas:
+        assert made.step()
+    made.arrive(request("shorter", range(60, 70), max_tokens=3))
+    made.preempt("a")
+    made.copies()
+    made.prune(DEVICE)
+    (sequence,) = made.core.sequences["a"]
+    assert sequence.state is State.WAITING
+    assert sequence.snapshot
+    computed = sequence.snapshot.computed
+    kept = computed if resume == "reload" else 0
+    made.core.scheduler.life.intake.match(sequence)
+    assert (sequence.kept_tokens, still_to_compute(sequence)) == (kept, len(sequence.tokens) - kept)
+    promotion = Promotion(kv_blocks_tokens=computed)
+    assert promotion.reason_at_enqueue(sequence) == ("kv_held" if kept else None)
+    made.tier_down(HOST)
+    made.tier_down(DISK)
+    made.core.scheduler.life.intake.match(sequence)
+    assert (sequence.kept_tokens, still_to_compute(sequence)) == (0, len(sequence.tokens))
+    made.finish()
 
 
 def test_prompts_under_way_delay_what_is_computed_again_but_not_what_is_loaded() -> None:
