@@ -5,12 +5,16 @@ what must be preempted soon; reserving max_tokens for everybody leaves most of t
 """
 
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from policies.prediction import Predictor
 from policies.views import SequenceView
+
+ENDS_KEPT = 8192
+"""Predicted ends that are remembered, of all replicas; those asked for longest ago go first."""
 
 
 def peak_blocks(remaining_and_held: Sequence[tuple[float, int]], block_size: int) -> float:
@@ -86,7 +90,10 @@ class Admission:
 
     risk: float = 1.0
     wait_steps: int = 4
-    _ends: dict[int, tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
+    # by number and admission, the last asked for last: to be asked again at so many tokens, the end
+    _ends: OrderedDict[tuple[int, int], tuple[int, float]] = field(
+        default_factory=OrderedDict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.risk <= 1.0:
@@ -106,18 +113,18 @@ class Admission:
         return Room(self, list(running), predictor, block_size, blocks)
 
     def left(self, views: list[SequenceView], predictor: Predictor) -> list[float]:
-        """Tokens to come, at this risk. Who was there the last time keeps that end for an eighth of the way."""
-        ends: dict[int, tuple[int, float]] = {}  # by number: to be asked again at so many tokens, the end
+        """Tokens to come, at this risk. An end stays for an eighth of the way, or until one is admitted anew."""
         left = []
         for view in views:
-            number, so_far = view.number, view.output_tokens
-            again, end = self._ends.get(number, (0, 0.0))
+            admission, so_far = (view.number, view.admissions), view.output_tokens
+            again, end = self._ends.pop(admission, (0, 0.0))
             if so_far >= again:
                 to_come = predictor.quantile(view, 1.0 - self.risk)
                 again, end = so_far + max(1, int(to_come / 8)), so_far + to_come
-            ends[number] = again, end
+            self._ends[admission] = again, end
             left.append(end - so_far)
-        self._ends = ends
+        while len(self._ends) > ENDS_KEPT:
+            self._ends.popitem(last=False)
         return left
 
 

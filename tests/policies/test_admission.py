@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from policies.admission import Admission, Outlook, peak_blocks
 from policies.prediction import Histogram, MaxTokens, Oracle
+from policies.views import SequenceView
 from tests.policies.view import View
 
 sequences = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), max_size=12)
@@ -94,6 +95,22 @@ class TestAdmission:
         assert admission.left([View(1, output_tokens=9, max_tokens=1000), other], oracle) == [71, 3]
         assert admission.left([View(1, output_tokens=10, max_tokens=1000)], oracle) == [150]
         assert admission.left([View(2, output_tokens=1, max_tokens=1000)], oracle) == [299]
+
+    def test_ends_of_one_replica_are_remembered_while_another_asks(self) -> None:
+        admission, lengths = Admission(risk=0.3), {1: 80, 2: 80}
+        oracle = Oracle(lengths)
+        here, there = View(1, max_tokens=1000), View(2, max_tokens=1000)
+        assert admission.left([here], oracle) == admission.left([there], oracle) == [80]
+        lengths.update({1: 160, 2: 160})
+        assert admission.left([here], oracle) == admission.left([there], oracle) == [80]
+        assert admission.left([View(1, admissions=1, max_tokens=1000)], oracle) == [160]
+
+    def test_a_bounded_number_of_ends_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("policies.admission.ENDS_KEPT", 2)
+        admission, lengths = Admission(risk=0.3), {1: 80, 2: 80, 3: 80}
+        views: list[SequenceView] = [View(each, max_tokens=1000) for each in lengths]
+        admission.left(views, Oracle(lengths))
+        assert admission.left(views[::-1], Oracle(dict.fromkeys(lengths, 160))) == [80, 80, 160]
 
     def test_less_risk_admits_less(self) -> None:
         histogram = Histogram()
