@@ -75,6 +75,7 @@ class Scheduler:
             config.checkpoint,
             self._policies,
             self._policy_config,
+            common.tenants,
             self._decide,
         )
         self.counts: Counts = self.life.counts
