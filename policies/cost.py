@@ -68,7 +68,7 @@ class StepGroup:
         Returns how many times what was predicted it took, for pace 1.
         """
         features = _features(sample)
-        ratio = sample.seconds / max(self.fit.predict(features), SHORTEST_SECONDS)
+        ratio = max(sample.seconds, SHORTEST_SECONDS) / max(self.fit.predict(features), SHORTEST_SECONDS)
         if sample.prefill_tokens or sample.decode_rows:
             self.fit.observe(_step_class(sample), features, sample.seconds / pace)
         return ratio
