@@ -242,7 +242,6 @@ class Lifecycle:
 
     def _look_again(self, sequence: Sequence, now: float) -> None:
         """What a tier promised has not come: back into the line, where the next match knows better."""
-        sequence.reload_failures += 1
         self.counts.reload_failures += 1
         reason = "what a tier below the device had promised did not come"
         self._decide(sequence, Decision(Kind.LOAD_FAILED, "", "wait", reason))

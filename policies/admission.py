@@ -6,7 +6,7 @@ what must be preempted soon; reserving max_tokens for everybody leaves most of t
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -17,19 +17,14 @@ ENDS_KEPT = 8192
 """Predicted ends that are remembered, of all replicas; those asked for longest ago go first."""
 
 
-def peak_blocks(remaining_and_held: Sequence[tuple[float, int]], block_size: int) -> float:
-    """The most blocks held at once from now on, if no one else is admitted.
-
-    Each sequence, given as (tokens to come, blocks held), grows by 1/block_size a step, and gives all of it back
-    when its tokens have come. The peak is reached just as some sequence ends, so only those moments are looked at:
-    O(n log n). Blocks are whole: in truth it may be up to a block a sequence more or less. Source: LightLLM's
-    past-future scheduler, Gong et al., ASPLOS'25.
-    """
-    return Outlook(remaining_and_held, block_size).peak
-
-
 class Outlook:
-    """Those who run, by how long they will, longest first; answers for one more in O(log n)."""
+    """The most blocks that those who run, and one more, will hold at once, if no one else is admitted.
+
+    Each, given as (tokens to come, blocks held), grows by 1/block_size a step, and gives all of it back when its tokens
+    have come. The peak is reached just as some sequence ends, so only those moments are looked at, the longest first:
+    O(n log n), and for one more O(log n). Blocks are whole: in truth it may be up to a block a sequence more or less.
+    Source: LightLLM's past-future scheduler, Gong et al., ASPLOS'25.
+    """
 
     def __init__(self, remaining_and_held: Iterable[tuple[float, int]], block_size: int) -> None:
         self._block_size = block_size
@@ -50,11 +45,6 @@ class Outlook:
             with_one_more.append(at_its_end - growth)
         with_one_more.reverse()
         self._most_of_shorter = [*accumulate(with_one_more, max, initial=0.0)]
-
-    @property
-    def peak(self) -> float:
-        """Blocks held at the highest moment; 0 when nobody runs."""
-        return self._most_of_longer[-1]
 
     def peak_with(self, remaining: float, held: int) -> float:
         """The peak if one more ran, which holds `held` blocks at once. Changes nothing."""
@@ -85,7 +75,7 @@ class Admission:
     Assumes one token a step for all, and lengths that are independent; blocks shared by several sequences count for
     each of them, so give `blocks` as the pool and what is counted more than once. Ties: none. Worst case: all run
     longer than predicted; then victims are preempted, as they would be without it. It never refuses one when nobody
-    runs; who waits is first by the order, so it starves nobody that the order does not. Source: see `peak_blocks`.
+    runs; who waits is first by the order, so it starves nobody that the order does not. Source: see `Outlook`.
     """
 
     risk: float = 1.0

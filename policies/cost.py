@@ -172,10 +172,6 @@ class CopyCost:
         overlap, wait = self._usual.get(source, (1.0, 0.0))
         return max(alone, overlap * copying) + wait
 
-    def bandwidth(self, source: str, target: str) -> float:
-        """Bytes a second of an endless copy."""
-        return 1 / max(self._coefficients(source, target)[1], 1e-15)
-
     def _copies_seconds(self, source: str, target: str, copies: int, size: int) -> float:
         latency, byte = self._coefficients(source, target)
         return copies * latency + size * byte

@@ -95,7 +95,7 @@ def test_what_a_split_lacks_is_computed() -> None:
     sequence = preempted(made)
     assert sequence.head_end == 4
     assert finish(made).way == "split"
-    assert sequence.reload_failures == 0
+    assert made.core.scheduler.counts.reload_failures == 0
 
 
 def test_a_split_that_gets_nothing_computes_everything() -> None:
