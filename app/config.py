@@ -56,8 +56,8 @@ def _plugin(path: str) -> str:
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
-Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=86400)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=86400)]
 DeviceName = Annotated[str, Field(pattern=f"^({DEVICE})$")]
 
 

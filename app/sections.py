@@ -4,6 +4,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Strict: a key that nobody reads, or a value of another type, stops the start."""
+    """Strict: a key that nobody reads, a value of another type, or a number that is not finite, stops the start."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", str_max_length=4096)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, str_max_length=4096
+    )

@@ -1,4 +1,5 @@
-"""What the cores of one process have in common: the policies in force, what lies below all devices, arrival numbers.
+"""What the cores of one process have in common: the policies in force, what lies below all devices, arrival numbers,
+what each tenant has been served.
 
 What a policy has learned (lengths, which blocks are found again) it has learned for all replicas. What steps take is
 learned by replicas that are alike: of one fingerprint, which says what model they have, on what kind of device, with
@@ -11,6 +12,7 @@ from itertools import count
 
 from engine.events import PolicyFailed
 from engine.policy_set import Catalog, PolicyConfig
+from engine.tenants import Counters
 from kvstore.below import Below, ResidencyConfig
 from policies.cost import StepGroup
 
@@ -28,6 +30,7 @@ class Common:
         self.below = Below(residency, self.policies.eviction, self.policies.placement)
         self.steps: defaultdict[str, StepGroup] = defaultdict(StepGroup)  # by fingerprint
         self.arrivals = count(1)
+        self.tenants = Counters()
 
     def use(self, names: Mapping[str, str]) -> None:
         """Other policies decide from now on, by family. Each core is told (Scheduler.use); the first changes them."""

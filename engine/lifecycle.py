@@ -16,7 +16,7 @@ from engine.request import ServiceClass
 from engine.resumption import Match, lowest_tier
 from engine.sequence import Sequence, State
 from engine.snapshot import Snapshot
-from engine.tenants import Tenants
+from engine.tenants import Counters, Tenants
 from engine.valuation import Valuation
 from engine.waiting import WaitingLine
 from kvstore.copies import CopyDone
@@ -37,10 +37,11 @@ class Lifecycle:
         checkpoint: CheckpointConfig,
         policies: Policies,
         config: PolicyConfig,
+        tenants: Counters,
         decide: Decide,
     ) -> None:
         self.counts = Counts()
-        self.tenants = Tenants()
+        self.tenants = Tenants(tenants)
         self.line = WaitingLine(policies.order, policies.promotion)
         self.intake = Intake(places, residency, valuation, decide)
         self.intake.use(policies.resume, config.resume)
@@ -252,7 +253,6 @@ class Lifecycle:
 
     def _look_again(self, sequence: Sequence, now: float) -> None:
         """What a tier promised has not come: back into the line, where the next match knows better."""
-        sequence.reload_failures += 1
         self.counts.reload_failures += 1
         reason = "what a tier below the device had promised did not come"
         self._decide(sequence, Decision(Kind.LOAD_FAILED, "", "wait", reason))

@@ -190,11 +190,17 @@ class GuardedResume(Guarded):
 
 
 class GuardedPredictor(Guarded):
+    """A length beyond what is left of max_tokens counts as that."""
+
     def remaining(self, view: Any) -> float:
-        return float(self._ask(lambda policy: policy.remaining(view), _is_length))
+        return self._length(view, lambda policy: policy.remaining(view))
 
     def quantile(self, view: Any, q: float) -> float:
-        return float(self._ask(lambda policy: policy.quantile(view, q), _is_length))
+        return self._length(view, lambda policy: policy.quantile(view, q))
+
+    def _length(self, view: Any, question: Callable[[Any], Any]) -> float:
+        left = max(0, view.max_tokens - view.output_tokens)
+        return float(min(left, self._ask(question, _is_length)))
 
     def survival(self, view: Any, steps: float) -> float:
         """From its quantiles where the plug-in does not say."""

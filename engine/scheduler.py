@@ -7,6 +7,7 @@ victims.py's; the rows are draft.py's; what becomes of a sequence afterwards is 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import cycle
 
 from engine.checkpoint import CheckpointConfig
 from engine.common import Common
@@ -31,7 +32,8 @@ PASSED_OVER = 32
 """Waiters that one step passes over, at most, because their next block is being computed: each costs a look-up."""
 
 PREFETCHED = 4
-"""Waiters at the head of the line that are looked up anew, and whose blocks are brought up from the disk meanwhile."""
+"""Waiters at the head of the line that are looked up anew, one a step, by turns; and whose blocks are brought up from
+the disk meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,13 @@ class Scheduler:
             config.checkpoint,
             self._policies,
             self._policy_config,
+            common.tenants,
             self._decide,
         )
         self.counts: Counts = self.life.counts
         self._intake, self._line = self.life.intake, self.life.line
         self._victims = Victims(self._policies, self._policy_config, self.valuation)
+        self._turns = cycle(range(PREFETCHED))  # whose it is, of the first few, to be looked up anew
         self._steps_ahead = 0  # until it is looked who may be preempted
         self.left_waiting = 0  # of those in line at the last look, who found no room
 
@@ -338,11 +342,20 @@ class Scheduler:
         draft.placed.append(sequence)
 
     def _prefetch(self, now: float) -> None:
-        """Brings up from the disk what those need who could not be taken in."""
-        for sequence in self._line.next_few(PREFETCHED) if self.residency.disk.up else ():
+        """Of those who could not be taken in: looks one up anew, and brings up from the disk what they need."""
+        few, turn = self._line.next_few(PREFETCHED), next(self._turns)
+        if turn < len(few):
+            self._look_up(few[turn])
+        for sequence in few if self.residency.disk.up else ():
             if not sequence.prefetched:
                 sequence.prefetched = True
                 self.residency.prefetch(sequence.block_keys(self.config.block_size), now)
+
+    def _look_up(self, sequence: Sequence) -> None:
+        """A waiter of whom more is cached by now may go before others."""
+        before = sequence.matched_tokens
+        if self._intake.match(sequence).tokens > before:
+            self._line.look_again(sequence)
 
     @property
     def waiting(self) -> int:

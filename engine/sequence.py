@@ -77,7 +77,6 @@ class Sequence:
     admissions: int = 0
     preemptions: int = 0
     waits: int = 0  # steps it sat out for want of blocks, since it was admitted
-    reload_failures: int = 0  # times that what a tier had promised did not come
     admitted_as: int = -1
     computed_before: int = 0  # highest position + 1 ever computed for it: below this, work is done again
     cached_tokens: int = 0  # of the prompt, at the first admission
@@ -150,7 +149,10 @@ class Sequence:
 
     @property
     def kept_tokens(self) -> int:
-        return self.snapshot.computed if self.snapshot else 0
+        """All of its pins but the last are full blocks; without the first of them the others are no use."""
+        if not self.pins or self.pins[0].doomed:
+            return 0
+        return self.pins[0].tokens * (len(self.pins) - 1) + self.pins[-1].tokens
 
     @property
     def expected_output_tokens(self) -> int | None:

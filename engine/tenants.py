@@ -7,6 +7,7 @@ Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI'24.
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from engine.plan import Row
 from engine.sequence import Sequence
@@ -17,11 +18,21 @@ KEPT = 10_000
 """Counters that are kept of tenants without requests; those of the least served go first."""
 
 
+@dataclass(slots=True)
+class Counters:
+    """Of all replicas, by tenant."""
+
+    service: dict[str, float] = field(default_factory=dict)
+    active: Counter[str] = field(default_factory=Counter)  # sequences not finished
+
+
 class Tenants:
-    def __init__(self) -> None:
-        self.served = 0  # tokens computed for anybody
-        self.service: dict[str, float] = {}  # sequences look here for their own tenant's
-        self._active: Counter[str] = Counter()  # sequences not finished
+    """Of one replica. `counters`: those that it shares with the others."""
+
+    def __init__(self, counters: Counters) -> None:
+        self.served = 0  # tokens computed for anybody here
+        self.service = counters.service  # sequences look here for their own tenant's
+        self._active = counters.active
 
     def arrive(self, tenant: str) -> None:
         """A sequence of this tenant begins to wait for the first time."""

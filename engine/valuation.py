@@ -11,12 +11,12 @@ from functools import cached_property
 from engine.plan import Row
 from engine.resumption import Match
 from engine.sequence import Sequence
-from kvstore.copies import DEVICE, CopyDone
+from kvstore.copies import DEVICE, DISK, CopyDone
 from kvstore.flights import InFlight
 from kvstore.residency import Residency
 from kvstore.shelf import Entry
 from policies.cost import CopySample, CostModel, StepSample
-from policies.pricing import RECOMPUTE, RELOAD, Situation, Stake, Standing, Way, price, ways
+from policies.pricing import RECOMPUTE, RELOAD, Situation, Stake, Standing, price, way_back, ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Valuation:
         if tier not in self._residency.flights.bytes_up(self._block_bytes):
             del self._fetching[tier]
             if fetching.whole:
-                self.costs.copies.observe_wait(tier, now - fetching.since - fetching.copying)
+                self.costs.copies.observe_load(tier, fetching.copying, now - fetching.since)
 
     # --- what is, and would be ------------------------------------------------------------------------------------
 
@@ -156,8 +156,14 @@ class Valuation:
             step_seconds=self.costs.steps.step_seconds(0, 0.0, rows, context),
             prompts_seconds=prompts,
             running_weight=weight,
-            ahead_bytes=self._residency.below.bytes_up(self._block_bytes),
+            ahead_bytes=self._ahead_bytes(),
         )
+
+    def _ahead_bytes(self) -> dict[str, int]:
+        """By tier, what comes up before what is asked for now: from the disk, what all replicas have asked for."""
+        own = self._residency.flights.bytes_up(self._block_bytes)
+        everybodys = self._residency.below.bytes_up(self._block_bytes)
+        return {**own, DISK: everybodys.get(DISK, 0)}
 
     def decode_seconds(self, running: Sequence_[Sequence]) -> float:
         """Of a step in which each of these computes one token."""
@@ -217,24 +223,18 @@ class Valuation:
             return True
         if stake.survival < 1.0:
             return False
-        best = self._best_way(sequence, stake, situation)
-        return best is not None and best.name == RELOAD
+        return self._way_back(sequence, stake, situation) == RELOAD
 
     def worth_saving(self, sequence: Sequence, stake: Stake, situation: Situation) -> bool:
         """Whether one that gives way now would rather be loaded than computed again, what saving it takes included.
 
         What is on its way down holds its device blocks: to a slow tier, for long.
         """
-        best = self._best_way(sequence, stake, situation)
-        return best is None or best.name != RECOMPUTE
+        return not stake.standing.below or self._way_back(sequence, stake, situation) != RECOMPUTE
 
-    def _best_way(self, sequence: Sequence, stake: Stake, situation: Situation) -> Way | None:
-        """The cheapest way back when those that load cost the saving, too. None: there is none that loads."""
-        if not stake.standing.below_blocks:
-            return None
-        found = ways(stake.standing, sequence.weight, self._without(situation, sequence), self.enabled)
-        saving = sequence.weight * self.saving_seconds(stake.unsaved_blocks)
-        return min(found, key=lambda way: way.price + saving * (way.name != RECOMPUTE))
+    def _way_back(self, sequence: Sequence, stake: Stake, situation: Situation) -> str:
+        """The name of the cheapest."""
+        return way_back(stake, sequence.weight, self._without(situation, sequence), self.enabled).name
 
     def saving_seconds(self, blocks: int = 0) -> float:
         """Until so many blocks more than are on their way down now would be below the device."""
@@ -260,13 +260,14 @@ class Valuation:
             below_tokens=sequence.computed - kept if below else 0,
             total=sequence.computed,
         )
+        unsaved = max(0, blocks - max(sequence.saved, blocks - frees)) if tier else 0
         return Stake(
             standing=standing,
             frees=frees,
-            unsaved_blocks=max(0, blocks - max(sequence.saved, blocks - frees)) if tier else 0,
+            unsaved_blocks=unsaved,
+            saving_seconds=self.saving_seconds(unsaved),
             survival=self._residency.survival(frees) if tier else 0.0,
             preemptions=sequence.preemptions,
-            save_tier=tier,
         )
 
     def _without(self, situation: Situation, sequence: Sequence) -> Situation:

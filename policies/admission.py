@@ -5,27 +5,26 @@ what must be preempted soon; reserving max_tokens for everybody leaves most of t
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from policies.prediction import Predictor
 from policies.views import SequenceView
 
-
-def peak_blocks(remaining_and_held: Sequence[tuple[float, int]], block_size: int) -> float:
-    """The most blocks held at once from now on, if no one else is admitted.
-
-    Each sequence, given as (tokens to come, blocks held), grows by 1/block_size a step, and gives all of it back
-    when its tokens have come. The peak is reached just as some sequence ends, so only those moments are looked at:
-    O(n log n). Blocks are whole: in truth it may be up to a block a sequence more or less. Source: LightLLM's
-    past-future scheduler, Gong et al., ASPLOS'25.
-    """
-    return Outlook(remaining_and_held, block_size).peak
+ENDS_KEPT = 8192
+"""Predicted ends that are remembered, of all replicas; those asked for longest ago go first."""
 
 
 class Outlook:
-    """Those who run, by how long they will, longest first; answers for one more in O(log n)."""
+    """The most blocks that those who run, and one more, will hold at once, if no one else is admitted.
+
+    Each, given as (tokens to come, blocks held), grows by 1/block_size a step, and gives all of it back when its tokens
+    have come. The peak is reached just as some sequence ends, so only those moments are looked at, the longest first:
+    O(n log n), and for one more O(log n). Blocks are whole: in truth it may be up to a block a sequence more or less.
+    Source: LightLLM's past-future scheduler, Gong et al., ASPLOS'25.
+    """
 
     def __init__(self, remaining_and_held: Iterable[tuple[float, int]], block_size: int) -> None:
         self._block_size = block_size
@@ -46,11 +45,6 @@ class Outlook:
             with_one_more.append(at_its_end - growth)
         with_one_more.reverse()
         self._most_of_shorter = [*accumulate(with_one_more, max, initial=0.0)]
-
-    @property
-    def peak(self) -> float:
-        """Blocks held at the highest moment; 0 when nobody runs."""
-        return self._most_of_longer[-1]
 
     def peak_with(self, remaining: float, held: int) -> float:
         """The peak if one more ran, which holds `held` blocks at once. Changes nothing."""
@@ -81,12 +75,15 @@ class Admission:
     Assumes one token a step for all, and lengths that are independent; blocks shared by several sequences count for
     each of them, so give `blocks` as the pool and what is counted more than once. Ties: none. Worst case: all run
     longer than predicted; then victims are preempted, as they would be without it. It never refuses one when nobody
-    runs; who waits is first by the order, so it starves nobody that the order does not. Source: see `peak_blocks`.
+    runs; who waits is first by the order, so it starves nobody that the order does not. Source: see `Outlook`.
     """
 
     risk: float = 1.0
     wait_steps: int = 4
-    _ends: dict[int, tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
+    # by number and admission, the last asked for last: to be asked again at so many tokens, the end
+    _ends: OrderedDict[tuple[int, int], tuple[int, float]] = field(
+        default_factory=OrderedDict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.risk <= 1.0:
@@ -106,18 +103,18 @@ class Admission:
         return Room(self, list(running), predictor, block_size, blocks)
 
     def left(self, views: list[SequenceView], predictor: Predictor) -> list[float]:
-        """Tokens to come, at this risk. Who was there the last time keeps that end for an eighth of the way."""
-        ends: dict[int, tuple[int, float]] = {}  # by number: to be asked again at so many tokens, the end
+        """Tokens to come, at this risk. An end stays for an eighth of the way, or until one is admitted anew."""
         left = []
         for view in views:
-            number, so_far = view.number, view.output_tokens
-            again, end = self._ends.get(number, (0, 0.0))
+            admission, so_far = (view.number, view.admissions), view.output_tokens
+            again, end = self._ends.pop(admission, (0, 0.0))
             if so_far >= again:
                 to_come = predictor.quantile(view, 1.0 - self.risk)
                 again, end = so_far + max(1, int(to_come / 8)), so_far + to_come
-            ends[number] = again, end
+            self._ends[admission] = again, end
             left.append(end - so_far)
-        self._ends = ends
+        while len(self._ends) > ENDS_KEPT:
+            self._ends.popitem(last=False)
         return left
 
 

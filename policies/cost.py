@@ -28,8 +28,9 @@ DISK_PRIOR = (2e-4, 1 / 1e9)
 COPIES_CHANGED_AFTER = 5
 """Outliers in a row, as CHANGED_AFTER of fitting.py: copies are few, and behind a tier that has become slow, fewer."""
 
-WAITS_KEPT = 9
-"""Of a tier: loads whose waiting is remembered. What they wait for is not of one kind, so their median counts."""
+LOADS_KEPT = 9
+"""Of a tier: loads of which is remembered how far their copies overlapped, and what they waited beside these: for
+threads to wake, and for the loop to hear of it. Neither is of one kind, so their medians count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class StepGroup:
         Returns how many times what was predicted it took, for pace 1.
         """
         features = _features(sample)
-        ratio = sample.seconds / max(self.fit.predict(features), SHORTEST_SECONDS)
+        ratio = max(sample.seconds, SHORTEST_SECONDS) / max(self.fit.predict(features), SHORTEST_SECONDS)
         if sample.prefill_tokens or sample.decode_rows:
             self.fit.observe(_step_class(sample), features, sample.seconds / pace)
         return ratio
@@ -139,8 +140,8 @@ class CopyCost:
 
     def __init__(self) -> None:
         self._routes: dict[tuple[str, str], Fit] = {}
-        self._waits: dict[str, deque[float]] = {}
-        self._usual_waits: dict[str, float] = {}  # the median of each
+        self._loads: dict[str, deque[tuple[float, float]]] = {}  # by tier: of each the overlap, and the wait
+        self._usual: dict[str, tuple[float, float]] = {}  # the medians
 
     def observe(self, sample: CopySample) -> None:
         """Learns from a copy; one of which nothing arrived teaches nothing."""
@@ -151,15 +152,13 @@ class CopyCost:
                 fit = self._routes[route] = Fit(_copy_prior(*route), COPIES_CHANGED_AFTER)
             fit.observe((sample.bytes.bit_length() + 1) // 2, (1.0, sample.bytes), sample.seconds)
 
-    def observe_wait(self, source: str, seconds: float) -> None:
-        """Learns from loads: so much longer than copying did they take. Less than 0: copies overlapped."""
-        waits = self._waits.setdefault(source, deque(maxlen=WAITS_KEPT))
-        waits.append(seconds)
-        self._usual_waits[source] = median(waits)
-
-    def wait_seconds(self, source: str) -> float:
-        """What a load waits beside copying: for threads to wake and for the loop to hear of it; 0 before the first."""
-        return self._usual_waits.get(source, 0.0)
+    def observe_load(self, source: str, copying: float, elapsed: float) -> None:
+        """Learns from loads, whose copies took so long, summed, in a time that is less where they overlapped."""
+        overlap = min(1.0, elapsed / max(copying, SHORTEST_SECONDS))
+        loads = self._loads.setdefault(source, deque(maxlen=LOADS_KEPT))
+        loads.append((overlap, max(0.0, elapsed - copying)))
+        overlaps, waits = zip(*loads, strict=True)
+        self._usual[source] = median(overlaps), median(waits)
 
     def seconds(self, source: str, target: str, size: int) -> float:
         """From the moment a thread takes it up: latency + bytes ÷ bandwidth."""
@@ -169,11 +168,9 @@ class CopyCost:
         """To the device, in copies of `copy_bytes`, behind `ahead_bytes` already queued on that route."""
         copies = -(-size // copy_bytes) + -(-ahead_bytes // copy_bytes)
         copying = self._copies_seconds(source, DEVICE, copies, size + ahead_bytes)
-        return max(0.0, copying + self.wait_seconds(source))
-
-    def bandwidth(self, source: str, target: str) -> float:
-        """Bytes a second of an endless copy."""
-        return 1 / max(self._coefficients(source, target)[1], 1e-15)
+        alone = min(copying, self.seconds(source, DEVICE, copy_bytes))
+        overlap, wait = self._usual.get(source, (1.0, 0.0))
+        return max(alone, overlap * copying) + wait
 
     def _copies_seconds(self, source: str, target: str, copies: int, size: int) -> float:
         latency, byte = self._coefficients(source, target)

@@ -152,10 +152,10 @@ class CacheAware(Patient):
 
     A share, not a length: the tokens that are reused for each that is computed. Assumes that what is cached now may
     be evicted before its turn. Key: rises when a new match finds less, which the line sees in time; when it finds
-    more, it falls, and is seen when the line matches again. Never displaces. Worst case: a prompt that shares
-    nothing, beside a steady load of those that do. Service bound: none without promotion: it starves. Source:
-    SGLang's longest-prefix-match order, Zheng et al., "SGLang: Efficient Execution of Structured Language Model
-    Programs", NeurIPS'24.
+    more, it falls, which is seen of the first few, as they are looked up anew by turns, and of others late. Never
+    displaces. Worst case: a prompt that shares nothing, beside a steady load of those that do. Service bound: none
+    without promotion: it starves. Source: SGLang's longest-prefix-match order, Zheng et al., "SGLang: Efficient
+    Execution of Structured Language Model Programs", NeurIPS'24.
     """
 
     def __call__(self, view: SequenceView, /) -> tuple[float, ...]:

@@ -3,7 +3,8 @@
 A ratio is what a step took over what was predicted for the group. Medians are compared: of a replica's last ratios, so
 that single steps count for nothing; and with the middle one of all replicas, so that what is wrong with the prediction,
 or slow for all of them, is nobody's own pace. A replica alone has pace 1 always: what changes there the fit follows
-(fitting.py). No clock, no randomness.
+(fitting.py). One that is lost counts as it was until it joins anew: a pace is beside the fit, which does not change by
+its going. No clock, no randomness.
 """
 
 from collections import deque

@@ -179,9 +179,17 @@ class Stake(NamedTuple):
     standing: Standing  # as it will be when it comes back
     frees: int  # blocks that only it holds: what the others get
     unsaved_blocks: int  # to be written down before they are free
+    saving_seconds: float  # until they are
     survival: float  # chance that what is saved is still there then, 0 … 1
     preemptions: int  # it has suffered before
-    save_tier: str  # where it would be saved; "" where nothing is
+
+
+def way_back(stake: Stake, weight: float, situation: Situation, enabled: Sequence[str]) -> Way:
+    """The cheapest. The price of one that loads has the saving in it; who is computed again is not saved."""
+    saving = stake.saving_seconds * weight
+    found = ways(stake.standing, weight, situation, enabled)
+    saved = (way if way.name == RECOMPUTE else way._replace(price=way.price + saving) for way in found)
+    return min(saved, key=lambda way: way.price)
 
 
 def price(stake: Stake, weight: float, situation: Situation, enabled: Sequence[str]) -> float:
@@ -191,11 +199,8 @@ def price(stake: Stake, weight: float, situation: Situation, enabled: Sequence[s
     """
     if not stake.frees:
         return float("inf")
-    best = min(way.price for way in ways(stake.standing, weight, situation, enabled))
+    best = way_back(stake, weight, situation, enabled).price
     if stake.survival < 1.0:
         lost = recompute(stake.standing, weight, situation).price
         best = min(lost, stake.survival * best + (1.0 - stake.survival) * lost)
-    if stake.save_tier and stake.unsaved_blocks:
-        size = stake.unsaved_blocks * situation.block_bytes
-        best += situation.copies.seconds("device", stake.save_tier, size)
     return best * (1 + stake.preemptions) / stake.frees

@@ -35,7 +35,7 @@ class Promotion:
     service_tokens: int = 1_000_000
     demotions: int = 0  # times it has been preempted
     resume_seconds: float = 0.0  # predicted price of bringing it back
-    kv_blocks_tokens: int = 0  # positions kept for it, which eviction may take while it waits
+    kv_blocks_tokens: int = 0  # positions kept for it below the device, where others could use the room
 
     def __post_init__(self) -> None:
         for each in fields(self):

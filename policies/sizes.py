@@ -7,7 +7,7 @@ rebalancing.py.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from policies.survival import BUCKETS, EDGES, Epochs
 
@@ -19,7 +19,7 @@ class SizeLimits:
     """The limits of as many classes as there are `shares`, smallest sizes first.
 
     `shares`: the load that each class is to carry beside the others; all alike: equal loads. After `memory` more
-    samples, one counts 1/e. `fixed`: these limits whatever is observed, one a class, ascending, the last 0: no limit.
+    samples, one counts 1/e.
 
     Limits are drawn anew at first after every sample, later after every thirty-second. Bounded: a number for each
     bucket of survival.py, within which sizes count as evenly spread. Assumes that sizes tomorrow are like today's.
@@ -28,16 +28,14 @@ class SizeLimits:
     Policy for a Distributed Server System", 1999; learning it online is ours.
     """
 
-    def __init__(self, shares: Sequence[float], memory: int = 2000, fixed: Sequence[int] = ()) -> None:
+    def __init__(self, shares: Sequence[float], memory: int = 2000) -> None:
         if not shares or min(shares) <= 0:
             raise ValueError("there must be a class, and every share must be positive")
         if memory < 2:
             raise ValueError("memory must be at least 2")
-        if fixed:
-            _check(fixed, len(shares))
         total = sum(shares)
         self._upto = [part / total for part in accumulate(shares)][:-1]
-        self._memory, self._fixed = memory, tuple(fixed)
+        self._memory = memory
         self._loads = [0.0] * BUCKETS
         self._newest = 1.0  # what a sample now counts, beside those before
         self._samples = 0
@@ -47,8 +45,6 @@ class SizeLimits:
     @property
     def limits(self) -> tuple[int, ...]:
         """Tokens, one a class, ascending; 0 is no limit: the last, and all of them before there are samples enough."""
-        if self._fixed:
-            return self._fixed
         if self._samples >= LEAST_SAMPLES and self._limits_of != self._epochs.now:
             self._limits, self._limits_of = self._drawn(), self._epochs.now
         return self._limits
@@ -85,10 +81,3 @@ class SizeLimits:
 def load(prompt_tokens: int, output_tokens: int) -> float:
     """KV positions × steps."""
     return (output_tokens + 1) * max(1.0, prompt_tokens + output_tokens / 2)
-
-
-def _check(fixed: Sequence[int], classes: int) -> None:
-    if len(fixed) != classes or fixed[-1] != 0:
-        raise ValueError("fixed limits must be one a class, the last 0")
-    if any(before >= after for before, after in pairwise((0, *fixed[:-1]))):
-        raise ValueError("fixed limits must be positive and ascend")

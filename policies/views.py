@@ -78,7 +78,7 @@ class SequenceView(Protocol):
 
     @property
     def kept_tokens(self) -> int:
-        """Of a waiter: positions whose KV its snapshot keeps somewhere; 0 if it never ran."""
+        """Of a preempted waiter: positions whose KV is kept for it below the device; else 0."""
 
     @property
     def matched_tokens(self) -> int:

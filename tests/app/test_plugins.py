@@ -3,6 +3,7 @@
 import asyncio
 import io
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,6 +234,14 @@ def guarded(plugin: Any, failures: list[str], family: str = "prediction") -> Any
         PolicyConfig().having({family: "house:x"}), lambda *failed: failures.append(failed[2])
     )
     return getattr(made, family)
+
+
+def test_a_predicted_length_is_no_more_than_max_tokens_leave() -> None:
+    failures: list[str] = []
+    predictor = guarded(Predicting(lambda: sys.float_info.max), failures)
+    view = View(1, max_tokens=100, output_tokens=30)
+    assert predictor.remaining(view) == predictor.quantile(view, 0.5) == 70
+    assert not failures
 
 
 NONSENSE: list[dict[str, Any]] = [

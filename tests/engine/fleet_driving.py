@@ -142,6 +142,7 @@ class FleetDriver:
         assert len(self.fleet.ledger) == 0, "somebody is charged still"
         assert all(account.nanoseconds == 0 for account in self.fleet.ledger.accounts)
         assert not len(self.fleet.moves)
+        assert not self.fleet.common.tenants.active
         self.fleet.check()
 
     # --- what came out --------------------------------------------------------------------------------------------

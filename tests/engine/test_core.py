@@ -159,6 +159,17 @@ def test_a_step_passes_over_a_bounded_number_of_waiters() -> None:
     assert all(driver.tokens(each.id) == expected_tokens(each) for each in (*family, near, far))
 
 
+def test_a_waiter_whose_prefix_has_been_computed_meanwhile_goes_before_one_that_shares_nothing() -> None:
+    driver = Driver(core_config(max_sequences=1, policies=PolicyConfig(order="cache_aware")))
+    driver.arrive(
+        request("leader", range(1, 42), max_tokens=4),
+        request("stranger", range(50, 91), max_tokens=4),
+        request("follower", [*range(1, 41), 95, 96], max_tokens=4),
+    )
+    driver.finish()
+    assert [id for id, _ in driver.finished] == ["leader", "follower", "stranger"]
+
+
 def test_equal_answers_share_their_blocks() -> None:
     """Two sequences that say the same keep one copy: the second's block gives way to the first's."""
     driver = Driver(core_config(max_batch_tokens=64), saying([7, 8, 9]))

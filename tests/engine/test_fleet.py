@@ -299,6 +299,20 @@ def test_forecasts_are_compared_again_soon_after_a_restart() -> None:
     assert compared[2] == 2 * compared[1]
 
 
+def test_what_a_tenant_was_served_at_one_replica_counts_at_another() -> None:
+    core = core_config(blocks=200, max_sequences=1)
+    driver = FleetDriver(fleet_config(core, 2, order="fair"))
+    driver.drain(1)
+    driver.arrive(replace(request("before", range(8), max_tokens=40), tenant="heavy"))
+    driver.finish()
+    driver.drain(1, draining=False)
+    driver.drain(0)
+    for id, tenant in (("running", "light"), ("second", "heavy"), ("first", "light")):
+        driver.arrive(replace(request(id, range(8), max_tokens=5), tenant=tenant))
+    driver.finish()
+    assert [id for id, _ in driver.finished] == ["before", "running", "first", "second"]
+
+
 def replayed(config: FleetConfig, events: list[tuple[float, Event]]) -> list[bytes]:
     fleet = Fleet(config, VOCABULARY)
     return [line(now, event, fleet.handle(event, now)) for now, event in events]

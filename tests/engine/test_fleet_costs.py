@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+from engine.core import Core
+from engine.events import Pruned
 from engine.fleet import FleetConfig, ReplicaConfig
 from kvstore.below import ResidencyConfig
+from kvstore.copies import DEVICE, DISK, HOST
 from policies.cost import StepCost
 from policies.pace import BAND
 from tests.engine.driving import core_config, request
@@ -76,3 +79,25 @@ def test_a_slow_replica_is_placed_on_less_and_the_recording_replays_byte_for_byt
     driver.arrive(*(request(f"later {n}", [n, 8, *range(9)], max_tokens=20) for n in range(6)))
     driver.finish()
     assert replayed(config, driver.events) == replayed(config, driver.events)
+
+
+def test_loads_of_another_device_are_ahead_only_on_the_disk_whose_readers_serve_all() -> None:
+    tiers = ResidencyConfig(host_blocks=400, disk_blocks=400)
+    driver = FleetDriver(fleet_config(core_config(blocks=200, max_batch_tokens=200, residency=tiers), 2))
+    driver.tier_up()
+    driver.arrive(request("before", range(80), max_tokens=2))
+    driver.finish()
+    for tier, others in ((HOST, {}), (DISK, {DISK: 19 * 1000})):
+        driver.feed(Pruned(DEVICE, 0))
+        if tier == DISK:
+            driver.feed(Pruned(HOST, 0))
+        driver.arrive(request(f"from {tier}", range(80), max_tokens=2))
+        loading, idle = sorted(driver.fleet.cores, key=lambda core: core.idle)
+        assert ahead(loading) == {tier: 19 * 1000}
+        assert ahead(idle) == others
+        driver.finish()
+
+
+def ahead(core: Core) -> dict[str, int]:
+    """Bytes that a load there would be behind, by tier."""
+    return {tier: size for tier, size in core.scheduler.valuation.situation(()).ahead_bytes.items() if size}

@@ -466,9 +466,9 @@ TestStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=
 
 
 def test_long_random_runs_lose_nothing_and_leave_nothing() -> None:
-    """As the state machine, but long: 24 runs of 400 events, with everything that can go wrong going wrong often."""
+    """As the state machine, but long: 28 runs of 400 events, with everything that can go wrong going wrong often."""
     totals: Counter[str] = Counter()
-    for seed in range(24):
+    for seed in range(28):
         choose, machine = Random(seed), Store()
         for _ in range(400):
             _one_event(machine, choose)

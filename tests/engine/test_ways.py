@@ -14,7 +14,9 @@ from kvstore.below import ResidencyConfig
 from kvstore.copies import DEVICE, DISK, HOST, Loss
 from policies.cost import CopySample, StepSample
 from policies.decisions import Kind
+from policies.order import still_to_compute
 from policies.pricing import RECOMPUTE, RELOAD, Standing, ways
+from policies.promotion import Promotion
 from tests.engine.driving import UNFORESEEN, Driver, core_config, request
 from tests.engine.test_core import expected_tokens
 
@@ -93,7 +95,7 @@ def test_what_a_split_lacks_is_computed() -> None:
     sequence = preempted(made)
     assert sequence.head_end == 4
     assert finish(made).way == "split"
-    assert sequence.reload_failures == 0
+    assert made.core.scheduler.counts.reload_failures == 0
 
 
 def test_a_split_that_gets_nothing_computes_everything() -> None:
@@ -253,6 +255,56 @@ def test_the_victim_is_whose_way_back_costs_least() -> None:
     (victim,) = [each for each in made.decided if each.decision.kind is Kind.PREEMPTED][:1]
     prices = {each.name: each.price for each in victim.decision.alternatives}
     assert prices[victim.request_id] == min(prices.values())
+    made.finish()
+
+
+@pytest.mark.parametrize(("resume", "charged"), [("recompute", 0.0), ("reload", 1.0)])
+def test_saving_is_in_the_price_weighted_of_those_alone_who_would_be_saved(
+    resume: str, charged: float
+) -> None:
+    made = driver(resume, every_tokens=1000)
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    while not made.deltas:
+        assert made.step()
+    valuation, (sequence,) = made.core.scheduler.valuation, made.core.scheduler.running
+
+    def price(saved: int) -> float:
+        sequence.saved = saved
+        frees = len(sequence.table)
+        return frees * valuation.price(sequence, frees, valuation.situation((sequence,)))
+
+    for weight in (1.0, 8.0):
+        sequence.weight = weight
+        saving = price(saved=0) - price(saved=len(sequence.table))
+        assert saving == pytest.approx(
+            charged * weight * (valuation.saving_seconds(len(sequence.table)) - valuation.saving_seconds())
+        )
+
+
+@pytest.mark.parametrize("resume", ["recompute", "reload"])
+def test_what_no_tier_keeps_of_a_preempted_one_is_still_to_compute(resume: str) -> None:
+    made = driver(resume, max_sequences=1)
+    made.use_policies(order="sjf")
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    while not made.deltas:
+        assert made.step()
+    made.arrive(request("shorter", range(60, 70), max_tokens=3))
+    made.preempt("a")
+    made.copies()
+    made.prune(DEVICE)
+    (sequence,) = made.core.sequences["a"]
+    assert sequence.state is State.WAITING
+    assert sequence.snapshot
+    computed = sequence.snapshot.computed
+    kept = computed if resume == "reload" else 0
+    made.core.scheduler.life.intake.match(sequence)
+    assert (sequence.kept_tokens, still_to_compute(sequence)) == (kept, len(sequence.tokens) - kept)
+    promotion = Promotion(kv_blocks_tokens=computed)
+    assert promotion.reason_at_enqueue(sequence) == ("kv_held" if kept else None)
+    made.tier_down(HOST)
+    made.tier_down(DISK)
+    made.core.scheduler.life.intake.match(sequence)
+    assert (sequence.kept_tokens, still_to_compute(sequence)) == (0, len(sequence.tokens))
     made.finish()
 
 

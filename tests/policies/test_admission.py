@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.admission import Admission, Outlook, peak_blocks
+from policies.admission import Admission, Outlook
 from policies.prediction import Histogram, MaxTokens, Oracle
+from policies.views import SequenceView
 from tests.policies.view import View
 
 sequences = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), max_size=12)
@@ -23,7 +24,7 @@ def simulated_peak(running: list[tuple[int, int]], block_size: int) -> float:
 def test_the_peak_is_that_of_a_step_by_step_simulation(
     running: list[tuple[int, int]], block_size: int
 ) -> None:
-    assert peak_blocks(running, block_size) == pytest.approx(simulated_peak(running, block_size))
+    assert Outlook(running, block_size).peak_with(0, 0) == pytest.approx(simulated_peak(running, block_size))
 
 
 @given(sequences, st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), max_size=4))
@@ -34,15 +35,15 @@ def test_one_more_is_answered_without_building_anew(
     for remaining, held in candidates:
         asked = outlook.peak_with(remaining, held)
         running = [*running, (remaining, held)]
-        assert asked == pytest.approx(peak_blocks(running, 4))
+        assert asked == pytest.approx(Outlook(running, 4).peak_with(0, 0))
         outlook.add(remaining, held)
-        assert outlook.peak == pytest.approx(asked)
+        assert outlook.peak_with(0, 0) == pytest.approx(asked)
 
 
 def test_one_that_ends_soon_makes_room_for_another_to_grow() -> None:
     """Two of 10 blocks, of which one ends after 4 tokens: together they never hold 24 blocks, but 22."""
-    assert peak_blocks([(4, 10), (8, 10)], block_size=4) == 22
-    assert peak_blocks([(8, 10), (8, 10)], block_size=4) == 24
+    assert Outlook([(4, 10), (8, 10)], 4).peak_with(0, 0) == 22
+    assert Outlook([(8, 10), (8, 10)], 4).peak_with(0, 0) == 24
 
 
 class TestAdmission:
@@ -94,6 +95,22 @@ class TestAdmission:
         assert admission.left([View(1, output_tokens=9, max_tokens=1000), other], oracle) == [71, 3]
         assert admission.left([View(1, output_tokens=10, max_tokens=1000)], oracle) == [150]
         assert admission.left([View(2, output_tokens=1, max_tokens=1000)], oracle) == [299]
+
+    def test_ends_of_one_replica_are_remembered_while_another_asks(self) -> None:
+        admission, lengths = Admission(risk=0.3), {1: 80, 2: 80}
+        oracle = Oracle(lengths)
+        here, there = View(1, max_tokens=1000), View(2, max_tokens=1000)
+        assert admission.left([here], oracle) == admission.left([there], oracle) == [80]
+        lengths.update({1: 160, 2: 160})
+        assert admission.left([here], oracle) == admission.left([there], oracle) == [80]
+        assert admission.left([View(1, admissions=1, max_tokens=1000)], oracle) == [160]
+
+    def test_a_bounded_number_of_ends_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("policies.admission.ENDS_KEPT", 2)
+        admission, lengths = Admission(risk=0.3), {1: 80, 2: 80, 3: 80}
+        views: list[SequenceView] = [View(each, max_tokens=1000) for each in lengths]
+        admission.left(views, Oracle(lengths))
+        assert admission.left(views[::-1], Oracle(dict.fromkeys(lengths, 160))) == [80, 80, 160]
 
     def test_less_risk_admits_less(self) -> None:
         histogram = Histogram()

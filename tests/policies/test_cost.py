@@ -214,7 +214,6 @@ def test_whatever_was_copied_costs_are_finite_and_grow_with_the_bytes(
     assert cost.reload_seconds(source, size + 1, copy_bytes) >= once
     assert cost.reload_seconds(source, size, copy_bytes, ahead_bytes=1) >= once
     assert cost.reload_seconds(source, size, copy_bytes + 1) <= once
-    assert 0 < cost.bandwidth(source, "device") < math.inf
 
 
 def test_latency_and_bandwidth_of_each_route_are_recovered() -> None:
@@ -223,7 +222,6 @@ def test_latency_and_bandwidth_of_each_route_are_recovered() -> None:
     copied(cost, "disk", "device", 2e-3, 5e8)
     assert cost.seconds("host", "device", 4 * 2**20) == pytest.approx(1e-4 + 4 * 2**20 / 8e9, rel=0.05)
     assert cost.seconds("disk", "device", 2**20) == pytest.approx(2e-3 + 2**20 / 5e8, rel=0.05)
-    assert cost.bandwidth("disk", "device") == pytest.approx(5e8, rel=0.05)
 
 
 def test_a_reload_waits_for_what_is_queued_and_pays_the_latency_of_each_copy() -> None:
@@ -237,29 +235,35 @@ def test_a_reload_waits_for_what_is_queued_and_pays_the_latency_of_each_copy() -
 def test_a_reload_waits_as_the_last_loads_of_its_tier_did() -> None:
     """The median of nine: once slow is forgotten at once, slow for long is learned, and so is its end."""
     cost = CopyCost()
-    plain = cost.reload_seconds("host", 4000, 1000)
+    plain = {tier: cost.reload_seconds(tier, 4000, 1000) for tier in ("host", "disk")}
     for waited in (0.002, 0.002, 5.0, 0.002):
-        cost.observe_wait("host", waited)
-    assert cost.reload_seconds("host", 4000, 1000) == pytest.approx(plain + 0.002)
-    assert cost.wait_seconds("disk") == 0.0
+        cost.observe_load("host", 1.0, 1.0 + waited)
+    assert cost.reload_seconds("host", 4000, 1000) == pytest.approx(plain["host"] + 0.002)
+    assert cost.reload_seconds("disk", 4000, 1000) == plain["disk"]
     for waited in [5.0] * 5 + [0.001] * 5:
-        cost.observe_wait("host", waited)
-    assert cost.wait_seconds("host") == 0.001
+        cost.observe_load("host", 1.0, 1.0 + waited)
+    assert cost.reload_seconds("host", 4000, 1000) == pytest.approx(plain["host"] + 0.001)
 
 
-def test_copies_that_overlap_shorten_a_reload_but_never_below_nothing() -> None:
+def test_copies_that_overlap_shorten_a_reload_by_as_large_a_part_whatever_its_size() -> None:
+    """But a single copy overlaps with nothing."""
     cost = CopyCost()
-    cost.observe_wait("host", -1.0)
-    assert cost.reload_seconds("host", 4000, 1000) == 0.0
+    one = cost.seconds("disk", "device", 1000)
+    for copies in (25, 25, 8):
+        cost.observe_load("disk", copies * one, copies * one / 2)
+    for copies in (2, 5, 100):
+        assert cost.reload_seconds("disk", copies * 1000, 1000) == pytest.approx(copies * one / 2)
+    assert cost.reload_seconds("disk", 1000, 1000) == pytest.approx(one)
+    assert cost.reload_seconds("disk", 1, 1000) == cost.seconds("disk", "device", 1)
 
 
 def test_a_route_never_taken_goes_by_the_other_direction_and_else_by_its_kind() -> None:
     cost = CopyCost()
-    assert cost.bandwidth("host", "device") == pytest.approx(5e9)
-    assert cost.bandwidth("disk", "device") == pytest.approx(1e9)
+    assert cost.seconds("host", "device", 10**9) == pytest.approx(10**9 / 5e9, rel=0.01)
+    assert cost.seconds("disk", "device", 10**9) == pytest.approx(10**9 / 1e9, rel=0.01)
     copied(cost, "device", "host", 1e-5, 2e9)
-    assert cost.bandwidth("host", "device") == pytest.approx(2e9, rel=0.05)
-    assert cost.bandwidth("disk", "host") == pytest.approx(1e9)
+    assert cost.seconds("host", "device", 10**9) == pytest.approx(10**9 / 2e9, rel=0.05)
+    assert cost.seconds("disk", "host", 10**9) == pytest.approx(10**9 / 1e9, rel=0.01)
 
 
 def test_a_disk_that_becomes_20_times_slower_is_followed_within_16_copies() -> None:

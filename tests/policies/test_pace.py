@@ -42,6 +42,26 @@ def test_a_replica_without_a_group_learns_alone() -> None:
     assert other.step_seconds(*USUAL) != pytest.approx(known.step_seconds(*USUAL), rel=0.5)
 
 
+def test_steps_in_which_no_time_passes_give_a_finite_pace() -> None:
+    """As a clock that is too coarse has them."""
+    costs = group_of(2)
+    for _ in range(STEPS):
+        for cost in costs:
+            cost.observe(decode(1, 10, 0.0))
+    assert [cost.pace for cost in costs] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("factor", [3.0, 1 / 3])
+def test_who_is_left_of_two_is_priced_as_one_that_was_always_alone(factor: float) -> None:
+    (left, lost), alone = group_of(2), StepCost()
+    run([left, lost], [factor, 1.0], 200)
+    run([alone], [factor], 200)
+    for now in (factor, 2 * factor, 1.0):
+        run([left], [now], 200, seed=1)
+        run([alone], [now], 200, seed=1)
+        assert left.step_seconds(*USUAL) == pytest.approx(alone.step_seconds(*USUAL), rel=0.05)
+
+
 @pytest.mark.parametrize("replicas", [2, 4, 16])
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_one_that_is_slower_or_quicker_for_good_is_priced_so_within_a_bounded_number_of_its_steps(

@@ -80,17 +80,6 @@ def test_limits_are_one_a_class_and_ascend_whatever_is_observed(
     assert all(0 < before < after for before, after in pairwise((*found[:-1], 2**60)))
 
 
-def test_fixed_limits_stay() -> None:
-    limits = SizeLimits((1.0, 1.0, 1.0), fixed=(1000, 8000, 0))
-    assert learnt(limits, drawn(100, seed=1)) == (1000, 8000, 0)
-
-
-@pytest.mark.parametrize("fixed", [(1000, 2000), (2000, 1000, 0), (0, 1000, 0), (1000, 0), (-5, 10, 0)])
-def test_fixed_limits_that_make_no_sense_are_refused(fixed: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="fixed limits must"):
-        SizeLimits((1.0, 1.0, 1.0), fixed=fixed)
-
-
 @pytest.mark.parametrize(("shares", "memory"), [((), 100), ((1.0, 0.0), 100), ((1.0,), 1)])
 def test_parameters_that_make_no_sense_are_refused(shares: tuple[float, ...], memory: int) -> None:
     with pytest.raises(ValueError, match="must be"):
