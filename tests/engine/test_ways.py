@@ -364,7 +364,9 @@ def test_the_last_that_runs_may_give_way_to_itself_while_another_is_loaded_and_r
     made.prompt_copies = False
     made.arrive(request("alone", range(50, 62), max_tokens=30))
     made.step()
-    made.arrive(request("loads", range(1, 30), max_tokens=2))  # what the host has, which takes all blocks left
+    made.arrive(
+        request("loads", range(1, 30), max_tokens=2)
+    )  # what the host has, which takes all blocks left
     (alone,) = made.core.sequences["alone"]
     scheduler = made.core.scheduler
     while scheduler.pool.available or alone.scheduled < len(alone.table) * 4:

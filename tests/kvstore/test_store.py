@@ -139,7 +139,9 @@ def test_one_that_is_not_brief_is_a_threads(rig: Rig, monkeypatch: pytest.Monkey
     rig.started().heard()
     tellers: list[str] = []
     monkeypatch.setattr(
-        rig.store._outbox, "report", lambda news: (tellers.append(threading.current_thread().name), rig.news.put(news))
+        rig.store._outbox,
+        "report",
+        lambda news: (tellers.append(threading.current_thread().name), rig.news.put(news)),
     )
     rig.copy(1, DEVICE, HOST, [3])
     rig.heard()
