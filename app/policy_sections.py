@@ -4,7 +4,7 @@ A section's values are checked by making the policy of them: what it refuses wit
 """
 
 from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field, create_model, model_validator
 
@@ -14,12 +14,15 @@ from policies.admission import Admission
 from policies.order import Hybrid, Mlq, Sjf
 from policies.promotion import Promotion
 
+Whole = Annotated[int, Field(le=2**53)]
+"""Up to here a float, which policies reckon in, tells all whole numbers apart."""
+
 
 def section_for(policy: Any) -> type[Section]:
     """A section with a key for each of the policy's parameters, and its default."""
     types = get_type_hints(policy)
     keys: dict[str, Any] = {
-        each.name: (types[each.name], Field(default=each.default))
+        each.name: (Whole if types[each.name] is int else types[each.name], Field(default=each.default))
         for each in fields(policy)
         if each.default is not MISSING
     }

@@ -90,6 +90,7 @@ def test_values_written_as_text_get_their_keys_type() -> None:
         ("policies.balance.period_seconds=nan", "should be a finite number"),
         ("policies.balance.cooldown_seconds=nan", "should be a finite number"),
         ("policies.balance.disturbance=inf", "should be a finite number"),
+        (f"policies.balance.horizon_steps={10**400}", "less than or equal to 9007199254740992"),
         ("policies.hybrid.ageing=inf", "should be a finite number"),
         ("policies.promotion.wait_seconds=-inf", "should be a finite number"),
         ("policies.balance.at_once=0", "at_once and horizon_steps must be at least 1"),
