@@ -5,8 +5,11 @@ sequence is in two moves of a round, so rounds end. The snapshot has all replica
 Where requests go at first: routing.py.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from heapq import merge
 from itertools import groupby
 from math import inf
 from typing import Protocol
@@ -192,17 +195,22 @@ def load_pairs(
     for each in movables:
         if each.moves < limits.max_moves and now - each.moved_at >= limits.cooldown_seconds:
             here[each.replica].append(each)
+
+    @cache
+    def by_load(replica: int) -> list[MovableView]:
+        return sorted(here[replica], key=_load)
+
     moves: list[Move] = []
     while True:
         before = len(moves)
-        for high, low in _pairs(loads, books):
+        for high, low in _pairs(loads, books, limits.least_gap):
             if len(moves) == limits.moves_per_round:
                 return Round(tuple(moves))
-            chosen = _nearest_to_half(high, low, here[high.number], books, limits)
+            chosen = _nearest_to_half(high, low, by_load(high.number), books, limits)
             if chosen:
                 reason = f"{books.seconds[high.number]:.3g} s here, {books.seconds[low.number]:.3g} s there"
                 moves.append(books.move(chosen, low.number, reason))
-                here[high.number].remove(chosen)
+                by_load(high.number).remove(chosen)
         if len(moves) == before:
             return Round(tuple(moves))
 
@@ -269,6 +277,9 @@ class _Books:
         self.seconds = {each.number: each.backlog_seconds for each in loads}
         self._free = {each.number: float(each.capacity_tokens - each.used_tokens) for each in loads}
 
+    def gap(self, high: LoadView, low: LoadView) -> float:
+        return self.seconds[high.number] - self.seconds[low.number]
+
     def has_room(self, target: LoadView, movable: MovableView) -> bool:
         """For all that it is expected to hold at its end."""
         return _at_end(movable) <= self._free[target.number]
@@ -294,42 +305,48 @@ def _gain(gap: float, load: float) -> float:
     return abs(gap) - abs(gap - 2 * load)
 
 
-def _pairs(loads: Iterable[LoadView], books: _Books) -> list[tuple[LoadView, LoadView]]:
-    """Of each role, highest and lowest, second highest and second lowest, …; one in the middle has no partner."""
+def _load(movable: MovableView) -> float:
+    return movable.load_seconds
+
+
+def _pairs(loads: Iterable[LoadView], books: _Books, least_gap: float) -> list[tuple[LoadView, LoadView]]:
+    """Of each role, highest and lowest, second highest and second lowest, …; one in the middle has no partner.
+
+    Without those that differ by no more than `least_gap`, as a share of the higher.
+    """
     pools: dict[str, list[LoadView]] = {}
     for each in sorted(loads, key=lambda each: (-books.seconds[each.number], each.number)):
         if each.accepting:
             pools.setdefault(each.role, []).append(each)
     return [
-        pair for pool in pools.values() for pair in zip(pool[: len(pool) // 2], reversed(pool), strict=False)
+        (high, low)
+        for pool in pools.values()
+        for high, low in zip(pool[: len(pool) // 2], reversed(pool), strict=False)
+        if books.gap(high, low) > least_gap * books.seconds[high.number]
     ]
 
 
 def _nearest_to_half(
-    high: LoadView, low: LoadView, movables: Iterable[MovableView], books: _Books, limits: Limits
+    high: LoadView, low: LoadView, by_load: Sequence[MovableView], books: _Books, limits: Limits
 ) -> MovableView | None:
-    """Of those whose move repays it and for which the low one has room."""
-    gap = books.seconds[high.number] - books.seconds[low.number]
-    if gap <= limits.least_gap * books.seconds[high.number]:
-        return None
-    limit = low.limit_tokens or inf
+    """Of those whose move repays it and for which the low one has room. `by_load`: in ascending order of it."""
+    gap, limit = books.gap(high, low), low.limit_tokens or inf
     crowd = limits.disturbance * max(0, low.requests - high.requests)
-    fitting = [
-        each
-        for each in movables
-        if 0.0 < each.load_seconds < gap
-        and max(each.tokens, each.size_tokens) <= limit
-        and books.has_room(low, each)
-    ]
 
     def from_half(each: MovableView) -> float:
         return abs(each.load_seconds - gap / 2)
+
+    def fits(each: MovableView) -> bool:
+        return max(each.tokens, each.size_tokens) <= limit and books.has_room(low, each)
 
     def repays(each: MovableView) -> bool:
         cost = each.cost_seconds + crowd * each.disturbs_seconds
         return _gain(gap, each.load_seconds) > cost * limits.min_gain
 
-    for _, alike in groupby(sorted(fitting, key=from_half), key=from_half):  # so that few are priced
-        if worth := [each for each in alike if repays(each)]:
+    first, half = bisect_right(by_load, 0.0, key=_load), bisect_left(by_load, gap / 2, key=_load)
+    end = bisect_left(by_load, gap, key=_load)
+    outwards = merge(reversed(by_load[first:half]), by_load[half:end], key=from_half)
+    for _, alike in groupby(outwards, key=from_half):  # so that few are looked at
+        if worth := [each for each in alike if fits(each) and repays(each)]:
             return min(worth, key=lambda each: (each.cost_seconds, each.moves, each.request, each.choice))
     return None

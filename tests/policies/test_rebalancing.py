@@ -5,6 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from math import inf
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,6 +32,17 @@ def replicas_with(movables: list[Movable], count: int, capacity: int = 10_000) -
 
 def named(movables: list[Movable]) -> dict[str, Movable]:
     return {each.request: each for each in movables}
+
+
+class Watched(Movable):
+    """Counts how often anybody's size is asked for."""
+
+    looked_at = 0
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a dataclass's would ask for it
+
+    def __getattribute__(self, name: str) -> Any:
+        Watched.looked_at += name == "size_tokens"
+        return super().__getattribute__(name)
 
 
 @st.composite
@@ -97,6 +109,32 @@ class TestLoadPairs:
             assert not target.limit_tokens or each.size_tokens <= target.limit_tokens
             assert each.moves < FREE.max_moves
             assert each.moved_at <= 90.0
+
+    @given(situations())
+    def test_the_first_move_is_the_nearest_to_half_of_all_that_may_move_there(
+        self, situation: tuple[list[Load], list[Movable]]
+    ) -> None:
+        loads, movables = situation
+        for move in load_pairs(loads, movables, 100.0, FREE).moves[:1]:
+            source, target = (next(e for e in loads if e.number == n) for n in (move.source, move.target))
+            gap = source.backlog_seconds - target.backlog_seconds
+            free = min(target.limit_tokens or inf, target.capacity_tokens - target.used_tokens)
+            candidates = [
+                (abs(each.load_seconds - gap / 2), each.cost_seconds, each.moves, each.request)
+                for each in movables
+                if each.replica == move.source
+                and each.moves < 3
+                and each.moved_at <= 90.0
+                and 0 < each.load_seconds < gap
+                and max(each.tokens, each.size_tokens) <= free
+                and gap - abs(gap - 2 * each.load_seconds) > each.cost_seconds
+            ]
+            assert min(candidates)[-1] == move.request
+
+    def test_few_of_many_are_looked_at_for_a_move(self) -> None:
+        movables = [Watched(f"r{number}", 0, load_seconds=1 + number / 1000) for number in range(1000)]
+        assert len(load_pairs([Load(0, 1500.0), Load(1, 1497.0)], movables, 0.0, FREE).moves) == 1
+        assert 1 <= Watched.looked_at <= 5
 
     @given(situations())
     def test_rounds_end_though_costs_rest_and_limits_are_nothing(
