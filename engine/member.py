@@ -74,6 +74,11 @@ class Member:
         return self.figures.used_tokens
 
     @property
+    def slots_left(self) -> int:
+        scheduler = self.core.scheduler
+        return scheduler.config.max_sequences - len(scheduler.running) - len(scheduler.loading)
+
+    @property
     def requests(self) -> int:
         return self._account.sequences
 

@@ -38,6 +38,10 @@ class LoadView(Protocol):
         """Of these, what sequences hold now."""
 
     @property
+    def slots_left(self) -> int:
+        """Sequences that may run beside those that do."""
+
+    @property
     def backlog_seconds(self) -> float:
         """Predicted device seconds of all that are here."""
 
@@ -97,7 +101,7 @@ class MovableView(Protocol):
 
     @property
     def moved_at(self) -> float:
-        """When, the last time; -inf: never."""
+        """When, the last time, or when a move of it failed; -inf: never."""
 
     @property
     def waits(self) -> bool:
@@ -176,12 +180,13 @@ def load_pairs(
     until no pair has such a move.
 
     Only between replicas that differ by more than `least_gap`. Only a sequence whose move repays it: the gap of the
-    pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above. If more are
-    at the low one than at the high one, its cost has what it delays these: a load that is high as few long ones are
-    there stays with those whom it delays least. And only if the target has room for it as long as expected, and takes
-    its size. By each move Σ load² falls, as it does by 2 · load · (gap − load). Pools are balanced each by itself: it
-    is for routing to spill between them. It never moves one within `cooldown_seconds` of its last move, nor more than
-    `max_moves` times in all: loads that go up and down cannot send it back and forth.
+    pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above. If more are at
+    the low one than at the high one, its cost has what it delays these: a load that is high as few long ones are
+    there stays with those whom it delays least. And only if the target has room for it as long as expected, a slot if
+    it runs, and takes its size. By each move Σ load² falls, as it does by 2 · load · (gap − load). Pools are balanced
+    each by itself: it is for routing to spill between them. It never moves one within `cooldown_seconds` of its last
+    move, or of one that failed, nor more than `max_moves` times in all: loads that go up and down cannot send it back
+    and forth.
 
     Assumes that a load is the same on either replica. Ties: the cheaper move, then who moved less often, then by
     request and choice; of replicas, the lower number is the higher one. Worst case: a gap that consists of one
@@ -276,12 +281,15 @@ class _Books:
     def __init__(self, loads: Iterable[LoadView]) -> None:
         self.seconds = {each.number: each.backlog_seconds for each in loads}
         self._free = {each.number: float(each.capacity_tokens - each.used_tokens) for each in loads}
+        self._slots = {each.number: each.slots_left for each in loads}
 
     def gap(self, high: LoadView, low: LoadView) -> float:
         return self.seconds[high.number] - self.seconds[low.number]
 
     def has_room(self, target: LoadView, movable: MovableView) -> bool:
-        """For all that it is expected to hold at its end."""
+        """For all that it is expected to hold at its end; and a slot, if it has one now."""
+        if not (movable.waits or self._slots[target.number] > 0):
+            return False
         return _at_end(movable) <= self._free[target.number]
 
     def move(self, movable: MovableView, target: int, reason: str, *, for_size: bool = False) -> Move:
@@ -291,6 +299,9 @@ class _Books:
         self.seconds[target] += load
         self._free[source] += movable.tokens
         self._free[target] -= _at_end(movable)
+        if not movable.waits:
+            self._slots[source] += 1
+            self._slots[target] -= 1
         cost = movable.cost_seconds
         return Move(movable.request, movable.choice, source, target, reason, gain, cost, for_size)
 

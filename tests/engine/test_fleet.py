@@ -184,6 +184,34 @@ def test_uneven_loads_are_evened_out_and_do_not_go_back_and_forth() -> None:
     assert set(moved.values()) == {1}
 
 
+def uneven(residency: ResidencyConfig, slots: int) -> FleetDriver:
+    """Four long ones at one replica, and four short ones at the other, that has so many slots."""
+    core = core_config(blocks=400, max_sequences=4, residency=residency)
+    config = fleet_config(core, 2, rebalancing="load_pairs")
+    first, second = config.replicas
+    scheduler = replace(second.core.scheduler, max_sequences=slots)
+    second = replace(second, core=replace(second.core, scheduler=scheduler))
+    driver = FleetDriver(replace(config, replicas=(first, second)))
+    members = driver.fleet.members
+    for replica, length in ((0, 900), (1, 60)):
+        members[1 - replica].draining = True
+        prompts = ([replica, number, *range(10)] for number in range(4))
+        driver.arrive(*(request(f"{replica}.{p[1]}", p, max_tokens=length, ignore_eos=True) for p in prompts))
+        members[1 - replica].draining = False
+        for _ in range(4):
+            driver.step(replica)
+    return driver
+
+
+def test_nobody_who_runs_is_moved_to_where_no_slot_is_left() -> None:
+    for slots, moves in ((4, False), (8, True)):
+        driver = uneven(TIERS, slots)
+        driver.timer()
+        assert (len(driver.fleet.moves) > 0) == moves
+        driver.finish()
+        assert not any(over.failure for over in driver.migrations)
+
+
 @pytest.mark.parametrize("returning", [False, True])
 def test_a_waiter_is_not_taken_away_from_its_prefix(returning: bool) -> None:
     """A move evens loads out, but elsewhere 250 tokens are computed again."""

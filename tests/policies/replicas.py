@@ -71,6 +71,7 @@ class Load:
     limit_tokens: int = 0
     capacity_tokens: int = 10_000
     used_tokens: int = 0
+    slots_left: int = 100
     accepting: bool = True
     waiting: int = 0
     requests: int = 0

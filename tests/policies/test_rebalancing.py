@@ -59,6 +59,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Load], list[Movable]]:
         cost_seconds=st.integers(0, 12).map(lambda quarters: quarters / 4),
         moves=st.integers(0, 4),
         moved_at=st.sampled_from([-inf, 80.0, 95.0]),
+        waits=st.booleans(),
     )
     movables = [
         replace(each, request=f"r{at}") for at, each in enumerate(draw(st.lists(sequences, max_size=25)))
@@ -70,6 +71,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Load], list[Movable]]:
             accepting=draw(st.sampled_from([True, True, True, False])),
             role=draw(st.sampled_from(["any", "burst"])),
             limit_tokens=draw(st.sampled_from([0, 0, 50])),
+            slots_left=draw(st.sampled_from([0, 1, 100])),
         )
         for each in loads
     ], movables
@@ -89,6 +91,7 @@ class TestLoadPairs:
         sequences, replicas = named(movables), {each.number: each for each in loads}
         seconds = {each.number: Fraction(each.backlog_seconds) for each in loads}
         used = {each.number: float(each.used_tokens) for each in loads}
+        slots = {each.number: each.slots_left for each in loads}
         assert max(Counter(move.request for move in found.moves).values(), default=0) <= 1
         for move in found.moves:
             each, before = sequences[move.request], squares(seconds)
@@ -106,6 +109,9 @@ class TestLoadPairs:
             used[move.source] -= each.tokens
             used[move.target] += max(each.tokens, each.size_tokens)
             assert used[move.target] <= target.capacity_tokens
+            slots[move.source] += not each.waits
+            slots[move.target] -= not each.waits
+            assert slots[move.target] >= 0
             assert not target.limit_tokens or each.size_tokens <= target.limit_tokens
             assert each.moves < FREE.max_moves
             assert each.moved_at <= 90.0
@@ -126,6 +132,7 @@ class TestLoadPairs:
                 and each.moves < 3
                 and each.moved_at <= 90.0
                 and 0 < each.load_seconds < gap
+                and (each.waits or target.slots_left)
                 and max(each.tokens, each.size_tokens) <= free
                 and gap - abs(gap - 2 * each.load_seconds) > each.cost_seconds
             ]
@@ -203,6 +210,13 @@ class TestLoadPairs:
         loads = replicas_with(movables, 2, capacity=79)
         assert not load_pairs(loads, movables, 0.0, FREE).moves
         assert load_pairs([loads[0], replace(loads[1], capacity_tokens=80)], movables, 0.0, FREE).moves
+
+    def test_who_runs_moves_to_where_a_slot_is_left_and_who_waits_needs_none(self) -> None:
+        runs, waits = Movable("runs", 0, load_seconds=4.0), Movable("waits", 0, load_seconds=3.0, waits=True)
+        for slots, first in ((0, "waits"), (1, "runs")):
+            loads = [Load(0, 8.0), Load(1, slots_left=slots)]
+            assert load_pairs(loads, [runs, waits], 0.0, FREE).moves[0].request == first
+        assert not load_pairs([Load(0, 8.0), Load(1, slots_left=0)], [runs], 0.0, FREE).moves
 
     def test_oscillating_load_does_not_send_sequences_back_and_forth(self) -> None:
         """Load that comes and goes by turns on either replica, for 200 periods of 1 s; ten sequences could move."""
