@@ -148,6 +148,7 @@ class Moves:
             if target is None or (obstacle := _obstacle(sequence, target)):
                 why = obstacle if target else "no other replica takes it"
                 to = target.number if target else source.number
+                sequence.migrated_at = now
                 self._note(move, source.number, to, failure=why)
             elif sequence.state is State.RUNNING and source.core.scheduler.residency.keeps:
                 migration = Migration(sequence, source.core, target.core, now)
@@ -192,6 +193,8 @@ class Moves:
         self._under_way.remove((migration, move))
         source, target = migration.source.replica, migration.target.replica
         seconds, failure = now - migration.began, migration.failure
+        if failure:
+            migration.sequence.migrated_at = now
         self.over.append(
             MigrationOver(
                 *(move.request, move.choice, source, target, move.reason, failure, True, seconds),

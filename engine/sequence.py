@@ -85,7 +85,7 @@ class Sequence:
     reloaded_tokens: int = 0  # brought up from below the device after a preemption
     promotions: int = 0
     migrations: int = 0  # times that it has gone on elsewhere
-    migrated_at: float = float("-inf")
+    migrated_at: float = float("-inf")  # the last time, or when it could not
     crossed: bool = False  # it has moved as it had become too long for its replica
     admitted: float | None = None
     waiting_since: float = 0.0

@@ -212,6 +212,20 @@ def test_nobody_who_runs_is_moved_to_where_no_slot_is_left() -> None:
         assert not any(over.failure for over in driver.migrations)
 
 
+def test_one_that_could_not_move_is_left_alone_for_a_while() -> None:
+    driver = uneven(ResidencyConfig(host_blocks=1), slots=8)
+    for _ in range(9):
+        driver.now += 1.0
+        driver.timer()
+        while driver.copy():
+            pass
+    failed = Counter(over.request_id for over in driver.migrations if over.failure)
+    assert failed
+    assert set(failed.values()) == {1}
+    driver.finish()
+    assert {ended.migrations for ended in driver.finished.values()} == {0}
+
+
 @pytest.mark.parametrize("returning", [False, True])
 def test_a_waiter_is_not_taken_away_from_its_prefix(returning: bool) -> None:
     """A move evens loads out, but elsewhere 250 tokens are computed again."""
