@@ -180,8 +180,8 @@ def load_pairs(
     until no pair has such a move.
 
     Only between replicas that differ by more than `least_gap`. Only a sequence whose move repays it: the gap of the
-    pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above. If more are at
-    the low one than at the high one, its cost has what it delays these: a load that is high as few long ones are
+    pair must fall by more than `min_gain` × its cost, which is so for no load of the gap's size or above. If more are
+    at the low one than at the high one, its cost has what it delays these: a load that is high as few long ones are
     there stays with those whom it delays least. And only if the target has room for it as long as expected, a slot if
     it runs, and takes its size. By each move Σ load² falls, as it does by 2 · load · (gap − load). Pools are balanced
     each by itself: it is for routing to spill between them. It never moves one within `cooldown_seconds` of its last
@@ -226,9 +226,9 @@ def cache_size(
     """A sequence that holds more than its replica's limit moves up: to the smallest limit that it fits in at its end.
 
     Replicas stand in ascending order of their limits, those without one last. A sequence moves up once: to where its
-    expected size belongs, or if that is above all limits, to the highest. If all of these are full, it stays, and is
-    counted, in every round in which it is so. Of `limits`, only `moves_per_round` is heeded: a move for size is
-    neither repaid nor repeated.
+    expected size belongs, or if that is above all limits of those that accept, to the highest of them. If all of
+    these are full, it stays, and is counted, in every round in which it is so. Of `limits`, only `moves_per_round` is
+    heeded: a move for size is neither repaid nor repeated.
 
     Assumes that the load of a class comes from sequences of its size (sizes.py). Ties: replicas of one limit by
     backlog, then number; of sequences the longest first, which make room for those that come from below, then by
@@ -249,7 +249,7 @@ def cache_size(
     stayed = 0
     for each in crossing:
         above = [load for load in loads if limit[load.number] > limit[each.replica]]
-        highest = max((limit[load.number] for load in above), default=0.0)
+        highest = max((limit[load.number] for load in above if load.number in accepting), default=0.0)
         fitting = [
             load
             for load in above

@@ -292,6 +292,10 @@ class TestCacheSize:
         assert cache_size(loads, [each], 0.0, FREE) == Round(stayed=1)
         assert self.moves([*loads, self.LARGE], each) == [("r", 2)]
 
+    def test_what_is_above_all_limits_goes_to_the_highest_that_accepts(self) -> None:
+        loads = [self.SMALL, self.MIDDLE, replace(self.LARGE, accepting=False)]
+        assert self.moves(loads, Movable("r", 0, tokens=1001, size_tokens=6000.0)) == [("r", 1)]
+
     def test_who_leaves_the_middle_makes_room_for_who_comes_from_below(self) -> None:
         loads = [self.SMALL, replace(self.MIDDLE, used_tokens=9_500), self.LARGE]
         movables = [
