@@ -71,6 +71,7 @@ class Migration:
         self._match: Match | None = None  # of the snapshot, at the target
         self._pins: list[Entry] = []
         self._awaited: Key | None = None  # before this one is below the device, there is nothing to look at
+        self._lacks = False  # blocks of which none is on its way down
 
     @property
     def twin(self) -> Sequence:
@@ -261,14 +262,19 @@ class Migration:
         residency, pool = self.source.scheduler.residency, self.target.scheduler.pool
         missing = [key for key in keys if pool.block_of(key) is None and not residency.readable(key)]
         self._awaited = next(filter(residency.writing, reversed(missing)), None)
-        if missing and self._awaited is None and residency.below.quiet:
+        self._lacks = bool(missing) and self._awaited is None
+        if self._lacks and residency.below.quiet:
             self.abort("there is no room below the device")
         return not missing
 
     @property
     def _waits_for_copies(self) -> bool:
-        """Whether the last one that was seen on its way down still is: those before it were told before."""
-        return self._awaited is not None and self.source.scheduler.residency.writing(self._awaited)
+        """Whether the last one that was seen on its way down still is: those before it were told before. Or others'
+        are, as many as may be."""
+        residency = self.source.scheduler.residency
+        if self._awaited is not None:
+            return residency.writing(self._awaited)
+        return self._lacks and residency.spilling_room <= 0
 
     def _pin(self, keys: Iterable[Key]) -> None:
         """Keeps what is below the device of these from eviction: what was pinned before stays so meanwhile."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint import Checkpoints
 from engine.events import Preempted, Reprioritised
 from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig
 from engine.ledger import Ledger
@@ -20,6 +21,7 @@ from kvstore.copies import DEVICE, HOST, Copy, Loss, Place
 from policies.decisions import Kind
 from tests.engine.driving import UNFORESEEN, core_config, request
 from tests.engine.fleet_driving import FleetDriver, fleet_config
+from tests.engine.test_step_work import counted
 
 TIERS = ResidencyConfig(host_blocks=400, disk_blocks=400, transaction_blocks=4, copy_blocks=4)
 
@@ -239,6 +241,27 @@ def test_whatever_goes_wrong_on_the_way_streams_are_right_and_nothing_is_left(
             assert answers[key] == answer
     failures = {migration.failure for migration in driver.migrations if migration.failure}
     assert failures or trouble == "down", "nothing went wrong on the way"
+
+
+def test_while_the_way_down_is_full_of_others_blocks_none_is_offered_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = core_config(blocks=200, residency=replace(TIERS, spilling_blocks=2), every_tokens=1000)
+    driver = FleetDriver(fleet_config(core, 2))
+    driver.drain(1)
+    driver.arrive(*(request(name, range(30), max_tokens=60, ignore_eos=True, salt=name) for name in "ab"))
+    for _ in range(8):
+        driver.step(0)
+    driver.drain(1, draining=False)
+    for name in "ab":
+        driver.migrate(name, 1)
+    calls = counted(monkeypatch, Checkpoints, "save_all")
+    for _ in range(20):
+        driver.step(0)
+    assert calls["save_all"] == 0
+    driver.finish()
+    assert calls["save_all"] > 0
+    assert len(driver.moved(live=True)) == 2
 
 
 def test_a_waiter_goes_at_once() -> None:
