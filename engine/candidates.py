@@ -205,7 +205,10 @@ class Movable:
         if not self.waits:
             tokens, seconds = sequence.computed, member.move_seconds(sequence.computed)
         else:
-            size = member.core.config.scheduler.block_size
-            found = prefill_of(member, prompt_of(member.core, self.tokens, sequence.block_keys(size)))
+            core = member.core
+            keys = sequence.block_keys(core.config.scheduler.block_size)
+            if not core.scheduler.pool.match(keys[:1]):
+                return 0.0
+            found = prefill_of(member, prompt_of(core, self.tokens, keys))
             tokens, seconds = found.cached_tokens, found.saved_seconds
         return sequence.weight * (seconds + member.displaced_seconds(tokens))

@@ -8,7 +8,6 @@ Where requests go at first: routing.py.
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from heapq import merge
 from itertools import groupby
 from math import inf
@@ -196,26 +195,24 @@ def load_pairs(
     for pairing the most with the least loaded of LLM instances.
     """
     books = _Books(loads)
-    here: dict[int, list[MovableView]] = {load.number: [] for load in loads}
+    mobile: dict[int, list[MovableView]] = {load.number: [] for load in loads}
     for each in movables:
         if each.moves < limits.max_moves and now - each.moved_at >= limits.cooldown_seconds:
-            here[each.replica].append(each)
-
-    @cache
-    def by_load(replica: int) -> list[MovableView]:
-        return sorted(here[replica], key=_load)
-
+            mobile[each.replica].append(each)
+    by_load: dict[int, _ByLoad] = {}  # of those that have been a high one
     moves: list[Move] = []
     while True:
         before = len(moves)
         for high, low in _pairs(loads, books, limits.least_gap):
             if len(moves) == limits.moves_per_round:
                 return Round(tuple(moves))
-            chosen = _nearest_to_half(high, low, by_load(high.number), books, limits)
+            if high.number not in by_load:
+                by_load[high.number] = _ByLoad(mobile[high.number])
+            chosen = _nearest_to_half(high, low, by_load[high.number], books, limits)
             if chosen:
                 reason = f"{books.seconds[high.number]:.3g} s here, {books.seconds[low.number]:.3g} s there"
                 moves.append(books.move(chosen, low.number, reason))
-                by_load(high.number).remove(chosen)
+                by_load[high.number].remove(chosen)
         if len(moves) == before:
             return Round(tuple(moves))
 
@@ -316,8 +313,46 @@ def _gain(gap: float, load: float) -> float:
     return abs(gap) - abs(gap - 2 * load)
 
 
-def _load(movable: MovableView) -> float:
-    return movable.load_seconds
+Check = Callable[[MovableView], bool]
+
+
+class _ByLoad:
+    """Who may move from one replica. There may be ten thousand, many of them of one load: few are to be priced."""
+
+    def __init__(self, movables: Iterable[MovableView]) -> None:
+        self._alike: dict[float, list[MovableView]] = {}
+        for each in movables:
+            self._alike.setdefault(each.load_seconds, []).append(each)
+        self._loads = sorted(self._alike)
+        self._in_order: set[float] = set()  # loads of which the cheapest stands first
+
+    def outwards(self, gap: float) -> Iterable[Iterable[float]]:
+        """Loads above 0 and below the gap, from those nearest to its half on; those that are as near together."""
+        loads, half = self._loads, gap / 2
+        first, middle, end = bisect_right(loads, 0.0), bisect_left(loads, half), bisect_left(loads, gap)
+
+        def from_half(load: float) -> float:
+            return abs(load - half)
+
+        outwards = merge(reversed(loads[first:middle]), loads[middle:end], key=from_half)
+        return (near for _, near in groupby(outwards, key=from_half))
+
+    def cheapest(self, load: float, fits: Check, repays: Check) -> MovableView | None:
+        """Of that load, among those that fit and whose move repays it."""
+        alike = self._alike[load]
+        if load not in self._in_order:
+            if not any(map(fits, alike)):
+                return None
+            alike.sort(key=_preference)
+            self._in_order.add(load)
+        return next((each for each in alike if fits(each) and repays(each)), None)
+
+    def remove(self, movable: MovableView) -> None:
+        self._alike[movable.load_seconds].remove(movable)
+
+
+def _preference(movable: MovableView) -> tuple[float, int, str, int]:
+    return movable.cost_seconds, movable.moves, movable.request, movable.choice
 
 
 def _pairs(loads: Iterable[LoadView], books: _Books, least_gap: float) -> list[tuple[LoadView, LoadView]]:
@@ -338,14 +373,11 @@ def _pairs(loads: Iterable[LoadView], books: _Books, least_gap: float) -> list[t
 
 
 def _nearest_to_half(
-    high: LoadView, low: LoadView, by_load: Sequence[MovableView], books: _Books, limits: Limits
+    high: LoadView, low: LoadView, here: _ByLoad, books: _Books, limits: Limits
 ) -> MovableView | None:
-    """Of those whose move repays it and for which the low one has room. `by_load`: in ascending order of it."""
+    """Of those whose move repays it and for which the low one has room."""
     gap, limit = books.gap(high, low), low.limit_tokens or inf
     crowd = limits.disturbance * max(0, low.requests - high.requests)
-
-    def from_half(each: MovableView) -> float:
-        return abs(each.load_seconds - gap / 2)
 
     def fits(each: MovableView) -> bool:
         return max(each.tokens, each.size_tokens) <= limit and books.has_room(low, each)
@@ -354,10 +386,8 @@ def _nearest_to_half(
         cost = each.cost_seconds + crowd * each.disturbs_seconds
         return _gain(gap, each.load_seconds) > cost * limits.min_gain
 
-    first, half = bisect_right(by_load, 0.0, key=_load), bisect_left(by_load, gap / 2, key=_load)
-    end = bisect_left(by_load, gap, key=_load)
-    outwards = merge(reversed(by_load[first:half]), by_load[half:end], key=from_half)
-    for _, alike in groupby(outwards, key=from_half):  # so that few are looked at
-        if worth := [each for each in alike if fits(each) and repays(each)]:
-            return min(worth, key=lambda each: (each.cost_seconds, each.moves, each.request, each.choice))
+    for near in here.outwards(gap):
+        found = [here.cheapest(load, fits, repays) for load in near]
+        if worth := [each for each in found if each]:
+            return min(worth, key=_preference)
     return None

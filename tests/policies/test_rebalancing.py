@@ -5,7 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -35,13 +35,13 @@ def named(movables: list[Movable]) -> dict[str, Movable]:
 
 
 class Watched(Movable):
-    """Counts how often anybody's size is asked for."""
+    """Counts how often anybody is asked for what."""
 
-    looked_at = 0
-    __eq__, __hash__ = object.__eq__, object.__hash__  # a dataclass's would ask for it
+    asked: ClassVar[Counter[str]] = Counter()
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a dataclass's would ask for all
 
     def __getattribute__(self, name: str) -> Any:
-        Watched.looked_at += name == "size_tokens"
+        Watched.asked[name] += 1
         return super().__getattribute__(name)
 
 
@@ -140,8 +140,16 @@ class TestLoadPairs:
 
     def test_few_of_many_are_looked_at_for_a_move(self) -> None:
         movables = [Watched(f"r{number}", 0, load_seconds=1 + number / 1000) for number in range(1000)]
+        Watched.asked.clear()
         assert len(load_pairs([Load(0, 1500.0), Load(1, 1497.0)], movables, 0.0, FREE).moves) == 1
-        assert 1 <= Watched.looked_at <= 5
+        assert 1 <= Watched.asked["size_tokens"] <= 5
+
+    def test_those_of_one_load_are_priced_once_a_round(self) -> None:
+        movables = [Watched(f"r{number}", 0) for number in range(1000)]
+        Watched.asked.clear()
+        limits = replace(FREE, moves_per_round=4)
+        assert len(load_pairs([Load(0, 1000.0), Load(1)], movables, 0.0, limits).moves) == 4
+        assert 1000 <= Watched.asked["cost_seconds"] <= 1020
 
     @given(situations())
     def test_rounds_end_though_costs_rest_and_limits_are_nothing(
