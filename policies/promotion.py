@@ -20,7 +20,8 @@ class Promotion:
     Service bound, for every spell of waiting, by `service_tokens`: those that came later are computed no more than
     `service_tokens` + 2 × `max_batch_tokens` tokens before the waiter is given its place: the threshold is seen when
     the next step is made, and room may be there a step later. Earlier arrivals are not in the bound: by arrival they
-    were first. Assumes a scheduler that makes room for a promoted waiter at the cost of later arrivals.
+    were first. A spell goes on where its waiter is moved to, with what was computed for anybody before it moved.
+    Assumes a scheduler that makes room for a promoted waiter at the cost of later arrivals.
 
     Worst case: thresholds below what a busy hour's waiters see as a matter of course; then all are promoted, and
     every order is `fcfs`. The default is some minutes of a saturated small device, or about one of a large one.
