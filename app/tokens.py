@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.bodies import read_body
-from app.schema import Lenient, Message, TokenId
+from app.schema import Lenient, Messages, TokenId
 from app.served import SERVED, Model
 from app.translation import INLINE_CHARACTERS, check_model_name, checked_ids, rendered
 from app.wire import token_text
@@ -22,7 +22,7 @@ class TokenizeCall(Lenient):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True  # of a text; a chat's template writes its own
     return_token_strs: bool | None = None
 
@@ -35,7 +35,7 @@ class TokenizeCall(Lenient):
 
 class DetokenizeCall(Lenient):
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 async def tokenize(http: web.Request) -> web.Response:

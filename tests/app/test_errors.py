@@ -6,8 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from app.config import ServerSection
+from app.errors import as_api_error
+from app.schema import ChatCall, CompletionCall
+from app.tokens import DetokenizeCall, TokenizeCall
 from tests.app.rig import rig
 
 CHAT = "/v1/chat/completions"
@@ -130,6 +134,33 @@ async def test_bad_bodies_are_answered_with_400_and_name_the_field() -> None:
         assert (await server.post(CHAT, **HELLO))[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (ChatCall, said([{}] * 10_000), "messages.0.content.0.type"),
+        (
+            ChatCall,
+            chat(messages=[{"role": "user", "content": [{}] * 10}] * 1000),
+            "messages.0.content.0.type",
+        ),
+        (ChatCall, chat(messages=[{}] * 4096), "messages.0.role"),
+        (ChatCall, chat(logit_bias={str(-token): "" for token in range(10_000)}), "logit_bias"),
+        (CompletionCall, text(stop=[1] * 10_000), "stop"),
+        (CompletionCall, text(stop_token_ids=[-1] * 10_000), "stop_token_ids"),
+        (TokenizeCall, chat(messages=[{}] * 4096), "messages.0.role"),
+        (DetokenizeCall, json.dumps({"tokens": [-1] * 10_000}).encode(), "tokens.0"),
+    ],
+)
+def test_a_body_full_of_mistakes_is_refused_for_the_first_few(
+    kind: type[BaseModel], body: bytes, param: str
+) -> None:
+    """Pydantic keeps a record of each that it looks at: 4 MiB of them took gigabytes, and half a minute."""
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate_json(body)
+    assert refusal.value.error_count() <= 300
+    assert as_api_error(refusal.value).param == param
+
+
 async def test_more_log_probabilities_than_an_answer_may_have_are_refused() -> None:
     async with rig(context=4096, blocks=512, max_queue=64) as server:
         status, answer = await server.post(TEXT, prompt="x", max_tokens=1000, n=32, logprobs=10)
@@ -184,8 +215,10 @@ async def test_a_wrong_path_method_model_or_size_is_a_nested_error_too() -> None
             ("POST", CHAT, chat(model="who"), 404, "model_not_found"),
             ("POST", "/admin/requests/who/cancel", None, 404, "request_not_found"),
             ("POST", CHAT, b" " * 100_001, 413, "body_too_large"),
+            ("PUT", "/admin/policies", b" " * 20_000, 413, "body_too_large"),
         ):
-            async with server.client.request(method, path, data=body) as response:
+            headers = {"Content-Type": "application/json"}
+            async with server.client.request(method, path, data=body, headers=headers) as response:
                 answer = await response.json()
                 assert (response.status, answer["error"]["code"]) == (status, code)
                 assert response.headers["x-request-id"]
