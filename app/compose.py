@@ -79,6 +79,7 @@ def load(config: Config) -> Parts:
         special_tokens={token: text for text, token in tokenizer.special_tokens.items()},
         defaults=loaded.generation,
         created=int(time.time()),
+        token_ids=loaded.config.vocab_size,
     )
     _log_loaded(model, replicas, fleet)
     first, *others = runners
@@ -136,12 +137,13 @@ def fleet_config(config: Config, replicas: Replicas, tiers: Tiers) -> FleetConfi
 def core_config(
     config: Config, replica: ReplicaRunner, scheduler: SchedulerConfig, fingerprint: str
 ) -> CoreConfig:
+    token_ids = replica.loaded.config.vocab_size  # a stop token beyond these is never drawn
     return CoreConfig(
         scheduler=scheduler,
         model_context=replica.loaded.config.max_positions,
         max_queue=config.engine.max_queue,
         max_outstanding=2 if replica.runs_ahead else 1,
-        eos_token_ids=replica.loaded.generation.eos_token_ids,
+        eos_token_ids=tuple(token for token in replica.loaded.generation.eos_token_ids if token < token_ids),
         fingerprint=fingerprint,
     )
 

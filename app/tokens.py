@@ -68,7 +68,8 @@ async def detokenize(http: web.Request) -> web.Response:
     call = DetokenizeCall.model_validate_json(await read_body(http))
     check_model_name(call.model, served.model)
     exact = b"".join(
-        _bytes(served.model, token) for token in checked_ids(call.tokens, served.model, "tokens")
+        _bytes(served.model, token)
+        for token in checked_ids(call.tokens, len(served.model.vocabulary), "tokens")
     )
     return web.json_response({"prompt": exact.decode(errors="replace")})
 

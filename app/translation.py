@@ -14,6 +14,7 @@ from app.errors import ApiError, bad_request
 from app.salt import session_of
 from app.schema import MAX_CHOICES, MAX_LOGPROBS, ChatCall, CommonCall, CompletionCall, Message
 from app.served import Model, Served
+from app.wire import token_text
 from engine.plan import Sampling
 from engine.request import Request, ServiceClass, Stopping
 
@@ -42,7 +43,7 @@ async def chat_prompt(call: ChatCall, model: Model) -> Prompt:
         text = model.tokenizer.render_chat(messages)
         return model.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
-    return await _tokens(encode, length, "messages")
+    return await _tokens(encode, length, model, "messages")
 
 
 def rendered(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -62,25 +63,29 @@ async def completion_prompts(call: CompletionCall, model: Model, context: int) -
 
 async def _completion_prompt(prompt: object, model: Model, context: int) -> Prompt:
     if isinstance(prompt, str):
-        return await _tokens(lambda: model.tokenizer.encode(prompt), len(prompt), "prompt")
+        return await _tokens(lambda: model.tokenizer.encode(prompt), len(prompt), model, "prompt")
     if not isinstance(prompt, list):
         raise bad_request(
             "prompt: expected a text, a list of texts, token ids, or lists of token ids", "prompt"
         )
     if len(prompt) > context:  # before looking at each
         raise too_long(len(prompt), context, "prompt")
-    return _not_empty(checked_ids(prompt, model, "prompt"), "prompt")
+    return _not_empty(checked_ids(prompt, model.token_ids, "prompt"), "prompt")
 
 
-def checked_ids(ids: list[Any], model: Model, param: str) -> list[int]:
-    last = len(model.vocabulary) - 1
-    if not all(type(token) is int and 0 <= token <= last for token in ids):
-        raise bad_request(f"{param}: token ids are whole numbers from 0 to {last}", param)
+def checked_ids(ids: list[Any], count: int, param: str) -> list[int]:
+    """Raises ApiError unless all are token ids below `count`."""
+    if not all(type(token) is int and 0 <= token < count for token in ids):
+        raise bad_request(f"{param}: token ids are whole numbers from 0 to {count - 1}", param)
     return ids
 
 
-async def _tokens(encode: Callable[[], list[int]], characters: int, param: str) -> Prompt:
-    return _not_empty(encode() if characters <= INLINE_CHARACTERS else await asyncio.to_thread(encode), param)
+async def _tokens(encode: Callable[[], list[int]], characters: int, model: Model, param: str) -> Prompt:
+    tokens = encode() if characters <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
+    if max(tokens, default=0) >= model.token_ids:
+        text, _ = token_text(model, max(tokens))
+        raise bad_request(f"{param}: the tokenizer has a token for {text!r}, the model has none", param)
+    return _not_empty(tokens, param)
 
 
 def _not_empty(tokens: list[int], param: str) -> Prompt:
@@ -181,8 +186,8 @@ def sampling_of(call: CommonCall, logprobs: int | None, model: Model) -> Samplin
 def _logit_bias(call: CommonCall, model: Model) -> tuple[tuple[int, float], ...]:
     """By token id, those that do nothing left out."""
     biases = sorted((int(token), bias) for token, bias in (call.logit_bias or {}).items())
-    if biases and biases[-1][0] >= len(model.vocabulary):
-        raise bad_request(f"logit_bias: token ids go up to {len(model.vocabulary) - 1}", "logit_bias")
+    if biases and biases[-1][0] >= model.token_ids:
+        raise bad_request(f"logit_bias: token ids go up to {model.token_ids - 1}", "logit_bias")
     return tuple((token, bias) for token, bias in biases if bias)
 
 
@@ -192,8 +197,8 @@ def _first(said: T | None, default: T | None, neutral: T) -> T:
 
 def _stopping(call: CommonCall, max_tokens: int, model: Model) -> Stopping:
     stop_token_ids = tuple(call.stop_token_ids or ())
-    if any(token >= len(model.vocabulary) for token in stop_token_ids):
-        raise bad_request(f"stop_token_ids: ids go up to {len(model.vocabulary) - 1}", "stop_token_ids")
+    if any(token >= model.token_ids for token in stop_token_ids):
+        raise bad_request(f"stop_token_ids: ids go up to {model.token_ids - 1}", "stop_token_ids")
     min_tokens = call.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(

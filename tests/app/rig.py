@@ -155,6 +155,7 @@ async def rig(
     server: ServerSection | None = None,
     kvstore: KVStoreSection | None = None,
     defaults: GenerationDefaults | None = None,
+    token_ids: int = len(VOCABULARY),
     policies: PolicyConfig | None = None,
     plugins: Mapping[str, Mapping[str, Any]] | None = None,
     classes: Sequence[ClassTable] = (),
@@ -181,6 +182,7 @@ async def rig(
         {EOS: "<eos>"},
         defaults or GenerationDefaults((EOS,)),
         created=1,
+        token_ids=token_ids,
     )
     engine.on_policy_failed.append(PolicyLog().observe)
     replica_log = ReplicaLog()

@@ -12,7 +12,7 @@ from app.config import ServerSection
 from app.errors import as_api_error
 from app.schema import ChatCall, CompletionCall
 from app.tokens import DetokenizeCall, TokenizeCall
-from tests.app.rig import rig
+from tests.app.rig import EOS, rig
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -159,6 +159,27 @@ def test_a_body_full_of_mistakes_is_refused_for_the_first_few(
         kind.model_validate_json(body)
     assert refusal.value.error_count() <= 300
     assert as_api_error(refusal.value).param == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT, text(prompt=[1, 128]), "prompt"),
+        (TEXT, text(prompt="a bär"), "prompt"),
+        (CHAT, said("a bär"), "messages"),
+        (CHAT, chat(logit_bias={"128": 1}), "logit_bias"),
+        (TEXT, text(stop_token_ids=[128], min_tokens=1), "stop_token_ids"),
+    ],
+)
+async def test_tokens_that_the_tokenizer_knows_and_the_model_does_not_are_refused(
+    path: str, body: bytes, param: str
+) -> None:
+    """As of fine-tunes that have added a token. Of those there would be no row of the embedding."""
+    async with rig(token_ids=128) as server:
+        async with server.client.post(path, data=body) as response:
+            assert (response.status, (await response.json())["error"]["param"]) == (400, param)
+        assert (await server.post(TEXT, prompt=[127], logit_bias={"127": 1}, max_tokens=1))[0] == 200
+        assert (await server.post("/detokenize", tokens=[65, 255, EOS]))[0] == 200
 
 
 async def test_more_log_probabilities_than_an_answer_may_have_are_refused() -> None:

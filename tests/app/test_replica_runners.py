@@ -4,12 +4,13 @@ import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from app import memory, replica_runners
-from app.compose import SHIPPED
+from app.compose import SHIPPED, core_config
 from app.config import Config, EngineSection
 from app.memory import NotEnoughMemory, divided
 from app.replica_runners import (
@@ -152,3 +153,11 @@ def test_replicas_whose_bits_differ_are_refused() -> None:
     replica_runners._refuse_unlike(unlike[:1] * 2)
     with pytest.raises(UnlikeReplicas, match="devices of one kind"):
         replica_runners._refuse_unlike(unlike)
+
+
+def test_a_stop_token_that_the_model_has_no_row_for_is_none(replicas: Replicas) -> None:
+    """It is never drawn; and the sampler, told to keep it from being drawn, would look beyond its rows."""
+    first = replicas.runners[0]
+    odd = replace(first.loaded.generation, eos_token_ids=(2, first.loaded.config.vocab_size))
+    replica = replace(first, loaded=replace(first.loaded, generation=odd))
+    assert core_config(Config(), replica, first.scheduler, "").eos_token_ids == (2,)

@@ -65,7 +65,7 @@ async def test_a_recording_of_a_live_run_replays_byte_for_byte(tmp_path: Path) -
     assert await asyncio.to_thread(replay, path, VOCABULARY) > 120
 
 
-MODEL = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1)
+MODEL = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1, token_ids=257)
 
 
 class Burning(ScriptedRunner):
