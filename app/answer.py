@@ -7,12 +7,13 @@ still runs.
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import assert_never
 
 from aiohttp import web
 from pydantic_core import to_json
 from structlog.stdlib import get_logger
 
-from app.errors import ApiError, as_api_error, cancelled, draining
+from app.errors import ApiError, as_api_error, cancelled, draining, replica_lost
 from app.ids import CLIENT_ID
 from app.metrics import METRICS
 from app.request_log import OpenRequest
@@ -70,7 +71,7 @@ async def _pump_all(served: Served, events: EventStream, streams: Sequence[Strea
 
 async def _pump(served: Served, events: EventStream, stream: Stream, wire: Wire, first_index: int) -> None:
     async for delta in stream:
-        _refuse_cancelled(served, delta)
+        _refuse_half(served, delta)
         if chunk := wire.chunk(first_index + delta.choice, delta):
             await events.send(chunk)
 
@@ -91,16 +92,23 @@ async def whole_answer(
         choices = [Choice(index) for index in range(n * len(streams))]
         for number, stream in enumerate(streams):
             async for delta in stream:
-                _refuse_cancelled(served, delta)
+                _refuse_half(served, delta)
                 choices[number * n + delta.choice].add(delta)
         answer = to_json(wire.whole(choices, _total(streams)), inf_nan_mode="null")
         return web.Response(body=answer, content_type="application/json", charset="utf-8")
 
 
-def _refuse_cancelled(served: Served, delta: Delta) -> None:
-    """Half an answer is none: whoever ended it from outside, the client is told."""
-    if delta.finish_reason is FinishReason.CANCELLED:
-        raise draining() if served.engine.draining else cancelled()
+def _refuse_half(served: Served, delta: Delta) -> None:
+    """Half an answer is none: whatever ended it from outside, the client is told."""
+    match delta.finish_reason:
+        case FinishReason.CANCELLED:
+            raise draining() if served.engine.draining else cancelled()
+        case FinishReason.ERROR:
+            raise replica_lost()
+        case None | FinishReason.STOP | FinishReason.LENGTH:
+            return
+        case other:
+            assert_never(other)
 
 
 def _total(streams: Sequence[Stream]) -> Usage:

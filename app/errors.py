@@ -70,6 +70,11 @@ def cancelled() -> ApiError:
     return ApiError(CANCELLED_STATUS, "the request was cancelled on the server", code="request_cancelled")
 
 
+def replica_lost() -> ApiError:
+    message = "the replica that ran the request is lost, and no other has room for it"
+    return ApiError(500, message, code="replica_lost")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """The answer to an exception of ours, of pydantic's or of aiohttp's; anything else is our bug, a 500."""
     match error:
