@@ -63,7 +63,11 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 
 
 def draining() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+    return _later("the server is shutting down", "shutting_down")
+
+
+def _later(message: str, code: str) -> ApiError:
+    return ApiError(503, message, code=code, headers={"Retry-After": "5"})
 
 
 def cancelled() -> ApiError:
@@ -83,6 +87,8 @@ def as_api_error(error: Exception) -> ApiError:
         case QueueFull():
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             return ApiError(429, str(error), code=error.code, param=error.param, headers=headers)
+        case Refused(code="no_replica"):
+            return _later(str(error), error.code)
         case Refused():
             return ApiError(400, str(error), code=error.code, param=error.param)
         case ChatTemplateError():

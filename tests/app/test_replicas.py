@@ -246,6 +246,16 @@ async def test_a_request_whose_replica_is_lost_and_that_fits_nowhere_else_is_an_
     assert json.loads(told.removeprefix(b"data: ")) == answer
 
 
+async def test_a_request_that_only_a_lost_replica_has_room_for_may_come_again_later() -> None:
+    async with rig(SCRIPT, replicas=2, last_blocks=4) as server:
+        server.workers[0].explode()
+        asked = {"prompt": "a" * 100, "max_tokens": 100}
+        assert (await server.post(TEXT, **asked))[0] == 500
+        async with server.client.post(TEXT, json=asked) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "no_replica")
+            assert int(response.headers["Retry-After"]) >= 1
+
+
 async def test_a_lost_replica_is_started_again_once_and_serves() -> None:
     """However often an operator asks for it while it starts; one that cannot start is told, and may be asked again."""
     stream, may_start, broken = io.StringIO(), asyncio.Event(), [True]
