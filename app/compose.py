@@ -4,7 +4,6 @@ Models and runners are made in `app/replica_runners.py`. The engine and its appl
 `app/serving.py` puts them together there.
 """
 
-import asyncio
 import time
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from app.plugins import PluginError, load_plugins
 from app.replica_runners import NoSuchDevice, ReplicaRunner, Replicas, UnlikeReplicas, load_replicas
 from app.served import Model
 from app.serving import Parts
+from app.threads import on_a_daemon
 from app.tiers import Tiers, make_tiers
 from engine.chat_template import ChatTemplateError
 from engine.core import CoreConfig
@@ -95,8 +95,8 @@ def _on_its_own_thread(replica: ReplicaRunner) -> ThreadWorker:
 
 
 async def _revive(replicas: Replicas, number: int) -> Revived:
-    """A lost replica's device anew, made on a thread of its own. Raises what making it raises."""
-    made = await asyncio.to_thread(replicas.make, number)
+    """A lost replica's device anew, made on a thread of its own: it may hang. Raises what making it raises."""
+    made = await on_a_daemon(partial(replicas.make, number), f"replica {number}, made anew")
     return Revived(_on_its_own_thread(made), made.device)
 
 
