@@ -5,9 +5,9 @@ still runs.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import assert_never
+from typing import Any, assert_never
 
 from aiohttp import web
 from pydantic_core import to_json
@@ -53,20 +53,9 @@ async def _tell(served: Served, events: EventStream, streams: Sequence[Stream], 
     if opening := b"".join(wire.opening(index) for index in range(n * len(streams))):
         await events.send(opening)
     async with events.pinging():
-        await _pump_all(served, events, streams, wire)
-
-
-async def _pump_all(served: Served, events: EventStream, streams: Sequence[Stream], wire: Wire) -> None:
-    if len(streams) == 1:
-        await _pump(served, events, streams[0], wire, 0)
-        return
-    n = streams[0].request.n
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for number, stream in enumerate(streams):
-                tasks.create_task(_pump(served, events, stream, wire, number * n))
-    except* (ReaderGone, ApiError, EngineDead) as group:
-        raise _first_leaf(group) from group
+        await _together(
+            [_pump(served, events, stream, wire, number * n) for number, stream in enumerate(streams)]
+        )
 
 
 async def _pump(served: Served, events: EventStream, stream: Stream, wire: Wire, first_index: int) -> None:
@@ -74,6 +63,19 @@ async def _pump(served: Served, events: EventStream, stream: Stream, wire: Wire,
         _refuse_half(served, delta)
         if chunk := wire.chunk(first_index + delta.choice, delta):
             await events.send(chunk)
+
+
+async def _together(readers: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Until all have read their streams. What one of them raises ends the others."""
+    if len(readers) == 1:
+        await readers[0]
+        return
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for reader in readers:
+                tasks.create_task(reader)
+    except* (ReaderGone, ApiError, EngineDead) as group:
+        raise _first_leaf(group) from group
 
 
 async def _break_off(events: EventStream, error: Exception) -> None:
@@ -90,12 +92,17 @@ async def whole_answer(
     with _streams(http, served, requests) as streams:
         n = requests[0].n
         choices = [Choice(index) for index in range(n * len(streams))]
-        for number, stream in enumerate(streams):
-            async for delta in stream:
-                _refuse_half(served, delta)
-                choices[number * n + delta.choice].add(delta)
+        await _together(
+            [_gather(served, stream, choices[n * number :]) for number, stream in enumerate(streams)]
+        )
         answer = to_json(wire.whole(choices, _total(streams)), inf_nan_mode="null")
         return web.Response(body=answer, content_type="application/json", charset="utf-8")
+
+
+async def _gather(served: Served, stream: Stream, choices: Sequence[Choice]) -> None:
+    async for delta in stream:
+        _refuse_half(served, delta)
+        choices[delta.choice].add(delta)
 
 
 def _refuse_half(served: Served, delta: Delta) -> None:
