@@ -7,6 +7,7 @@ still runs.
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, assert_never
 
 from aiohttp import web
@@ -19,7 +20,8 @@ from app.metrics import METRICS
 from app.request_log import OpenRequest
 from app.served import Served
 from app.sse import EventStream, ReaderGone, frame
-from app.wire import Choice, Wire
+from app.threads import aside
+from app.wire import Choice, Wire, numbers_in
 from engine.request import Delta, EngineDead, FinishReason, QueueFull, Refused, Request, Usage
 from engine.stream import Stream
 
@@ -61,7 +63,8 @@ async def _tell(served: Served, events: EventStream, streams: Sequence[Stream], 
 async def _pump(served: Served, events: EventStream, stream: Stream, wire: Wire, first_index: int) -> None:
     async for delta in stream:
         _refuse_half(served, delta)
-        if chunk := wire.chunk(first_index + delta.choice, delta):
+        written = partial(wire.chunk, first_index + delta.choice, delta)
+        if chunk := await aside(written, numbers_in(delta.logprobs)):
             await events.send(chunk)
 
 
@@ -95,8 +98,11 @@ async def whole_answer(
         await _together(
             [_gather(served, stream, choices[n * number :]) for number, stream in enumerate(streams)]
         )
-        answer = to_json(wire.whole(choices, _total(streams)), inf_nan_mode="null")
-        return web.Response(body=answer, content_type="application/json", charset="utf-8")
+        body = await aside(
+            lambda: to_json(wire.whole(choices, _total(streams)), inf_nan_mode="null"),
+            sum(len(choice.token_ids) + numbers_in(choice.logprobs) for choice in choices),
+        )
+        return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
 async def _gather(served: Served, stream: Stream, choices: Sequence[Choice]) -> None:

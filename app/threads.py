@@ -1,4 +1,7 @@
-"""Work on a thread of its own, as it may hang. The loop's executor is for work that ends: a process waits for it."""
+"""Work that the event loop does not do itself: what takes long, and what may hang.
+
+The loop's executor is for work that ends: a process waits for it, and there are few threads in it.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -8,6 +11,14 @@ from threading import Thread
 from typing import TypeVar
 
 T = TypeVar("T")
+
+INLINE = 2048
+"""Characters, token ids or log-probabilities: a few milliseconds of work at most, and not worth a thread's detour."""
+
+
+async def aside(work: Callable[[], T], size: int) -> T:
+    """What `work` returns or raises: on a worker thread, if it is about more than INLINE."""
+    return work() if size <= INLINE else await asyncio.to_thread(work)
 
 
 async def on_a_daemon(work: Callable[[], T], name: str) -> T:
