@@ -77,7 +77,10 @@ class CompletionWire:
         } | ids
 
     def _logprobs(self, index: int, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:
-        """Four parallel lists. Offsets count the characters of the tokens before, from the beginning."""
+        """Four parallel lists. Offsets count the characters of the tokens before, from the beginning.
+
+        The token drawn is among the likeliest, whether it is one of them or not, as in OpenAI's answers.
+        """
         texts = [token_text(self._model, token)[0] for token in tokens]
         offsets = []
         for text in texts:
@@ -87,8 +90,8 @@ class CompletionWire:
             "tokens": texts,
             "token_logprobs": [each.logprob for each in logprobs],
             "top_logprobs": [
-                {token_text(self._model, token)[0]: logprob for token, logprob in each.top}
-                for each in logprobs
+                {token_text(self._model, id_)[0]: logprob for id_, logprob in each.top} | {text: each.logprob}
+                for text, each in zip(texts, logprobs, strict=True)
             ],
             "text_offset": offsets,
         }

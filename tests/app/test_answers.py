@@ -207,6 +207,15 @@ async def test_offsets_of_completion_logprobs_count_the_tokens_before() -> None:
         assert len(offsets) == 9
 
 
+async def test_the_token_drawn_is_among_the_likeliest_of_a_completion() -> None:
+    """The scripted runner names none: here the one drawn is never among them."""
+    async with rig(saying([65, EOS])) as server:
+        for most in (0, 2):
+            _, answer = await server.post(TEXT, prompt="x", max_tokens=2, ignore_eos=True, logprobs=most)
+            found = answer["choices"][0]["logprobs"]
+            assert found["top_logprobs"] == [{token: -1.0} for token in found["tokens"]]
+
+
 async def test_the_models_defaults_hold_where_the_client_says_nothing() -> None:
     defaults = GenerationDefaults((EOS,), temperature=0.7, top_p=0.9, top_k=40)
     async with rig(defaults=defaults) as server:
