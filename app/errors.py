@@ -110,7 +110,8 @@ def _invalid(error: ValidationError) -> ApiError:
     deepest = max(problems, key=lambda problem: len(problem["loc"]))  # of a union's arms, the one meant
     message, param = deepest["msg"], _param(deepest["loc"])
     if deepest["type"] == UNSUPPORTED:
-        return bad_request(message, deepest["ctx"]["name"], code="unsupported_parameter")
+        unsupported = _param((*deepest["loc"], deepest["ctx"]["name"]))
+        return bad_request(message, unsupported, code="unsupported_parameter")
     where = f"{param}: " if param else ""
     return bad_request(where + message, param, code=_CODES.get(deepest["type"], "invalid_value"))
 

@@ -38,10 +38,13 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "suffix": (None, ""),
     "echo": (None, False),
     "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "tool_calls": (None, []),
     "functions": (None, []),
+    "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
 }
-"""Known to the API, not to us: only these values, which change nothing, are taken."""
+"""Known to the API, of calls or messages, not to us: only these values, which change nothing, are taken."""
 
 
 def _few(biases: Any) -> Any:
@@ -54,14 +57,31 @@ class Lenient(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(Lenient):
+class Noting(Lenient):
+    """Fields that are not known are kept by name, to be logged."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def unknown_fields(self) -> set[str]:
+        """In all of a call."""
+        return set(self.model_extra or ())
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_built(self) -> Self:
+        unknown = self.model_extra or {}
+        for name, neutral in NEUTRAL.items():
+            if unknown.get(name) not in neutral:
+                raise PydanticCustomError(UNSUPPORTED, "{name} is not supported", {"name": name})
+        return self
+
+
+class StreamOptions(Noting):
     include_usage: bool | None = None
 
 
-class CommonCall(Lenient):
-    """What chat and text completions share. Fields that are not known are kept by name, to be logged."""
-
-    model_config = ConfigDict(extra="allow")
+class CommonCall(Noting):
+    """What chat and text completions share."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -93,13 +113,9 @@ class CommonCall(Lenient):
     expected_output_tokens: Tokens | None = None  # a hint for policies
     session_id: Identifier | None = None  # calls of one session are best served where the last one was
 
-    @model_validator(mode="after")
-    def _refuse_what_is_not_built(self) -> Self:
-        unknown = self.model_extra or {}
-        for name, neutral in NEUTRAL.items():
-            if unknown.get(name) not in neutral:
-                raise PydanticCustomError(UNSUPPORTED, "{name} is not supported", {"name": name})
-        return self
+    @property
+    def unknown_fields(self) -> set[str]:
+        return super().unknown_fields | (self.stream_options.unknown_fields if self.stream_options else set())
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -115,7 +131,7 @@ class TextPart(Lenient):
     text: str
 
 
-class Message(Lenient):
+class Message(Noting):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
@@ -136,6 +152,10 @@ class ChatCall(CommonCall):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def unknown_fields(self) -> set[str]:
+        return super().unknown_fields.union(*(message.unknown_fields for message in self.messages))
 
     @model_validator(mode="after")
     def _refuse_top_without_logprobs(self) -> Self:

@@ -84,6 +84,18 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     (CHAT, said("forbidden"), "messages"),
     (CHAT, said([{"type": "image_url", "image_url": {"url": "http://x"}}]), "messages.0.content.0.type"),
     (CHAT, chat(tools=[{"type": "function"}]), "tools"),
+    (CHAT, chat(tool_choice="required"), "tool_choice"),
+    (CHAT, chat(function_call={"name": "f"}), "function_call"),
+    (
+        CHAT,
+        chat(messages=[{"role": "user"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]),
+        "messages.1.tool_calls",
+    ),
+    (
+        CHAT,
+        chat(messages=[{"role": "assistant", "function_call": {"name": "f"}}]),
+        "messages.0.function_call",
+    ),
     (CHAT, chat(logit_bias={"1": 100.5}), "logit_bias"),
     (CHAT, chat(logit_bias={"one": 5}), "logit_bias.one"),
     (CHAT, chat(logit_bias={"-1": 5}), "logit_bias"),
@@ -196,12 +208,15 @@ async def test_unknown_fields_and_neutral_ones_are_taken() -> None:
         "echo": False,
         "suffix": None,
         "tools": [],
+        "tool_choice": "auto",
     }
     later = {"session_id": "s", "expected_output_tokens": 5, "priority": -3, "cache_salt": "x", "user": "me"}
     async with rig() as server:
         for path, body in ((CHAT, HELLO), (TEXT, PROMPT)):
             status, answer = await server.post(path, **body, **neutral, **later, no_such_field={"deep": [1]})
             assert status == 200, answer
+        said = {"role": "assistant", "content": "x", "tool_calls": None, "refusal": None, "audio": None}
+        assert (await server.post(CHAT, messages=[said], max_tokens=1))[0] == 200
 
 
 @pytest.mark.parametrize(
