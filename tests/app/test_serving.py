@@ -1,15 +1,19 @@
 """What the composition root puts together: memory → blocks, recordings, the loop's lag."""
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from app.config import Config, EngineSection
 from app.lag import measured_lag
 from app.memory import NotEnoughMemory, free_cpu_bytes, kv_blocks
 from app.served import Model
 from app.serving import Parts, serving
+from app.sse import EventStream
 from engine.core import CoreConfig
 from engine.engine import Engine, Revived
 from engine.fleet import BalanceConfig, Fleet, FleetConfig
@@ -131,3 +135,29 @@ async def test_the_lag_of_a_loop_is_observed() -> None:
     seen: asyncio.Queue[float] = asyncio.Queue()
     async with measured_lag(seen.put_nowait):
         assert await seen.get() >= 0
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda: measured_lag(lambda seconds: None),
+        lambda: EventStream(make_mocked_request("GET", "/"), ping_seconds=100).pinging(),
+    ],
+)
+async def test_who_is_cancelled_while_its_helper_ends_is_cancelled(
+    beside: Callable[[], AbstractAsyncContextManager[None]],
+) -> None:
+    went_on = asyncio.Event()
+
+    async def handler() -> None:
+        async with beside():
+            await asyncio.sleep(0)
+        went_on.set()
+
+    handling = asyncio.ensure_future(handler())
+    for _ in range(2):
+        await asyncio.sleep(0)
+    handling.cancel()
+    await asyncio.wait([handling])
+    assert handling.cancelled()
+    assert not went_on.is_set()
