@@ -99,7 +99,7 @@ async def whole_answer(
             [_gather(served, stream, choices[n * number :]) for number, stream in enumerate(streams)]
         )
         body = await aside(
-            lambda: to_json(wire.whole(choices, _total(streams)), inf_nan_mode="null"),
+            lambda: to_json(wire.whole(choices, _total(streams))),
             sum(len(choice.token_ids) + numbers_in(choice.logprobs) for choice in choices),
         )
         return web.Response(body=body, content_type="application/json", charset="utf-8")

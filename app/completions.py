@@ -7,7 +7,7 @@ from typing import Any
 
 from app.served import Model
 from app.sse import frame
-from app.wire import Choice, Heading, says_something, token_text, usage_json
+from app.wire import Choice, Heading, finite, says_something, token_text, usage_json
 from engine.plan import Logprob
 from engine.request import Delta, Usage
 
@@ -88,9 +88,10 @@ class CompletionWire:
             self._offsets[index] += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [each.logprob for each in logprobs],
+            "token_logprobs": [finite(each.logprob) for each in logprobs],
             "top_logprobs": [
-                {token_text(self._model, id_)[0]: logprob for id_, logprob in each.top} | {text: each.logprob}
+                {token_text(self._model, id_)[0]: finite(logprob) for id_, logprob in each.top}
+                | {text: finite(each.logprob)}
                 for text, each in zip(texts, logprobs, strict=True)
             ],
             "text_offset": offsets,

@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Protocol
 
 from app.served import Model
@@ -81,6 +82,11 @@ def says_something(heading: Heading, delta: Delta) -> bool:
 def numbers_in(logprobs: Sequence[Logprob]) -> int:
     """Log-probabilities of the tokens drawn and of the likeliest."""
     return sum(1 + len(each.top) for each in logprobs)
+
+
+def finite(logprob: float) -> float | None:
+    """JSON has no word for −inf."""
+    return logprob if isfinite(logprob) else None
 
 
 def token_text(model: Model, token: int) -> tuple[str, list[int]]:

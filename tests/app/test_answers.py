@@ -1,18 +1,25 @@
 """Both completion calls: streamed and whole answers agree, and have the API's shape."""
 
+import json
 import threading
 from collections import defaultdict
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytest
 from pydantic_core import to_json
 
 from app import answer, tokens
+from app.chat import ChatWire
+from app.completions import CompletionWire
+from app.wire import Choice, Heading
 from engine.model.generation import GenerationDefaults
-from engine.request import Request
+from engine.plan import Logprob
+from engine.request import Delta, Request, Usage
 from engine.stream import Stream
 from tests.app.rig import EOS, STORY, Rig, rig
+from tests.app.test_serving import MODEL
 from tests.fakes import hashed, saying
 
 CHAT = "/v1/chat/completions"
@@ -214,6 +221,22 @@ async def test_the_token_drawn_is_among_the_likeliest_of_a_completion() -> None:
             _, answer = await server.post(TEXT, prompt="x", max_tokens=2, ignore_eos=True, logprobs=most)
             found = answer["choices"][0]["logprobs"]
             assert found["top_logprobs"] == [{token: -1.0} for token in found["tokens"]]
+
+
+@pytest.mark.parametrize("kind", [ChatWire, CompletionWire])
+def test_a_log_probability_of_minus_infinity_is_null_in_every_answer(
+    kind: type[ChatWire | CompletionWire],
+) -> None:
+    """JSON has no word for it, and `-Infinity` is none."""
+    heading, choice = Heading("an id", 1, "otter", logprobs=True), Choice(0)
+    delta = Delta(0, "A", (65,), (Logprob(-inf, ((66, -inf),)),))
+    choice.add(delta)
+    frame = json.loads(
+        kind(heading, MODEL).chunk(0, delta).removeprefix(b"data: "), parse_constant=pytest.fail
+    )
+    whole = json.loads(json.dumps(kind(heading, MODEL).whole([choice], Usage(1, 1, 0)), allow_nan=False))
+    assert frame["choices"][0]["logprobs"] == whole["choices"][0]["logprobs"]
+    assert "null" in json.dumps(frame["choices"][0]["logprobs"])
 
 
 async def test_the_models_defaults_hold_where_the_client_says_nothing() -> None:
