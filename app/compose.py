@@ -4,6 +4,7 @@ Models and runners are made in `app/replica_runners.py`. The engine and its appl
 `app/serving.py` puts them together there.
 """
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -111,9 +112,10 @@ def model_directory(path: str) -> Path:
 
 
 def check_recording(path: str) -> None:
+    """Makes the file, if it is not there, for this user alone: there will be prompts in it. Raises CannotRecord."""
     try:
         if path:
-            Path(path).open("ab").close()
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise CannotRecord(f"engine.record = {path!r} cannot be written: {error.strerror}") from error
 

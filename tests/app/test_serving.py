@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
+from app.compose import CannotRecord, check_recording
 from app.config import Config, EngineSection
 from app.lag import measured_lag
 from app.memory import NotEnoughMemory, free_cpu_bytes, kv_blocks
@@ -67,6 +68,14 @@ async def test_a_recording_of_a_live_run_replays_byte_for_byte(tmp_path: Path) -
     await steps
     assert fleet.cores[0].scheduler.counts.preemptions > 0
     assert await asyncio.to_thread(replay, path, VOCABULARY) > 120
+
+
+def test_a_recording_is_for_its_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    check_recording(str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(CannotRecord, match="cannot be written"):
+        check_recording(str(tmp_path / "none" / "run.jsonl"))
 
 
 MODEL = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1, token_ids=257)
