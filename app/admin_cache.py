@@ -40,7 +40,10 @@ class Prune(Clear):
 
 
 async def stat(http: web.Request) -> web.Response:
-    """What each tier holds, and has moved and lost since the start; how fast copies are."""
+    """What each tier holds, and has moved and lost since the start; how fast copies are.
+
+    Hit tokens of a replica that was started again are those since then.
+    """
     served = http.app[SERVED]
     answer = {
         "block_bytes": block_bytes(served),

@@ -5,20 +5,23 @@ still runs.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, assert_never
 
 from aiohttp import web
 from pydantic_core import to_json
 from structlog.stdlib import get_logger
 
-from app.errors import ApiError, as_api_error, cancelled, draining
+from app.errors import ApiError, as_api_error, cancelled, draining, replica_lost
 from app.ids import CLIENT_ID
 from app.metrics import METRICS
 from app.request_log import OpenRequest
 from app.served import Served
 from app.sse import EventStream, ReaderGone, frame
-from app.wire import Choice, Wire
+from app.threads import aside
+from app.wire import Choice, Wire, numbers_in
 from engine.request import Delta, EngineDead, FinishReason, QueueFull, Refused, Request, Usage
 from engine.stream import Stream
 
@@ -52,27 +55,30 @@ async def _tell(served: Served, events: EventStream, streams: Sequence[Stream], 
     if opening := b"".join(wire.opening(index) for index in range(n * len(streams))):
         await events.send(opening)
     async with events.pinging():
-        await _pump_all(served, events, streams, wire)
-
-
-async def _pump_all(served: Served, events: EventStream, streams: Sequence[Stream], wire: Wire) -> None:
-    if len(streams) == 1:
-        await _pump(served, events, streams[0], wire, 0)
-        return
-    n = streams[0].request.n
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for number, stream in enumerate(streams):
-                tasks.create_task(_pump(served, events, stream, wire, number * n))
-    except* (ReaderGone, ApiError, EngineDead) as group:
-        raise _first_leaf(group) from group
+        await _together(
+            [_pump(served, events, stream, wire, number * n) for number, stream in enumerate(streams)]
+        )
 
 
 async def _pump(served: Served, events: EventStream, stream: Stream, wire: Wire, first_index: int) -> None:
     async for delta in stream:
-        _refuse_cancelled(served, delta)
-        if chunk := wire.chunk(first_index + delta.choice, delta):
+        _refuse_half(served, delta)
+        written = partial(wire.chunk, first_index + delta.choice, delta)
+        if chunk := await aside(written, numbers_in(delta.logprobs)):
             await events.send(chunk)
+
+
+async def _together(readers: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Until all have read their streams. What one of them raises ends the others."""
+    if len(readers) == 1:
+        await readers[0]
+        return
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for reader in readers:
+                tasks.create_task(reader)
+    except* (ReaderGone, ApiError, EngineDead) as group:
+        raise _first_leaf(group) from group
 
 
 async def _break_off(events: EventStream, error: Exception) -> None:
@@ -89,18 +95,33 @@ async def whole_answer(
     with _streams(http, served, requests) as streams:
         n = requests[0].n
         choices = [Choice(index) for index in range(n * len(streams))]
-        for number, stream in enumerate(streams):
-            async for delta in stream:
-                _refuse_cancelled(served, delta)
-                choices[number * n + delta.choice].add(delta)
-        answer = to_json(wire.whole(choices, _total(streams)), inf_nan_mode="null")
-        return web.Response(body=answer, content_type="application/json", charset="utf-8")
+        await _together(
+            [_gather(served, stream, choices[n * number :]) for number, stream in enumerate(streams)]
+        )
+        body = await aside(
+            lambda: to_json(wire.whole(choices, _total(streams))),
+            sum(len(choice.token_ids) + numbers_in(choice.logprobs) for choice in choices),
+        )
+        return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
-def _refuse_cancelled(served: Served, delta: Delta) -> None:
-    """Half an answer is none: whoever ended it from outside, the client is told."""
-    if delta.finish_reason is FinishReason.CANCELLED:
-        raise draining() if served.engine.draining else cancelled()
+async def _gather(served: Served, stream: Stream, choices: Sequence[Choice]) -> None:
+    async for delta in stream:
+        _refuse_half(served, delta)
+        choices[delta.choice].add(delta)
+
+
+def _refuse_half(served: Served, delta: Delta) -> None:
+    """Half an answer is none: whatever ended it from outside, the client is told."""
+    match delta.finish_reason:
+        case FinishReason.CANCELLED:
+            raise draining() if served.engine.draining else cancelled()
+        case FinishReason.ERROR:
+            raise replica_lost()
+        case None | FinishReason.STOP | FinishReason.LENGTH:
+            return
+        case other:
+            assert_never(other)
 
 
 def _total(streams: Sequence[Stream]) -> Usage:

@@ -10,6 +10,9 @@ from pydantic import BaseModel
 from app.errors import ApiError
 from app.served import SERVED
 
+MAX_OPERATORS_BYTES = 2**14
+"""Of a body at `/admin`: all of them are small, and each mistake in one becomes an object."""
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -28,10 +31,14 @@ async def read_body(http: web.Request) -> bytes:
 
 
 async def read_json(http: web.Request, kind: type[Body]) -> Body:
-    """Only JSON that says so: a web page elsewhere can make a browser send anything but that."""
+    """An operator's. Only JSON that says so: a web page elsewhere can make a browser send anything but that."""
     if http.content_type != "application/json":
         raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
-    return kind.model_validate_json(await read_body(http))
+    body = await read_body(http)
+    if len(body) > MAX_OPERATORS_BYTES:
+        message = f"the body has more than the {MAX_OPERATORS_BYTES} bytes that are taken here"
+        raise ApiError(413, message, code="body_too_large")
+    return kind.model_validate_json(body)
 
 
 async def read_json_if_any(http: web.Request, kind: type[Body]) -> Body:

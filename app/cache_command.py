@@ -1,6 +1,7 @@
 """`sluice cache stat|verify|prune|clear`: beside a running server through HTTP, without one on the disk store itself.
 
-Exit codes: 0; 1 where something corrupt was found; 2 usage; 3 where there is neither a server nor a store to be had.
+Exit codes: 0; 1 where something corrupt was found; 2 usage; 3 where there is neither a server nor a store to be had, or
+it does not do what it is told.
 """
 
 import argparse
@@ -50,14 +51,15 @@ class NotHere(Exception):
 
 def run(config: Config, options: argparse.Namespace) -> int:
     """Carries out one of the four; what the world gets wrong becomes one message and an exit code."""
-    from kvstore.lmdb_pages import Damage  # these need numpy, which small commands do without
+    from app.cache_store import CannotDrop  # these need numpy, which small commands do without
+    from kvstore.lmdb_pages import Damage
 
     try:
         with _opened(config, options) as cache:
             return COMMANDS[options.action](cache, options)
     except Nothing as error:
         return _fail(EXIT_NOTHING, str(error))
-    except (ServerRefuses, NoServer) as error:
+    except (ServerRefuses, NoServer, CannotDrop) as error:
         return _fail(EXIT_NOTHING, str(error))
     except NotHere as error:
         return _fail(EXIT_USAGE, str(error))

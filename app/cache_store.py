@@ -14,6 +14,10 @@ from kvstore.copies import DISK, Place
 from kvstore.disk import DiskTier
 
 
+class CannotDrop(Exception):
+    """Records that were to go are still there."""
+
+
 class StoreCache:
     """As ServerCache, with the disk as the only tier. Raises what DiskTier.open_existing does."""
 
@@ -47,22 +51,28 @@ class StoreCache:
         return summary(found)
 
     def prune(self, tier: str, size: int) -> dict[str, Any]:
-        """Keeps at most `size` bytes of KV: what was written first leaves first, but children before their parents."""
+        """Keeps at most `size` bytes of KV: what was written first leaves first, but children before their parents.
+
+        Raises CannotDrop.
+        """
         keep, places = size // self._tier.block_bytes, self._tier.records()
         self._tier.drop(oldest(places, max(0, len(places) - keep)))
-        return self._left(len(places))
+        return self._left(len(places), keep)
 
     def clear(self, tier: str) -> dict[str, Any]:
-        """Also forgets what a server has moved aside."""
+        """Also forgets what a server has moved aside. Raises CannotDrop."""
         before = self._tier.stats().blocks
         self._tier.clear()
-        return self._left(before)
+        return self._left(before, 0)
 
     def close(self) -> None:
         self._tier.close()
 
-    def _left(self, before: int) -> dict[str, Any]:
+    def _left(self, before: int, wanted: int) -> dict[str, Any]:
         left = self._tier.stats().blocks
+        if left > wanted:
+            why = self._tier.broken or "the disk has no room for the transaction"
+            raise CannotDrop(f"{left - wanted:,} blocks of {self._path} could not be dropped: {why}")
         disk = {
             "dropped_blocks": before - left,
             "used_blocks": left,

@@ -59,7 +59,7 @@ async def _read(http: web.Request, served: Served, kind: type[Call]) -> Call:
     await http.app[TURNS].take()
     call = kind.model_validate_json(body)
     check_model_name(call.model, served.model)
-    served.unknown_fields.note(call.model_extra or {})
+    served.unknown_fields.note(call.unknown_fields)
     return call
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from app.served import Model
 from app.sse import frame
-from app.wire import Choice, Heading, says_something, token_text, usage_json
+from app.wire import Choice, Heading, finite, says_something, token_text, usage_json
 from engine.plan import Logprob
 from engine.request import Delta, Usage
 
@@ -88,4 +88,4 @@ class ChatWire:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text, exact = token_text(self._model, token)
-        return {"token": text, "logprob": logprob, "bytes": exact}
+        return {"token": text, "logprob": finite(logprob), "bytes": exact}

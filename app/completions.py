@@ -7,7 +7,7 @@ from typing import Any
 
 from app.served import Model
 from app.sse import frame
-from app.wire import Choice, Heading, says_something, token_text, usage_json
+from app.wire import Choice, Heading, finite, says_something, token_text, usage_json
 from engine.plan import Logprob
 from engine.request import Delta, Usage
 
@@ -77,7 +77,10 @@ class CompletionWire:
         } | ids
 
     def _logprobs(self, index: int, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:
-        """Four parallel lists. Offsets count the characters of the tokens before, from the beginning."""
+        """Four parallel lists. Offsets count the characters of the tokens before, from the beginning.
+
+        The token drawn is among the likeliest, whether it is one of them or not, as in OpenAI's answers.
+        """
         texts = [token_text(self._model, token)[0] for token in tokens]
         offsets = []
         for text in texts:
@@ -85,10 +88,11 @@ class CompletionWire:
             self._offsets[index] += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [each.logprob for each in logprobs],
+            "token_logprobs": [finite(each.logprob) for each in logprobs],
             "top_logprobs": [
-                {token_text(self._model, token)[0]: logprob for token, logprob in each.top}
-                for each in logprobs
+                {token_text(self._model, id_)[0]: finite(logprob) for id_, logprob in each.top}
+                | {text: finite(each.logprob)}
+                for text, each in zip(texts, logprobs, strict=True)
             ],
             "text_offset": offsets,
         }

@@ -4,7 +4,7 @@ Models and runners are made in `app/replica_runners.py`. The engine and its appl
 `app/serving.py` puts them together there.
 """
 
-import asyncio
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from app.plugins import PluginError, load_plugins
 from app.replica_runners import NoSuchDevice, ReplicaRunner, Replicas, UnlikeReplicas, load_replicas
 from app.served import Model
 from app.serving import Parts
+from app.threads import on_a_daemon
 from app.tiers import Tiers, make_tiers
 from engine.chat_template import ChatTemplateError
 from engine.core import CoreConfig
@@ -79,6 +80,7 @@ def load(config: Config) -> Parts:
         special_tokens={token: text for text, token in tokenizer.special_tokens.items()},
         defaults=loaded.generation,
         created=int(time.time()),
+        token_ids=loaded.config.vocab_size,
     )
     _log_loaded(model, replicas, fleet)
     first, *others = runners
@@ -94,8 +96,8 @@ def _on_its_own_thread(replica: ReplicaRunner) -> ThreadWorker:
 
 
 async def _revive(replicas: Replicas, number: int) -> Revived:
-    """A lost replica's device anew, made on a thread of its own. Raises what making it raises."""
-    made = await asyncio.to_thread(replicas.make, number)
+    """A lost replica's device anew, made on a thread of its own: it may hang. Raises what making it raises."""
+    made = await on_a_daemon(partial(replicas.make, number), f"replica {number}, made anew")
     return Revived(_on_its_own_thread(made), made.device)
 
 
@@ -110,9 +112,10 @@ def model_directory(path: str) -> Path:
 
 
 def check_recording(path: str) -> None:
+    """Makes the file, if it is not there, for this user alone: there will be prompts in it. Raises CannotRecord."""
     try:
         if path:
-            Path(path).open("ab").close()
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise CannotRecord(f"engine.record = {path!r} cannot be written: {error.strerror}") from error
 
@@ -136,12 +139,13 @@ def fleet_config(config: Config, replicas: Replicas, tiers: Tiers) -> FleetConfi
 def core_config(
     config: Config, replica: ReplicaRunner, scheduler: SchedulerConfig, fingerprint: str
 ) -> CoreConfig:
+    token_ids = replica.loaded.config.vocab_size  # a stop token beyond these is never drawn
     return CoreConfig(
         scheduler=scheduler,
         model_context=replica.loaded.config.max_positions,
         max_queue=config.engine.max_queue,
         max_outstanding=2 if replica.runs_ahead else 1,
-        eos_token_ids=replica.loaded.generation.eos_token_ids,
+        eos_token_ids=tuple(token for token in replica.loaded.generation.eos_token_ids if token < token_ids),
         fingerprint=fingerprint,
     )
 

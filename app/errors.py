@@ -63,11 +63,20 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 
 
 def draining() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+    return _later("the server is shutting down", "shutting_down")
+
+
+def _later(message: str, code: str) -> ApiError:
+    return ApiError(503, message, code=code, headers={"Retry-After": "5"})
 
 
 def cancelled() -> ApiError:
     return ApiError(CANCELLED_STATUS, "the request was cancelled on the server", code="request_cancelled")
+
+
+def replica_lost() -> ApiError:
+    message = "the replica that ran the request is lost, and no other has room for it"
+    return ApiError(500, message, code="replica_lost")
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -78,6 +87,8 @@ def as_api_error(error: Exception) -> ApiError:
         case QueueFull():
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             return ApiError(429, str(error), code=error.code, param=error.param, headers=headers)
+        case Refused(code="no_replica"):
+            return _later(str(error), error.code)
         case Refused():
             return ApiError(400, str(error), code=error.code, param=error.param)
         case ChatTemplateError():
@@ -99,7 +110,8 @@ def _invalid(error: ValidationError) -> ApiError:
     deepest = max(problems, key=lambda problem: len(problem["loc"]))  # of a union's arms, the one meant
     message, param = deepest["msg"], _param(deepest["loc"])
     if deepest["type"] == UNSUPPORTED:
-        return bad_request(message, deepest["ctx"]["name"], code="unsupported_parameter")
+        unsupported = _param((*deepest["loc"], deepest["ctx"]["name"]))
+        return bad_request(message, unsupported, code="unsupported_parameter")
     where = f"{param}: " if param else ""
     return bad_request(where + message, param, code=_CODES.get(deepest["type"], "invalid_value"))
 

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+
+from app.loop import end_task
 
 PERIOD_SECONDS = 0.1
 
@@ -14,9 +16,7 @@ async def measured_lag(observe: Callable[[float], None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await end_task(task)
 
 
 async def _measure(observe: Callable[[float], None]) -> None:

@@ -1,4 +1,4 @@
-"""Event loops of this process: uvloop's where there is one."""
+"""Event loops of this process, uvloop's where there is one; and how a task on one is ended."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -20,3 +20,11 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
     """As `asyncio.run`, on such a loop."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(work)
+
+
+async def end_task(task: "asyncio.Task[None]") -> None:
+    """Cancels a task, and waits until it has ended; what else it raises, this raises. May be cancelled itself."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()

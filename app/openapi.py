@@ -56,8 +56,8 @@ REFUSALS = {
     "429": "Too many requests; `Retry-After` says when to come back.",
     "431": "A header is too long.",
     "499": "An operator has cancelled the request.",
-    "500": "The engine has died.",
-    "503": "The server is shutting down, or not ready.",
+    "500": "The engine has died, or the request was lost with its replica.",
+    "503": "The server is shutting down, not ready, or short of replicas.",
 }
 
 

@@ -1,9 +1,10 @@
 """Which tenant and session a request is of, and the salt of its block keys: equal salts find each other's prefixes,
 others never do.
 
-A tenant is the API key that came with the request. Any key is taken, so whoever invents one is a tenant of his own.
-The key itself goes no further than here: keys of blocks, `api_keys` of the configuration, logs and recordings have its
-hash, SHA-256 of "bearer KEY" in hexadecimal. `printf %s 'bearer KEY' | sha256sum` makes the same.
+A tenant is the API key that came with the request: one of `server.keys_file`, or without that any, so that whoever
+invents one is a tenant of his own (app/guard.py sends others away). The key itself goes no further than here: keys of
+blocks, `api_keys` of the configuration, logs and recordings have its hash, SHA-256 of "bearer KEY" in hexadecimal.
+`printf %s 'bearer KEY' | sha256sum` makes the same.
 """
 
 from collections.abc import Mapping

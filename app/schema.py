@@ -2,11 +2,14 @@
 
 Unknown fields are ignored, and logged once (`app/unknown_fields.py`). Fields of the OpenAI API that would change the
 answer, and that Sluice cannot honour, are refused unless they are neutral. What fields become: `app/translation.py`.
+
+Pydantic makes an object of each mistake: lists stop at their first, and a dict is counted before it is looked into, or
+a body of 4 MiB would take gigabytes.
 """
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.plan import LEAST_REPETITION, MOST_REPETITION
@@ -16,6 +19,8 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGPROBS = 2**18  # of one call: choices × max_tokens × (top_logprobs + 1), each some 100 bytes of JSON
 MAX_STOPS = 16
 MAX_BIASES = 1024  # tokens of one logit_bias
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of one message's content
 INT32 = 2**31 - 1
 UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `NEUTRAL`
 
@@ -33,24 +38,50 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "suffix": (None, ""),
     "echo": (None, False),
     "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "tool_calls": (None, []),
     "functions": (None, []),
+    "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
 }
-"""Known to the API, not to us: only these values, which change nothing, are taken."""
+"""Known to the API, of calls or messages, not to us: only these values, which change nothing, are taken."""
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise PydanticCustomError("too_long", "at most {most} tokens", {"most": MAX_BIASES})
+    return biases
 
 
 class Lenient(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(Lenient):
+class Noting(Lenient):
+    """Fields that are not known are kept by name, to be logged."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def unknown_fields(self) -> set[str]:
+        """In all of a call."""
+        return set(self.model_extra or ())
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_built(self) -> Self:
+        unknown = self.model_extra or {}
+        for name, neutral in NEUTRAL.items():
+            if unknown.get(name) not in neutral:
+                raise PydanticCustomError(UNSUPPORTED, "{name} is not supported", {"name": name})
+        return self
+
+
+class StreamOptions(Noting):
     include_usage: bool | None = None
 
 
-class CommonCall(Lenient):
-    """What chat and text completions share. Fields that are not known are kept by name, to be logged."""
-
-    model_config = ConfigDict(extra="allow")
+class CommonCall(Noting):
+    """What chat and text completions share."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -65,7 +96,9 @@ class CommonCall(Lenient):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION, le=MOST_REPETITION)] | None = None
-    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[
+        dict[TokenKey, Bias] | None, Field(max_length=MAX_BIASES), BeforeValidator(_few)
+    ] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
 
     max_tokens: Tokens | None = None
@@ -80,13 +113,9 @@ class CommonCall(Lenient):
     expected_output_tokens: Tokens | None = None  # a hint for policies
     session_id: Identifier | None = None  # calls of one session are best served where the last one was
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_built(cls, body: Any) -> Any:
-        for name, neutral in NEUTRAL.items():
-            if isinstance(body, dict) and body.get(name) not in neutral:
-                raise PydanticCustomError(UNSUPPORTED, "{name} is not supported", {"name": name})
-        return body
+    @property
+    def unknown_fields(self) -> set[str]:
+        return super().unknown_fields | (self.stream_options.unknown_fields if self.stream_options else set())
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -102,9 +131,9 @@ class TextPart(Lenient):
     text: str
 
 
-class Message(Lenient):
+class Message(Noting):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -113,13 +142,20 @@ class Message(Lenient):
         return "".join(part.text for part in self.content)
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatCall(CommonCall):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def unknown_fields(self) -> set[str]:
+        return super().unknown_fields.union(*(message.unknown_fields for message in self.messages))
 
     @model_validator(mode="after")
     def _refuse_top_without_logprobs(self) -> Self:

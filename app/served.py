@@ -35,6 +35,7 @@ class Model:
     special_tokens: Mapping[int, str]  # how these are written
     defaults: GenerationDefaults
     created: int  # Unix seconds, for /v1/models
+    token_ids: int  # the model takes ids below it; a tokenizer may have more
 
 
 @dataclass(frozen=True, slots=True)

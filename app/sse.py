@@ -14,6 +14,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http import StreamWriter
 
+from app.loop import end_task
+
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 """A comment. It goes between frames, never into one."""
@@ -73,11 +75,8 @@ class EventStream:
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(
-                asyncio.CancelledError, ReaderGone
-            ):  # that the reader has gone, the block sees itself
-                await task
+            with suppress(ReaderGone):  # the block sees that itself
+                await end_task(task)
 
     async def _ping(self) -> None:
         while True:

@@ -69,7 +69,6 @@ def make_tiers(
     )
     for number, each in enumerate(devices):
         store.put_device(number, each)
-    memory_tiers.warm_up()
     store.open()
     host_blocks = host.stats().capacity_bytes // device.block_bytes if host else 0
     return Tiers(residency_config(config, device.block_bytes, host_blocks), store, fingerprint, host)

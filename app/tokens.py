@@ -1,20 +1,21 @@
 """`POST /tokenize` and `POST /detokenize`: what a prompt is in tokens, and the reverse. Shapes as vLLM has them."""
 
-import asyncio
+from functools import partial
 from typing import Annotated, Self
 
 from aiohttp import web
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_json
 
 from app.bodies import read_body
-from app.schema import Lenient, Message, TokenId
+from app.schema import Lenient, Messages, TokenId
 from app.served import SERVED, Model
-from app.translation import INLINE_CHARACTERS, check_model_name, checked_ids, rendered
+from app.threads import aside
+from app.translation import chat_tokens, check_model_name, checked_ids, size_of
 from app.wire import token_text
 
-MAX_TOKENS = 2**20
-"""Of one call to /detokenize; the body's size bounds it anyway."""
+MAX_TOKENS = 2**18
+"""Of one call to /detokenize."""
 
 
 class TokenizeCall(Lenient):
@@ -22,7 +23,7 @@ class TokenizeCall(Lenient):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True  # of a text; a chat's template writes its own
     return_token_strs: bool | None = None
 
@@ -35,31 +36,24 @@ class TokenizeCall(Lenient):
 
 class DetokenizeCall(Lenient):
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 async def tokenize(http: web.Request) -> web.Response:
     served = http.app[SERVED]
     call = TokenizeCall.model_validate_json(await read_body(http))
     check_model_name(call.model, served.model)
-    tokens = await _encoded(call, served.model)
-    strings = [token_text(served.model, token)[0] for token in tokens] if call.return_token_strs else None
-    return web.json_response(
-        {"count": len(tokens), "max_model_len": served.context, "tokens": tokens, "token_strs": strings}
-    )
+    size = len(call.prompt or "") + size_of(call.messages or ())
+    return _json(await aside(partial(_tokenized, call, served.model, served.context), size))
 
 
-async def _encoded(call: TokenizeCall, model: Model) -> list[int]:
-    messages = rendered(call.messages or ())
-    prompt = call.prompt
-
-    def encode() -> list[int]:
-        if prompt is None:
-            return model.tokenizer.encode(model.tokenizer.render_chat(messages), add_special_tokens=False)
-        return model.tokenizer.encode(prompt, add_special_tokens=call.add_special_tokens)
-
-    characters = len(prompt or "") + sum(len(message["content"]) for message in messages)
-    return encode() if characters <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
+def _tokenized(call: TokenizeCall, model: Model, context: int) -> bytes:
+    if call.prompt is None:
+        tokens = chat_tokens(call.messages or (), model)
+    else:
+        tokens = model.tokenizer.encode(call.prompt, add_special_tokens=call.add_special_tokens)
+    strings = [token_text(model, token)[0] for token in tokens] if call.return_token_strs else None
+    return to_json({"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": strings})
 
 
 async def detokenize(http: web.Request) -> web.Response:
@@ -67,11 +61,16 @@ async def detokenize(http: web.Request) -> web.Response:
     served = http.app[SERVED]
     call = DetokenizeCall.model_validate_json(await read_body(http))
     check_model_name(call.model, served.model)
+    return _json(await aside(partial(_detokenized, call.tokens, served.model), len(call.tokens)))
+
+
+def _detokenized(tokens: list[int], model: Model) -> bytes:
+    known = checked_ids(tokens, len(model.vocabulary), "tokens")
     exact = b"".join(
-        _bytes(served.model, token) for token in checked_ids(call.tokens, served.model, "tokens")
+        model.vocabulary[token] or model.special_tokens.get(token, "").encode() for token in known
     )
-    return web.json_response({"prompt": exact.decode(errors="replace")})
+    return to_json({"prompt": exact.decode(errors="replace")})
 
 
-def _bytes(model: Model, token: int) -> bytes:
-    return model.vocabulary[token] or model.special_tokens.get(token, "").encode()
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json", charset="utf-8")

@@ -1,12 +1,11 @@
 """From what a client sent to what the engine takes: prompts become token ids, fields become parameters.
 
-Types and bounds were checked by `app/schema.py`; here are the checks that need the model. Long texts are
-tokenised on a worker thread, so that the event loop goes on serving everyone else.
+Types and bounds were checked by `app/schema.py`; here are the checks that need the model. A call that is long, in one
+piece or in many, is tokenised and checked on a worker thread, so that the event loop goes on serving everyone else.
 """
 
-import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,11 +13,13 @@ from app.errors import ApiError, bad_request
 from app.salt import session_of
 from app.schema import MAX_CHOICES, MAX_LOGPROBS, ChatCall, CommonCall, CompletionCall, Message
 from app.served import Model, Served
+from app.threads import aside
+from app.wire import token_text
 from engine.plan import Sampling
 from engine.request import Request, ServiceClass, Stopping
 
-INLINE_CHARACTERS = 2048
-"""A shorter text is tokenised on the event loop, without a detour over a thread. Chosen, not measured."""
+MESSAGE_CHARACTERS = 64
+"""To render a message takes as long as so many characters of it. Chosen, not measured."""
 
 Prompt = tuple[int, ...]
 T = TypeVar("T")
@@ -35,19 +36,22 @@ class Caller:
 
 async def chat_prompt(call: ChatCall, model: Model) -> Prompt:
     """Renders the messages by the model's chat template, and tokenises."""
-    messages = rendered(call.messages)
-    length = sum(len(message["content"]) for message in messages)
 
-    def encode() -> list[int]:
-        text = model.tokenizer.render_chat(messages)
-        return model.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+    def prompt() -> Prompt:
+        return _taken(chat_tokens(call.messages, model), model, "messages")
 
-    return await _tokens(encode, length, "messages")
+    return await aside(prompt, size_of(call.messages))
 
 
-def rendered(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """As chat templates take them."""
-    return [{"role": message.role, "content": message.text} for message in messages]
+def size_of(messages: Sequence[Message]) -> int:
+    """How much work they are, in characters."""
+    return sum(len(message.text) + MESSAGE_CHARACTERS for message in messages)
+
+
+def chat_tokens(messages: Sequence[Message], model: Model) -> list[int]:
+    """As the chat template has them, which writes special tokens itself."""
+    asked = [{"role": message.role, "content": message.text} for message in messages]
+    return model.tokenizer.encode(model.tokenizer.render_chat(asked), add_special_tokens=False)
 
 
 async def completion_prompts(call: CompletionCall, model: Model, context: int) -> list[Prompt]:
@@ -57,30 +61,35 @@ async def completion_prompts(call: CompletionCall, model: Model, context: int) -
     )
     if len(prompts) > MAX_CHOICES:
         raise bad_request(f"prompt: at most {MAX_CHOICES} prompts a call, not {len(prompts)}", "prompt")
-    return [await _completion_prompt(prompt, model, context) for prompt in prompts]
+    size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str | list))
+    return await aside(lambda: [_completion_prompt(prompt, model, context) for prompt in prompts], size)
 
 
-async def _completion_prompt(prompt: object, model: Model, context: int) -> Prompt:
+def _completion_prompt(prompt: object, model: Model, context: int) -> Prompt:
     if isinstance(prompt, str):
-        return await _tokens(lambda: model.tokenizer.encode(prompt), len(prompt), "prompt")
+        return _taken(model.tokenizer.encode(prompt), model, "prompt")
     if not isinstance(prompt, list):
         raise bad_request(
             "prompt: expected a text, a list of texts, token ids, or lists of token ids", "prompt"
         )
     if len(prompt) > context:  # before looking at each
         raise too_long(len(prompt), context, "prompt")
-    return _not_empty(checked_ids(prompt, model, "prompt"), "prompt")
+    return _not_empty(checked_ids(prompt, model.token_ids, "prompt"), "prompt")
 
 
-def checked_ids(ids: list[Any], model: Model, param: str) -> list[int]:
-    last = len(model.vocabulary) - 1
-    if not all(type(token) is int and 0 <= token <= last for token in ids):
-        raise bad_request(f"{param}: token ids are whole numbers from 0 to {last}", param)
+def checked_ids(ids: list[Any], count: int, param: str) -> list[int]:
+    """Raises ApiError unless all are token ids below `count`."""
+    if not all(type(token) is int and 0 <= token < count for token in ids):
+        raise bad_request(f"{param}: token ids are whole numbers from 0 to {count - 1}", param)
     return ids
 
 
-async def _tokens(encode: Callable[[], list[int]], characters: int, param: str) -> Prompt:
-    return _not_empty(encode() if characters <= INLINE_CHARACTERS else await asyncio.to_thread(encode), param)
+def _taken(tokens: list[int], model: Model, param: str) -> Prompt:
+    """Raises ApiError for what the tokenizer makes and the model does not take."""
+    if max(tokens, default=0) >= model.token_ids:
+        text, _ = token_text(model, max(tokens))
+        raise bad_request(f"{param}: the tokenizer has a token for {text!r}, the model has none", param)
+    return _not_empty(tokens, param)
 
 
 def _not_empty(tokens: list[int], param: str) -> Prompt:
@@ -181,8 +190,8 @@ def sampling_of(call: CommonCall, logprobs: int | None, model: Model) -> Samplin
 def _logit_bias(call: CommonCall, model: Model) -> tuple[tuple[int, float], ...]:
     """By token id, those that do nothing left out."""
     biases = sorted((int(token), bias) for token, bias in (call.logit_bias or {}).items())
-    if biases and biases[-1][0] >= len(model.vocabulary):
-        raise bad_request(f"logit_bias: token ids go up to {len(model.vocabulary) - 1}", "logit_bias")
+    if biases and biases[-1][0] >= model.token_ids:
+        raise bad_request(f"logit_bias: token ids go up to {model.token_ids - 1}", "logit_bias")
     return tuple((token, bias) for token, bias in biases if bias)
 
 
@@ -192,8 +201,8 @@ def _first(said: T | None, default: T | None, neutral: T) -> T:
 
 def _stopping(call: CommonCall, max_tokens: int, model: Model) -> Stopping:
     stop_token_ids = tuple(call.stop_token_ids or ())
-    if any(token >= len(model.vocabulary) for token in stop_token_ids):
-        raise bad_request(f"stop_token_ids: ids go up to {len(model.vocabulary) - 1}", "stop_token_ids")
+    if any(token >= model.token_ids for token in stop_token_ids):
+        raise bad_request(f"stop_token_ids: ids go up to {model.token_ids - 1}", "stop_token_ids")
     min_tokens = call.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(

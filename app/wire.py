@@ -4,7 +4,9 @@
 `app/completions.py` are the two wires. A wire belongs to one answer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Protocol
 
 from app.served import Model
@@ -75,6 +77,16 @@ def says_something(heading: Heading, delta: Delta) -> bool:
     if delta.text or delta.finish_reason:
         return True
     return bool(delta.token_ids) and (heading.return_token_ids or heading.logprobs)
+
+
+def numbers_in(logprobs: Sequence[Logprob]) -> int:
+    """Log-probabilities of the tokens drawn and of the likeliest."""
+    return sum(1 + len(each.top) for each in logprobs)
+
+
+def finite(logprob: float) -> float | None:
+    """JSON has no word for −inf."""
+    return logprob if isfinite(logprob) else None
 
 
 def token_text(model: Model, token: int) -> tuple[str, list[int]]:

@@ -70,13 +70,10 @@ class StepAccounts:
         self._scheduler = scheduler
         self._replica = replica
         self._counted = scheduler.counts.copy()  # as told so far
-        self._counted_drops = scheduler.residency.dropped_blocks
 
     def record(self, account: Account) -> StepRecord:
-        scheduler, before = self._scheduler, self._counted
-        now, dropped = scheduler.counts, scheduler.residency.dropped_blocks
+        scheduler, before, now = self._scheduler, self._counted, self._scheduler.counts
         self._counted = now.copy()
-        dropped_since, self._counted_drops = dropped - self._counted_drops, dropped
         return StepRecord(
             replica=self._replica,
             step=account.step,
@@ -95,7 +92,7 @@ class StepAccounts:
             prefix_queries=now.prefix_queries - before.prefix_queries,
             prefix_hits=now.prefix_hits - before.prefix_hits,
             hit_tokens=now.hit_tokens - before.hit_tokens,
-            dropped_blocks=dropped_since,
+            dropped_blocks=scheduler.residency.take_dropped(),
             running=len(scheduler.running),
             waiting=scheduler.waiting,
             kv_used_blocks=scheduler.pool.held,

@@ -14,7 +14,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the context is full
     CANCELLED = "cancelled"  # the client left, or an operator cancelled it
-    ERROR = "error"  # the engine died
+    ERROR = "error"  # its replica was lost, and no other could take it
 
 
 @dataclass(frozen=True, slots=True)

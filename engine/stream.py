@@ -1,7 +1,7 @@
 """What a client's handler reads: the deltas of one request, merged while nobody looks.
 
-A slow reader never holds the engine up: what it has not read is kept as one delta a choice, so it is bounded by the
-answer itself.
+A slow reader never holds the engine up: what it has not read is kept, and comes as one delta a choice when it reads. So
+it is bounded by the answer itself.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ class Stream(AsyncIterator[Delta]):
         self._cancel = cancel
         self._bell = bell
         self._rung = False
-        self._news: dict[int, Delta] = {}  # by choice, in the order in which they came
+        self._news: dict[int, list[Delta]] = {}  # by choice, in the order in which they came
         self._waiter: asyncio.Future[None] | None = None  # the reader's, while it waits
         self._open = request.n  # choices that have not ended
         self._failure: BaseException | None = None
@@ -75,15 +75,14 @@ class Stream(AsyncIterator[Delta]):
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._news.pop(next(iter(self._news)))
+        return _joined(self._news.pop(next(iter(self._news))))
 
     # --- the engine's side ----------------------------------------------------------------------------------------
 
     def feed(self, delta: Delta) -> None:
         self._completion_tokens += len(delta.token_ids)
         self._open -= delta.finish_reason is not None
-        unread = self._news.get(delta.choice)
-        self._news[delta.choice] = delta if unread is None else _joined(unread, delta)
+        self._news.setdefault(delta.choice, []).append(delta)
         self._ring()
 
     def settle(self, finished: Finished) -> None:
@@ -105,9 +104,11 @@ class Stream(AsyncIterator[Delta]):
             self._waiter.set_result(None)
 
 
-def _joined(first: Delta, second: Delta) -> Delta:
-    return second._replace(
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
+def _joined(deltas: list[Delta]) -> Delta:
+    if len(deltas) == 1:
+        return deltas[0]
+    return deltas[-1]._replace(
+        text="".join(each.text for each in deltas),
+        token_ids=tuple(token for each in deltas for token in each.token_ids),
+        logprobs=tuple(logprob for each in deltas for logprob in each.logprobs),
     )

@@ -41,6 +41,7 @@ class Below:
         )
         self.copy_ids = count(1)
         self.failures = 0
+        self.told_blocks = 0  # of descent.dropped_blocks
         self._flights: list[Flights] = []  # of all replicas, and of those that are gone but not quiet
 
     def join(self, flights: Flights) -> None:

@@ -34,8 +34,8 @@ from kvstore.block import Key
 from kvstore.copies import DISK, Loss, Place
 from kvstore.disk_databases import Databases
 from kvstore.disk_files import DATA_FILE, LMDB_LOCK_FILE, NO_ROOM, Directory, audited_here
-from kvstore.disk_sizes import TransactionLimits, least_room_bytes, sizes
-from kvstore.disk_transaction import NoRoom, PagesDamaged, Records, payload
+from kvstore.disk_sizes import TransactionLimits, dropping_bytes, least_room_bytes, sizes
+from kvstore.disk_transaction import PagesDamaged, Records, payload
 from kvstore.format import About, first_page, header, index_intact
 from kvstore.tier import Buffer, TierStats, TierUnusable
 from kvstore.values import LEAST_PAYLOAD, Outcome, read_values, warm_up
@@ -63,6 +63,10 @@ class Verification:
 
     records: int
     lost: tuple[tuple[Key, Loss], ...]
+
+
+class NoRoom(Exception):
+    """The quota has no room for a write."""
 
 
 class DiskTier:
@@ -93,7 +97,7 @@ class DiskTier:
         """
         directory, about = Directory(path), About.of(block_bytes, fingerprint)
         try:
-            notice = directory.prepare(about, quota_bytes)
+            notice = directory.prepare(about, quota_bytes, limits)
             try:
                 return cls(directory, about, directory.room_bytes(quota_bytes), limits, notice)
             except REFUSALS as refusal:
@@ -110,9 +114,9 @@ class DiskTier:
     def open_existing(cls, path: Path, *, quota_bytes: int = 0) -> "DiskTier":
         """For an operator without a server: opens the store in `path` as it is, whatever model wrote it.
 
-        Makes none, and moves nothing aside. The file may grow up to `quota_bytes`; 0 (or one that is too small): not
-        at all. The audit runs in this process. Raises TierUnusable (there is no store, or another process has it) or
-        Damage (it must not be opened).
+        Makes none, and moves nothing aside. The file may grow up to `quota_bytes`; 0 (or one that is too small): by
+        what it takes to drop records. The audit runs in this process. Raises TierUnusable (there is no store, or
+        another process has it) or Damage (it must not be opened).
         """
         data = path / DATA_FILE
         if not data.is_file():
@@ -121,8 +125,8 @@ class DiskTier:
         try:
             (path / LMDB_LOCK_FILE).unlink(missing_ok=True)  # nobody else is here: what it says is outdated
             about = audited_here(data)
-            least = least_room_bytes(about.block_bytes)
-            room = max(directory.room_bytes(quota_bytes), data.stat().st_size, least)
+            as_it_is = data.stat().st_size + dropping_bytes(LIMITS.of(about.block_bytes))
+            room = max(directory.room_bytes(quota_bytes), as_it_is, least_room_bytes(about.block_bytes))
             return cls(directory, about, room, LIMITS, notice="")
         except (OSError, lmdb.Error) as error:
             directory.close()
@@ -147,7 +151,7 @@ class DiskTier:
         self._directory = directory
         self._sizes = sizes(room_bytes, about.block_bytes, limits)
         self._db = Databases(directory, about, self._sizes.map_bytes)
-        self._records = Records(self._db, about, self._sizes.capacity_blocks)
+        self._records = Records(self._db, about)
         self._blocks = self._db.blocks_at_start
         self._writing = Lock()
         self._closed = False
@@ -286,6 +290,8 @@ class DiskTier:
                     self._records.forget(txn, key)
                 written = self._records.insert(txn, blocks)
                 count = txn.stat(self._db.index)["entries"]
+                if blocks and count > self.capacity_blocks:
+                    raise NoRoom
         except lmdb.MapFullError:
             raise
         except (lmdb.Error, OSError, NoRoom, PagesDamaged) as error:

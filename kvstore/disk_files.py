@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvstore.audit import report
+from kvstore.disk_sizes import TransactionLimits, sizes
 from kvstore.format import FORMAT, About
 from kvstore.lmdb_pages import Damage
 from kvstore.tier import TierUnusable
@@ -68,8 +69,11 @@ class Directory:
         """Lets others have it."""
         os.close(self._owner)
 
-    def prepare(self, wanted: About, quota_bytes: int) -> str:
-        """Leaves a store that may be opened as `wanted`, or none. Why it is none, where there was one; else empty."""
+    def prepare(self, wanted: About, quota_bytes: int, limits: TransactionLimits) -> str:
+        """Leaves a store that may be opened as `wanted`, or none. Why it is none, where there was one; else empty.
+
+        Raises TierUnusable: the quota is too small, or somebody has stopped the audit.
+        """
         (self.path / LMDB_LOCK_FILE).unlink(missing_ok=True)  # nobody else is here: what it says is outdated
         self._shrink_aside(quota_bytes)
         if not self.data.exists():
@@ -78,7 +82,8 @@ class Directory:
         if not reason and not records:
             self.data.unlink()  # nothing is lost, and its pages go back to the file system
             return ""
-        if not reason and self.data.stat().st_size > self.room_bytes(quota_bytes):
+        ours = sizes(self.room_bytes(quota_bytes), wanted.block_bytes, limits)
+        if not reason and not ours.holds(self.data.stat().st_size, records):
             reason = "the store is larger than the quota"
         return self.set_aside(reason, quota_bytes) if reason else ""
 

@@ -49,6 +49,11 @@ class Sizes:
         """Of the values of the largest write."""
         return self.transaction_blocks * self.record_bytes
 
+    def holds(self, file_bytes: int, records: int) -> bool:
+        """Whether a store of this size may be taken over: what is too much of it must be droppable."""
+        surplus = records > self.capacity_blocks
+        return file_bytes + (dropping_bytes(self.transaction_blocks) if surplus else 0) <= self.map_bytes
+
 
 def sizes(room_bytes: int, block_bytes: int, limits: TransactionLimits) -> Sizes:
     """The sizes of a store whose file may have `room_bytes`. Raises TierUnusable: there is no room for a block."""
@@ -67,6 +72,11 @@ def least_room_bytes(block_bytes: int) -> int:
     """Of a store for one record: its reserve included, with transactions of one."""
     pages = value_pages(block_bytes, PAGESIZE)
     return (_reserve(1, pages) + pages + 2) * PAGESIZE
+
+
+def dropping_bytes(transaction_blocks: int) -> int:
+    """That a full file grows by before pages which drops have freed are used again."""
+    return _reserve(transaction_blocks, 0) * PAGESIZE
 
 
 def _reserve(transaction_blocks: int, pages: int) -> int:

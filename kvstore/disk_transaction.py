@@ -34,10 +34,6 @@ from kvstore.tier import Buffer
 from kvstore.values import stamp
 
 
-class NoRoom(Exception):
-    """The quota has no room for a write."""
-
-
 class PagesDamaged(Exception):
     """What LMDB relies on is damaged: it must be closed, and audited before it is opened again."""
 
@@ -45,21 +41,18 @@ class PagesDamaged(Exception):
 class Records:
     """Puts and forgets records, one transaction at a time: the bytes of a value are put together in one place."""
 
-    def __init__(self, databases: Databases, about: About, capacity_blocks: int) -> None:
+    def __init__(self, databases: Databases, about: About) -> None:
         self._databases = databases
         self._about = about
-        self._capacity_blocks = capacity_blocks
         self._pages = value_pages(about.block_bytes, PAGESIZE)
         self._staging = np.zeros(value_bytes(about.block_bytes, PAGESIZE), np.uint8)
 
     def insert(
         self, txn: "lmdb.Transaction[memoryview]", blocks: Sequence[tuple[Place, Buffer]]
     ) -> dict[Key, int]:
-        """The page that each value begins on. Raises NoRoom or PagesDamaged: the transaction must then be aborted."""
+        """The page that each value begins on. Raises PagesDamaged: the transaction must then be aborted."""
         for place, _ in blocks:
             self.forget(txn, place.key)  # never written over: LMDB would trust the old value's page header
-        if txn.stat(self._databases.index)["entries"] + len(blocks) > self._capacity_blocks:
-            raise NoRoom
         for place, buffer in blocks:
             self._put_value(txn, place, buffer)
         return {place.key: self._put_index(txn, place) for place, _ in blocks}

@@ -103,7 +103,7 @@ def pool_tier(pool: Tensor) -> MemoryTier:
 def host_tier(blocks: int, block_bytes: int, *, pinned: bool) -> MemoryTier:
     """An arena of `blocks` slots, touched so that the memory is really there, and pinned for a CUDA device.
 
-    Where it cannot be pinned it is pageable, and its `notice` says so. Raises TierUnusable: it cannot be allocated.
+    Where it cannot be pinned it is pageable, and its `notice` says so. What copies is compiled then. Raises TierUnusable: it cannot be allocated.
     """
     try:
         arena = torch.empty((blocks, block_bytes), dtype=torch.uint8).fill_(0)
@@ -111,6 +111,7 @@ def host_tier(blocks: int, block_bytes: int, *, pinned: bool) -> MemoryTier:
         reason = str(error).partition("\n")[0]
         wanted = f"kvstore.host.bytes: {blocks * block_bytes:,} bytes cannot be allocated"
         raise TierUnusable(f"{wanted} ({reason}); lower it") from error
+    warm_up()
     tier = MemoryTier(HOST, arena.numpy())
     if pinned:
         _pin(tier, arena)

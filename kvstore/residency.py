@@ -35,7 +35,7 @@ class Residency:
         self.shelves = below.shelves
         self.flights = Flights(pool, below.copy_ids, replica)
         self._descent = below.descent
-        self._unsaved_blocks = 0
+        self._unsaved_blocks = self._told_blocks = 0
         self._fetches: list[Copy] = []
         below.join(self.flights)
 
@@ -116,6 +116,12 @@ class Residency:
     def dropped_blocks(self) -> int:
         """Not written down, as copies could not keep up or a tier had no room."""
         return self._unsaved_blocks + self._descent.dropped_blocks
+
+    def take_dropped(self) -> int:
+        """Of `dropped_blocks`, those since the last call. What replicas share is told to the first that asks."""
+        since = self.dropped_blocks - self._told_blocks - self.below.told_blocks
+        self._told_blocks, self.below.told_blocks = self._unsaved_blocks, self._descent.dropped_blocks
+        return since
 
     # --- down: checkpoints and snapshots --------------------------------------------------------------------------
 

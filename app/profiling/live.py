@@ -142,7 +142,7 @@ async def _serve(parts: Parts, watch: Watch, note: Note) -> Seen:
         recorder=watch,
     )
     seen = Seen()
-    clients = Clients(engine, len(parts.model.vocabulary))
+    clients = Clients(engine, parts.model.token_ids)
     await clients.ask(CLIENTS[0], SECONDS / 4)
     watch.take(Seen())  # the first ones only warm up
     for count in CLIENTS:

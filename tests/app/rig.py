@@ -8,7 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -26,7 +26,7 @@ from app.service_classes import Classes, ClassTable
 from engine.chat_template import ChatTemplateError
 from engine.core import CoreConfig
 from engine.engine import Engine, Revived
-from engine.fleet import Fleet, FleetConfig
+from engine.fleet import Fleet, FleetConfig, ReplicaConfig
 from engine.model.generation import GenerationDefaults
 from engine.plan import Plan
 from engine.policy_set import Catalog, PolicyConfig
@@ -147,6 +147,7 @@ async def rig(
     script: Script | None = None,
     *,
     replicas: int = 1,
+    last_blocks: int | None = None,
     revive: Callable[[int], Awaitable[Revived]] | None = None,
     blocks: int = 64,
     context: int = 512,
@@ -155,12 +156,16 @@ async def rig(
     server: ServerSection | None = None,
     kvstore: KVStoreSection | None = None,
     defaults: GenerationDefaults | None = None,
+    token_ids: int = len(VOCABULARY),
     policies: PolicyConfig | None = None,
     plugins: Mapping[str, Mapping[str, Any]] | None = None,
     classes: Sequence[ClassTable] = (),
     keys: Sequence[KeyTable] = (),
 ) -> AsyncIterator[Rig]:
-    """At the end: nothing runs, no block is held, the books balance."""
+    """At the end: nothing runs, no block is held, the books balance.
+
+    last_blocks: of the last replica, where it has not as many as the others.
+    """
     server = server or ServerSection(port=0, max_body_bytes=100_000)
     scheduler = SchedulerConfig(
         16,
@@ -171,7 +176,9 @@ async def rig(
     )
     catalog = Catalog(plugins)
     core = CoreConfig(scheduler, context, max_queue, eos_token_ids=(EOS,))
-    fleet = Fleet(FleetConfig.of(core, replicas), VOCABULARY, catalog)
+    last = replace(core, scheduler=replace(scheduler, blocks=last_blocks or blocks))
+    cores = (*[core] * (replicas - 1), last)
+    fleet = Fleet(FleetConfig(tuple(ReplicaConfig(each) for each in cores)), VOCABULARY, catalog)
     workers = [gated(script, max_sequences) for _ in range(replicas)]
     engine = Engine(fleet, workers, exact=True, revive=revive)
     model = Model(
@@ -181,6 +188,7 @@ async def rig(
         {EOS: "<eos>"},
         defaults or GenerationDefaults((EOS,)),
         created=1,
+        token_ids=token_ids,
     )
     engine.on_policy_failed.append(PolicyLog().observe)
     replica_log = ReplicaLog()
@@ -191,7 +199,7 @@ async def rig(
     )
     metrics = Metrics(
         "otter",
-        cores=[core] * replicas,
+        cores=cores,
         context=served.context,
         victims=catalog.names("victim"),
         classes=served.classes.tables,

@@ -36,7 +36,9 @@ def main() -> int:
     fleet = Fleet(FleetConfig.of(core, replicas), VOCABULARY)
     runners = [ObedientRunner(saying(STORY), block_size=16, max_sequences=4) for _ in range(replicas)]
     workers = [QueueWorker(runners[0]), *map(ThreadWorker, runners[1:])]
-    model = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1)
+    model = Model(
+        "otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1, token_ids=257
+    )
     config = Config(server=ServerSection(port=0, drain_seconds=3600.0), log=LogSection(format="json"))
     with bind("127.0.0.1", 0) as listener, logging_to(sys.stderr, config.log):
         return run(Parts(config, model, fleet, workers, exact=True), listener)

@@ -1,15 +1,25 @@
 """Both completion calls: streamed and whole answers agree, and have the API's shape."""
 
+import json
+import threading
 from collections import defaultdict
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytest
+from pydantic_core import to_json
 
+from app import answer, tokens
+from app.chat import ChatWire
+from app.completions import CompletionWire
+from app.wire import Choice, Heading
 from engine.model.generation import GenerationDefaults
-from engine.request import Request
+from engine.plan import Logprob
+from engine.request import Delta, Request, Usage
 from engine.stream import Stream
 from tests.app.rig import EOS, STORY, Rig, rig
+from tests.app.test_serving import MODEL
 from tests.fakes import hashed, saying
 
 CHAT = "/v1/chat/completions"
@@ -204,6 +214,31 @@ async def test_offsets_of_completion_logprobs_count_the_tokens_before() -> None:
         assert len(offsets) == 9
 
 
+async def test_the_token_drawn_is_among_the_likeliest_of_a_completion() -> None:
+    """The scripted runner names none: here the one drawn is never among them."""
+    async with rig(saying([65, EOS])) as server:
+        for most in (0, 2):
+            _, answer = await server.post(TEXT, prompt="x", max_tokens=2, ignore_eos=True, logprobs=most)
+            found = answer["choices"][0]["logprobs"]
+            assert found["top_logprobs"] == [{token: -1.0} for token in found["tokens"]]
+
+
+@pytest.mark.parametrize("kind", [ChatWire, CompletionWire])
+def test_a_log_probability_of_minus_infinity_is_null_in_every_answer(
+    kind: type[ChatWire | CompletionWire],
+) -> None:
+    """JSON has no word for it, and `-Infinity` is none."""
+    heading, choice = Heading("an id", 1, "otter", logprobs=True), Choice(0)
+    delta = Delta(0, "A", (65,), (Logprob(-inf, ((66, -inf),)),))
+    choice.add(delta)
+    frame = json.loads(
+        kind(heading, MODEL).chunk(0, delta).removeprefix(b"data: "), parse_constant=pytest.fail
+    )
+    whole = json.loads(json.dumps(kind(heading, MODEL).whole([choice], Usage(1, 1, 0)), allow_nan=False))
+    assert frame["choices"][0]["logprobs"] == whole["choices"][0]["logprobs"]
+    assert "null" in json.dumps(frame["choices"][0]["logprobs"])
+
+
 async def test_the_models_defaults_hold_where_the_client_says_nothing() -> None:
     defaults = GenerationDefaults((EOS,), temperature=0.7, top_p=0.9, top_k=40)
     async with rig(defaults=defaults) as server:
@@ -265,25 +300,58 @@ async def test_message_content_may_be_text_parts() -> None:
     assert bytes(given[0].prompt) == b"user: good day\nassistant: \nassistant: "
 
 
-async def test_a_long_prompt_is_tokenised_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizer notes its thread: the loop's own for a short text, another for a long one."""
-    import threading
-
-    threads: list[threading.Thread] = []
+@pytest.mark.parametrize(
+    ("path", "body", "here"),
+    [
+        (TEXT, {"prompt": "x" * 10}, True),
+        (TEXT, {"prompt": "x" * 5000}, False),
+        (TEXT, {"prompt": ["x" * 300] * 8}, False),
+        (CHAT, {"messages": MESSAGES}, True),
+        (CHAT, {"messages": [MESSAGES[0] | {"content": "x" * 5000}]}, False),
+        (CHAT, {"messages": [MESSAGES[0] | {"content": ""}] * 100}, False),
+        ("/tokenize", {"prompt": "x" * 5000}, False),
+        ("/tokenize", {"messages": [MESSAGES[0] | {"content": ""}] * 100}, False),
+    ],
+)
+async def test_a_call_that_is_long_is_tokenised_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], here: bool
+) -> None:
+    """In one piece or in many. The tokenizer notes its thread: the loop's own for a short one, another for others."""
+    threads: set[threading.Thread] = set()
 
     async with rig(context=8000, blocks=512) as server:
         encode = server.served.model.tokenizer.encode
 
         def noted(text: str, add_special_tokens: bool = True) -> list[int]:
-            threads.append(threading.current_thread())
+            threads.add(threading.current_thread())
             return encode(text, add_special_tokens)
 
         monkeypatch.setattr(server.served.model.tokenizer, "encode", noted)
-        for length in (10, 5000):
-            for path, body in (
-                (TEXT, {"prompt": "x" * length}),
-                (CHAT, {"messages": [MESSAGES[0] | {"content": "x" * length}]}),
-            ):
-                assert (await server.post(path, **body, max_tokens=1))[0] == 200
-    here = threading.current_thread()
-    assert [thread is here for thread in threads] == [True, True, False, False]
+        assert (await server.post(path, **body, max_tokens=1))[0] == 200
+    assert {thread is threading.current_thread() for thread in threads} == {here}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "here"),
+    [
+        ("/detokenize", {"tokens": [65] * 10}, True),
+        ("/detokenize", {"tokens": [65] * 5000}, False),
+        (CHAT, {"messages": MESSAGES, "max_tokens": 20, "logprobs": True}, True),
+        (CHAT, {"messages": MESSAGES, "max_tokens": 800, "n": 3, "logprobs": True}, False),
+        (TEXT, {"prompt": ["x"] * 3, "max_tokens": 800, "logprobs": 0}, False),
+    ],
+)
+async def test_an_answer_that_is_long_is_written_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], here: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def noted(value: object, **options: Any) -> bytes:
+        threads.append(threading.current_thread())
+        return to_json(value, **options)
+
+    for module in (answer, tokens):
+        monkeypatch.setattr(module, "to_json", noted)
+    async with rig(context=1000, blocks=512) as server:
+        assert (await server.post(path, **body))[0] == 200
+    assert [thread is threading.current_thread() for thread in threads] == [here]

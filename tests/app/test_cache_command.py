@@ -15,11 +15,11 @@ from structlog.testing import capture_logs
 from app.admin_verify import Stopped
 from app.cache_store import oldest
 from app.cli import main
-from kvstore.copies import DISK, HOST, Place
+from kvstore.copies import DISK, HOST, Loss, Place
 from kvstore.disk import DiskTier, Verification
 from kvstore.format import MAGIC
 from tests.app.lives import Served, configuration, served
-from tests.kvstore.disk_rig import filled, kept, key_of, open_tier
+from tests.kvstore.disk_rig import crowded, filled, kept, key_of, open_tier
 
 PROMPT = "Once upon a time there was a little fox who lived in a house by the river. " * 4
 PAGE = 4096
@@ -151,6 +151,30 @@ def test_pruning_keeps_what_was_written_last_and_clearing_keeps_nothing(
     code, out, _ = sluice("clear", *no_server)
     assert (code, out) == (0, "disk: 10 blocks dropped, 0 (0 bytes) left\n")
     assert (tmp_path / "kv" / "data.mdb").stat().st_size <= size, "it has no quota that says it may grow"
+
+
+@pytest.mark.parametrize("quota_bytes", [0, 2 * 2**20])
+def test_a_store_with_more_than_its_quota_has_room_for_can_be_pruned_and_cleared(
+    sluice: Sluice, no_server: Sequence[str], tmp_path: Path, quota_bytes: int
+) -> None:
+    """By default the disk is turned off, and then its quota is 0."""
+    crowded(tmp_path / "kv", 150)
+    quota = ("--set", f"kvstore.disk.bytes={quota_bytes}")
+    code, out, _ = sluice("prune", "--bytes", str(140 * 20_000), "--json", *no_server, *quota)
+    assert (code, json.loads(out)["tiers"]["disk"]["used_blocks"]) == (0, 140)
+    code, out, _ = sluice("clear", *no_server, *quota)
+    assert (code, out) == (0, "disk: 140 blocks dropped, 0 (0 bytes) left\n")
+
+
+def test_what_could_not_be_dropped_is_exit_code_3(
+    sluice: Sluice, no_server: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path / "kv", 5)
+    monkeypatch.setattr(DiskTier, "_transact", lambda *_: Loss.FULL)
+    for action in (["prune", "--bytes", "0"], ["clear"]):
+        code, out, error = sluice(*action, *no_server)
+        assert (code, out) == (3, "")
+        assert "5 blocks" in error
 
 
 def test_a_store_that_a_server_has_open_is_left_alone(

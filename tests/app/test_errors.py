@@ -6,9 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from app.config import ServerSection
-from tests.app.rig import rig
+from app.errors import as_api_error
+from app.schema import ChatCall, CompletionCall
+from app.tokens import DetokenizeCall, TokenizeCall
+from tests.app.rig import EOS, rig
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -80,6 +84,18 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     (CHAT, said("forbidden"), "messages"),
     (CHAT, said([{"type": "image_url", "image_url": {"url": "http://x"}}]), "messages.0.content.0.type"),
     (CHAT, chat(tools=[{"type": "function"}]), "tools"),
+    (CHAT, chat(tool_choice="required"), "tool_choice"),
+    (CHAT, chat(function_call={"name": "f"}), "function_call"),
+    (
+        CHAT,
+        chat(messages=[{"role": "user"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]),
+        "messages.1.tool_calls",
+    ),
+    (
+        CHAT,
+        chat(messages=[{"role": "assistant", "function_call": {"name": "f"}}]),
+        "messages.0.function_call",
+    ),
     (CHAT, chat(logit_bias={"1": 100.5}), "logit_bias"),
     (CHAT, chat(logit_bias={"one": 5}), "logit_bias.one"),
     (CHAT, chat(logit_bias={"-1": 5}), "logit_bias"),
@@ -130,6 +146,54 @@ async def test_bad_bodies_are_answered_with_400_and_name_the_field() -> None:
         assert (await server.post(CHAT, **HELLO))[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (ChatCall, said([{}] * 10_000), "messages.0.content.0.type"),
+        (
+            ChatCall,
+            chat(messages=[{"role": "user", "content": [{}] * 10}] * 1000),
+            "messages.0.content.0.type",
+        ),
+        (ChatCall, chat(messages=[{}] * 4096), "messages.0.role"),
+        (ChatCall, chat(logit_bias={str(-token): "" for token in range(10_000)}), "logit_bias"),
+        (CompletionCall, text(stop=[1] * 10_000), "stop"),
+        (CompletionCall, text(stop_token_ids=[-1] * 10_000), "stop_token_ids"),
+        (TokenizeCall, chat(messages=[{}] * 4096), "messages.0.role"),
+        (DetokenizeCall, json.dumps({"tokens": [-1] * 10_000}).encode(), "tokens.0"),
+    ],
+)
+def test_a_body_full_of_mistakes_is_refused_for_the_first_few(
+    kind: type[BaseModel], body: bytes, param: str
+) -> None:
+    """Pydantic keeps a record of each that it looks at: 4 MiB of them took gigabytes, and half a minute."""
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate_json(body)
+    assert refusal.value.error_count() <= 300
+    assert as_api_error(refusal.value).param == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT, text(prompt=[1, 128]), "prompt"),
+        (TEXT, text(prompt="a bär"), "prompt"),
+        (CHAT, said("a bär"), "messages"),
+        (CHAT, chat(logit_bias={"128": 1}), "logit_bias"),
+        (TEXT, text(stop_token_ids=[128], min_tokens=1), "stop_token_ids"),
+    ],
+)
+async def test_tokens_that_the_tokenizer_knows_and_the_model_does_not_are_refused(
+    path: str, body: bytes, param: str
+) -> None:
+    """As of fine-tunes that have added a token. Of those there would be no row of the embedding."""
+    async with rig(token_ids=128) as server:
+        async with server.client.post(path, data=body) as response:
+            assert (response.status, (await response.json())["error"]["param"]) == (400, param)
+        assert (await server.post(TEXT, prompt=[127], logit_bias={"127": 1}, max_tokens=1))[0] == 200
+        assert (await server.post("/detokenize", tokens=[65, 255, EOS]))[0] == 200
+
+
 async def test_more_log_probabilities_than_an_answer_may_have_are_refused() -> None:
     async with rig(context=4096, blocks=512, max_queue=64) as server:
         status, answer = await server.post(TEXT, prompt="x", max_tokens=1000, n=32, logprobs=10)
@@ -144,12 +208,15 @@ async def test_unknown_fields_and_neutral_ones_are_taken() -> None:
         "echo": False,
         "suffix": None,
         "tools": [],
+        "tool_choice": "auto",
     }
     later = {"session_id": "s", "expected_output_tokens": 5, "priority": -3, "cache_salt": "x", "user": "me"}
     async with rig() as server:
         for path, body in ((CHAT, HELLO), (TEXT, PROMPT)):
             status, answer = await server.post(path, **body, **neutral, **later, no_such_field={"deep": [1]})
             assert status == 200, answer
+        said = {"role": "assistant", "content": "x", "tool_calls": None, "refusal": None, "audio": None}
+        assert (await server.post(CHAT, messages=[said], max_tokens=1))[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -184,8 +251,10 @@ async def test_a_wrong_path_method_model_or_size_is_a_nested_error_too() -> None
             ("POST", CHAT, chat(model="who"), 404, "model_not_found"),
             ("POST", "/admin/requests/who/cancel", None, 404, "request_not_found"),
             ("POST", CHAT, b" " * 100_001, 413, "body_too_large"),
+            ("PUT", "/admin/policies", b" " * 20_000, 413, "body_too_large"),
         ):
-            async with server.client.request(method, path, data=body) as response:
+            headers = {"Content-Type": "application/json"}
+            async with server.client.request(method, path, data=body, headers=headers) as response:
                 answer = await response.json()
                 assert (response.status, answer["error"]["code"]) == (status, code)
                 assert response.headers["x-request-id"]

@@ -152,6 +152,19 @@ async def test_an_operator_can_cancel_a_request_and_its_client_is_told(stream: b
         assert cut == stream
 
 
+async def test_a_call_of_which_one_prompt_is_cancelled_ends_at_once() -> None:
+    """Not when those before it have ended: no step goes on here."""
+    async with rig() as server:
+        server.worker.gate.clear()
+        call = asyncio.ensure_future(server.post(TEXT, prompt=["a", "b"], max_tokens=5))
+        await server.until(running=2)
+        name = server.engine.requests()[1]["id"]
+        assert (await server.post(f"/admin/requests/{name}/cancel"))[0] == 200
+        status, answer = await asyncio.wait_for(call, 5)
+        assert (status, answer["error"]["code"]) == (499, "request_cancelled")
+        server.worker.gate.set()
+
+
 async def _raw(server: Rig, stream: bool) -> tuple[bytes, bool]:
     """The body as far as it came, and whether the connection was cut."""
     received = b""

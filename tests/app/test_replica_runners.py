@@ -1,15 +1,19 @@
 """Runners from `[[replica]]` tables: what they share, what each has of its own, and one made anew."""
 
+import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
 
 from app import memory, replica_runners
-from app.compose import SHIPPED
+from app.compose import SHIPPED, _revive, core_config
 from app.config import Config, EngineSection
 from app.memory import NotEnoughMemory, divided
 from app.replica_runners import (
@@ -152,3 +156,35 @@ def test_replicas_whose_bits_differ_are_refused() -> None:
     replica_runners._refuse_unlike(unlike[:1] * 2)
     with pytest.raises(UnlikeReplicas, match="devices of one kind"):
         replica_runners._refuse_unlike(unlike)
+
+
+def test_a_stop_token_that_the_model_has_no_row_for_is_none(replicas: Replicas) -> None:
+    """It is never drawn; and the sampler, told to keep it from being drawn, would look beyond its rows."""
+    first = replicas.runners[0]
+    odd = replace(first.loaded.generation, eos_token_ids=(2, first.loaded.config.vocab_size))
+    replica = replace(first, loaded=replace(first.loaded, generation=odd))
+    assert core_config(Config(), replica, first.scheduler, "").eos_token_ids == (2,)
+
+
+async def test_a_replica_whose_restart_hangs_takes_no_thread_from_others_and_keeps_no_process(
+    monkeypatch: pytest.MonkeyPatch, replicas: Replicas
+) -> None:
+    began, ends = Event(), Event()
+
+    def hangs(_replicas: Replicas, number: int) -> ReplicaRunner:
+        began.set()
+        ends.wait()
+        raise NoSuchDevice(f"no {number}")
+
+    monkeypatch.setattr(Replicas, "make", hangs)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    restart = asyncio.ensure_future(_revive(replicas, 1))
+    try:
+        await asyncio.wait_for(asyncio.to_thread(began.wait), 5)
+        assert await asyncio.wait_for(asyncio.to_thread(int), 5) == 0
+        (thread,) = (each for each in threading.enumerate() if each.name == "replica 1, made anew")
+        assert thread.daemon
+    finally:
+        ends.set()
+    with pytest.raises(NoSuchDevice, match="no 1"):
+        await restart

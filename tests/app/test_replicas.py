@@ -2,11 +2,13 @@
 
 import asyncio
 import io
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import ClientPayloadError
 
 from engine.engine import Revived
 from engine.policy_set import PolicyConfig
@@ -224,6 +226,34 @@ async def test_when_a_replica_dies_in_mid_stream_the_others_go_on_and_all_stream
     (line,) = lines(stream, "replica_lost")
     assert (line["level"], line["replica"]) == ("error", 0)
     assert "on fire" in line["reason"]
+
+
+async def test_a_request_whose_replica_is_lost_and_that_fits_nowhere_else_is_an_error() -> None:
+    """Half an answer would look like a whole one: a 200, and [DONE]."""
+    async with rig(SCRIPT, replicas=2, last_blocks=4) as server:
+        gates(server, opened=False)
+        asked = {"prompt": "a" * 100, "max_tokens": 100}
+        whole = asyncio.ensure_future(server.post(TEXT, **asked))
+        async with server.client.post(TEXT, json=asked | {"stream": True}) as response:
+            await server.until(running=2)
+            server.workers[0].explode()
+            status, answer = await whole
+            assert response.status == 200
+            told = await response.content.readuntil(b"\n\n")
+            with pytest.raises(ClientPayloadError):
+                await response.content.read()
+    assert (status, answer["error"]["code"]) == (500, "replica_lost")
+    assert json.loads(told.removeprefix(b"data: ")) == answer
+
+
+async def test_a_request_that_only_a_lost_replica_has_room_for_may_come_again_later() -> None:
+    async with rig(SCRIPT, replicas=2, last_blocks=4) as server:
+        server.workers[0].explode()
+        asked = {"prompt": "a" * 100, "max_tokens": 100}
+        assert (await server.post(TEXT, **asked))[0] == 500
+        async with server.client.post(TEXT, json=asked) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "no_replica")
+            assert int(response.headers["Retry-After"]) >= 1
 
 
 async def test_a_lost_replica_is_started_again_once_and_serves() -> None:

@@ -1,15 +1,20 @@
 """What the composition root puts together: memory → blocks, recordings, the loop's lag."""
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
+from app.compose import CannotRecord, check_recording
 from app.config import Config, EngineSection
 from app.lag import measured_lag
 from app.memory import NotEnoughMemory, free_cpu_bytes, kv_blocks
 from app.served import Model
 from app.serving import Parts, serving
+from app.sse import EventStream
 from engine.core import CoreConfig
 from engine.engine import Engine, Revived
 from engine.fleet import BalanceConfig, Fleet, FleetConfig
@@ -65,7 +70,15 @@ async def test_a_recording_of_a_live_run_replays_byte_for_byte(tmp_path: Path) -
     assert await asyncio.to_thread(replay, path, VOCABULARY) > 120
 
 
-MODEL = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1)
+def test_a_recording_is_for_its_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    check_recording(str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(CannotRecord, match="cannot be written"):
+        check_recording(str(tmp_path / "none" / "run.jsonl"))
+
+
+MODEL = Model("otter", ByteTokenizer(), VOCABULARY, {}, GenerationDefaults((EOS,)), created=1, token_ids=257)
 
 
 class Burning(ScriptedRunner):
@@ -131,3 +144,29 @@ async def test_the_lag_of_a_loop_is_observed() -> None:
     seen: asyncio.Queue[float] = asyncio.Queue()
     async with measured_lag(seen.put_nowait):
         assert await seen.get() >= 0
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda: measured_lag(lambda seconds: None),
+        lambda: EventStream(make_mocked_request("GET", "/"), ping_seconds=100).pinging(),
+    ],
+)
+async def test_who_is_cancelled_while_its_helper_ends_is_cancelled(
+    beside: Callable[[], AbstractAsyncContextManager[None]],
+) -> None:
+    went_on = asyncio.Event()
+
+    async def handler() -> None:
+        async with beside():
+            await asyncio.sleep(0)
+        went_on.set()
+
+    handling = asyncio.ensure_future(handler())
+    for _ in range(2):
+        await asyncio.sleep(0)
+    handling.cancel()
+    await asyncio.wait([handling])
+    assert handling.cancelled()
+    assert not went_on.is_set()

@@ -78,6 +78,14 @@ def filled(path: Path, count: int = 40) -> list[int]:
     return list(range(2 * count, 3 * count))
 
 
+def crowded(path: Path, count: int) -> int:
+    """A closed store of so many blocks, written one after another, without churn. The bytes of its file."""
+    tier = open_tier(path, quota_bytes=64 * 2**20)
+    assert not any(write(tier, range(count)))
+    tier.close()
+    return (path / "data.mdb").stat().st_size
+
+
 def python(source: str, *arguments: object) -> "subprocess.Popen[str]":
     """A child process that runs this in the repository, its output piped."""
     command = [sys.executable, "-c", source, *map(str, arguments)]

@@ -31,6 +31,7 @@ from tests.kvstore.disk_rig import (
     BLOCK_BYTES,
     QUOTA_BYTES,
     block_of,
+    crowded,
     filled,
     kept,
     key_of,
@@ -204,6 +205,32 @@ def test_a_quota_that_was_lowered_is_kept(tmp_path: Path) -> None:
     assert "larger than the quota" in tier.notice
     assert tier.records() == ()
     assert bytes_of(tmp_path) <= 2**20
+    tier.close()
+
+
+@pytest.mark.parametrize("pages", [0, 64, 112, 144])
+def test_a_store_with_more_records_than_a_lowered_quota_has_room_for_goes_on(
+    tmp_path: Path, pages: int
+) -> None:
+    """Its surplus can be dropped, or it is begun anew; then it takes blocks. The quota holds either way."""
+    quota = crowded(tmp_path, 200) + disk_files.LOCKS_BYTES + pages * PAGESIZE
+    tier = open_tier(tmp_path, quota_bytes=quota)
+    surplus = list(range(200 - tier.capacity_blocks))
+    assert ("larger than the quota" in tier.notice) == (tier.stats().blocks == 0)
+    assert tier.notice or surplus
+    tier.drop([key_of(number) for number in surplus])
+    assert tier.notice or tier.stats().blocks == tier.capacity_blocks
+    for number in range(300, 350):
+        assert write(tier, [number], [number - 300 + len(surplus)]) == [None]
+    assert bytes_of(tmp_path) <= quota
+    tier.close()
+
+
+def test_a_full_store_without_a_quota_to_grow_in_can_be_cleared(tmp_path: Path) -> None:
+    crowded(tmp_path, 200)
+    tier = DiskTier.open_existing(tmp_path)
+    assert tier.clear() is None
+    assert tier.stats().blocks == 0
     tier.close()
 
 

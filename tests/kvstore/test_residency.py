@@ -309,3 +309,19 @@ def test_a_drop_never_follows_the_write_of_the_same_block() -> None:
             residency.copied(CopyDone(told.id), 0.0)
     assert DEVICE not in {entry.tier for entry in residency.disk.entries()}
     assert len(residency.disk) == 2
+
+
+def test_blocks_that_are_not_saved_are_told_once_by_the_replica_that_lost_them_or_by_one_for_all() -> None:
+    """One of three is too much on its way down from the first replica's device; the disk is full for the others."""
+    config = ResidencyConfig(host_blocks=8, disk_blocks=8, spilling_blocks=2)
+    below = Below(config, EVICTIONS["lru"], PLACEMENTS["write_through"])
+    first, second = (Residency(DevicePool(8), below, replica) for replica in range(2))
+    first.tier_up(TierUp(DISK, ()), 0.0)
+    assert first.save(Holder(first, chain(0, 3)).places(), 0.0) == 2
+    (down,) = first.take(0.0)
+    assert isinstance(down, Copy)
+    first.copied(CopyDone(down.id), 1.0)
+    (write,) = first.take(1.0)
+    assert isinstance(write, Copy)
+    first.copied(CopyDone(write.id, ((0, Loss.FULL), (1, Loss.FULL))), 2.0)
+    assert [each.take_dropped() for each in (second, first, second, first)] == [2, 1, 0, 0]
