@@ -103,7 +103,8 @@ def pool_tier(pool: Tensor) -> MemoryTier:
 def host_tier(blocks: int, block_bytes: int, *, pinned: bool) -> MemoryTier:
     """An arena of `blocks` slots, touched so that the memory is really there, and pinned for a CUDA device.
 
-    Where it cannot be pinned it is pageable, and its `notice` says so. What copies is compiled then. Raises TierUnusable: it cannot be allocated.
+    Where it cannot be pinned it is pageable, and its `notice` says so. What copies between memories is compiled then.
+    Raises TierUnusable: it cannot be allocated.
     """
     try:
         arena = torch.empty((blocks, block_bytes), dtype=torch.uint8).fill_(0)

@@ -110,7 +110,7 @@ async def store_for(
     device = pool_tier(runner.pool)
     memories: dict[str, Tier] = {DEVICE: device}
     if below.host:
-        memories[HOST] = host_tier(below.host, device.block_bytes, pinned=False)
+        memories[HOST] = await asyncio.to_thread(host_tier, below.host, device.block_bytes, pinned=False)
     opener = partial(open_disk, path, below.disk, device.block_bytes, below.failing_reads)
     if not (below.host or below.disk):
         yield None, memories
