@@ -138,13 +138,14 @@ def test_one_that_is_not_brief_is_a_threads(rig: Rig, monkeypatch: pytest.Monkey
     monkeypatch.setattr("kvstore.transfer.BRIEF_BYTES", SIZE)
     rig.started().heard()
     tellers: list[str] = []
-    monkeypatch.setattr(
-        rig.store._outbox,
-        "report",
-        lambda news: (tellers.append(threading.current_thread().name), rig.news.put(news)),
-    )
+
+    def report(news: News) -> None:
+        tellers.append(threading.current_thread().name)
+        rig.news.put(news)
+
+    monkeypatch.setattr(rig.store._outbox, "report", report)
     rig.copy(1, DEVICE, HOST, [3])
-    rig.heard()
+    assert rig.heard_copy().id == 1
     rig.copy(2, DEVICE, HOST, [4, 5])
     assert rig.heard_copy().id == 2
     assert tellers == [threading.current_thread().name, "kv down copier 0 0"]
