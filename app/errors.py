@@ -12,7 +12,7 @@ from aiohttp.typedefs import Handler
 from pydantic import ValidationError
 from structlog.stdlib import get_logger
 
-from app.schema import UNSUPPORTED
+from app.schema import CONTRADICTION, UNSUPPORTED
 from engine.chat_template import ChatTemplateError
 from engine.request import EngineDead, QueueFull, Refused
 
@@ -109,9 +109,9 @@ def _invalid(error: ValidationError) -> ApiError:
     problems = error.errors(include_url=False, include_input=False)
     deepest = max(problems, key=lambda problem: len(problem["loc"]))  # of a union's arms, the one meant
     message, param = deepest["msg"], _param(deepest["loc"])
-    if deepest["type"] == UNSUPPORTED:
-        unsupported = _param((*deepest["loc"], deepest["ctx"]["name"]))
-        return bad_request(message, unsupported, code="unsupported_parameter")
+    if deepest["type"] in (UNSUPPORTED, CONTRADICTION):  # of a whole model: the field is in the context
+        code = "unsupported_parameter" if deepest["type"] == UNSUPPORTED else "invalid_value"
+        return bad_request(message, _param((*deepest["loc"], deepest["ctx"]["name"])), code=code)
     where = f"{param}: " if param else ""
     return bad_request(where + message, param, code=_CODES.get(deepest["type"], "invalid_value"))
 

@@ -23,6 +23,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024  # of one message's content
 INT32 = 2**31 - 1
 UNSUPPORTED = "unsupported"  # the type of the validation error for a field of `NEUTRAL`
+CONTRADICTION = "contradiction"  # and for fields that do not go together
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=1, le=INT32)]
@@ -43,8 +44,32 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
+    # of vLLM's
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None, {}),
+    "use_beam_search": (None, False),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None, []),
+    "truncate_prompt_tokens": (None,),
+    "prompt_logprobs": (None,),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "skip_special_tokens": (None, True),
 }
-"""Known to the API, of calls or messages, not to us: only these values, which change nothing, are taken."""
+"""Known to the API or to vLLM's, not to us, of calls or messages: only these values, which change nothing, are taken."""
+
+
+def contradiction(name: str, message: str) -> PydanticCustomError:
+    """Of a field that does not go with others."""
+    return PydanticCustomError(CONTRADICTION, "{message}", {"name": name, "message": message})
 
 
 def _few(biases: Any) -> Any:
@@ -120,9 +145,9 @@ class CommonCall(Noting):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("contradiction", "stream_options needs stream = true")
+            raise contradiction("stream_options", "stream_options needs stream = true")
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise PydanticCustomError("contradiction", "min_tokens is larger than max_tokens")
+            raise contradiction("min_tokens", "min_tokens is larger than max_tokens")
         return self
 
 
@@ -160,7 +185,7 @@ class ChatCall(CommonCall):
     @model_validator(mode="after")
     def _refuse_top_without_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise PydanticCustomError("contradiction", "top_logprobs needs logprobs = true")
+            raise contradiction("top_logprobs", "top_logprobs needs logprobs = true")
         return self
 
 

@@ -5,10 +5,10 @@ from typing import Annotated, Self
 
 from aiohttp import web
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError, to_json
+from pydantic_core import to_json
 
 from app.bodies import read_body
-from app.schema import Lenient, Messages, TokenId
+from app.schema import Lenient, Messages, TokenId, contradiction
 from app.served import SERVED, Model
 from app.threads import aside
 from app.translation import chat_tokens, check_model_name, checked_ids, size_of
@@ -30,7 +30,7 @@ class TokenizeCall(Lenient):
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("contradiction", "give either prompt or messages")
+            raise contradiction("prompt", "give either prompt or messages")
         return self
 
 

@@ -59,7 +59,7 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     (CHAT, chat(max_tokens=-1), "max_tokens"),
     (CHAT, chat(max_tokens=10**30), "max_tokens"),
     (CHAT, chat(max_tokens=2.5), "max_tokens"),
-    (CHAT, chat(min_tokens=2), None),
+    (CHAT, chat(min_tokens=2), "min_tokens"),
     (CHAT, chat(stop=""), "stop"),
     (CHAT, chat(stop=["a", ""]), "stop.1"),
     (CHAT, chat(stop=["a"] * 17), "stop"),
@@ -68,9 +68,9 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     (CHAT, chat(stop_token_ids=[-1]), "stop_token_ids.0"),
     (CHAT, chat(stop_token_ids=[257]), "stop_token_ids"),
     (CHAT, chat(logprobs=3), "logprobs"),
-    (CHAT, chat(top_logprobs=3), None),
+    (CHAT, chat(top_logprobs=3), "top_logprobs"),
     (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs"),
-    (CHAT, chat(stream_options={"include_usage": True}), None),
+    (CHAT, chat(stream_options={"include_usage": True}), "stream_options"),
     (CHAT, chat(stream="yes"), "stream"),
     (CHAT, chat(priority=2**40), "priority"),
     (CHAT, chat(cache_salt="s" * 257), "cache_salt"),
@@ -86,6 +86,11 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     (CHAT, chat(tools=[{"type": "function"}]), "tools"),
     (CHAT, chat(tool_choice="required"), "tool_choice"),
     (CHAT, chat(function_call={"name": "f"}), "function_call"),
+    (CHAT, chat(modalities=["text", "audio"]), "modalities"),
+    (CHAT, chat(web_search_options={}), "web_search_options"),
+    (CHAT, chat(guided_json={"type": "object"}), "guided_json"),
+    (CHAT, chat(skip_special_tokens=False), "skip_special_tokens"),
+    (TEXT, text(use_beam_search=True), "use_beam_search"),
     (
         CHAT,
         chat(messages=[{"role": "user"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]),
@@ -209,6 +214,8 @@ async def test_unknown_fields_and_neutral_ones_are_taken() -> None:
         "suffix": None,
         "tools": [],
         "tool_choice": "auto",
+        "modalities": ["text"],
+        "skip_special_tokens": True,
     }
     later = {"session_id": "s", "expected_output_tokens": 5, "priority": -3, "cache_salt": "x", "user": "me"}
     async with rig() as server:
