@@ -4,10 +4,12 @@ Imports nothing heavy by itself.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
 
 from app.config import ConfigError
@@ -17,12 +19,38 @@ from app.profiling import arguments as bench_arguments
 from app.simulate import arguments as simulate_arguments
 from app.terminal import arguments as terminal_arguments
 
+EXIT_NO_OUTPUT = 1
 EXIT_USAGE = 2
 TIERS = ("device", "host", "disk", "all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the process's exit code."""
+    """Runs one command; returns the process's exit code. Standard output may be closed, or full."""
+    if sys.stdout is None:  # it was closed before we began
+        sys.stdout = StringIO()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read it has read enough
+        _drop_output()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        sys.stderr.write(f"sluice: what it says cannot be written: {error.strerror}\n")
+    return EXIT_NO_OUTPUT
+
+
+def _drop_output() -> None:
+    """What is buffered goes nowhere: the interpreter would try again at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     try:
         loaded = load(options.set, os.environ, options.config)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -13,6 +14,8 @@ from app.cli import main
 from app.listening import CannotListen, bind
 
 REPOSITORY = Path(__file__).parents[2]
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+SAY_MUCH = [["check-config", "--json"], ["check-config"], ["--help"]]
 
 
 def test_check_config_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +91,37 @@ def test_small_commands_do_not_import_torch_or_the_server(arguments: list[str]) 
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+def told(arguments: list[str], out: int | IO[bytes]) -> tuple[int, str]:
+    """Exit code and standard error of a process of its own."""
+    command = [sys.executable, "-m", "app", *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=BUFFERED, stdout=out, stderr=subprocess.PIPE, check=False
+    )
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize("arguments", SAY_MUCH)
+def test_who_reads_no_further_ends_a_command_without_a_word(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert told(arguments, writing) == (1, "")
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("arguments", SAY_MUCH)
+def test_output_that_finds_no_room_is_a_line_and_exit_code_1(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        code, error = told(arguments, full)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "No space left on device" in error
+
+
+def test_a_command_without_a_standard_output_says_it_to_nobody() -> None:
+    closed = f"'{sys.executable}' -m app check-config --json >&-"
+    done = subprocess.run(closed, shell=True, cwd=REPOSITORY, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
