@@ -23,7 +23,6 @@ from app.remote import NoServer, ServerRefuses, url_of
 EXIT_CORRUPT = 1
 EXIT_USAGE = 2
 EXIT_NOTHING = 3
-EXIT_INTERRUPTED = 130
 
 
 class Cache(Protocol):
@@ -67,8 +66,6 @@ def run(config: Config, options: argparse.Namespace) -> int:
             EXIT_CORRUPT,
             f"the store in {path} is damaged: {error}. The next server to use it moves it aside and begins anew.",
         )
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
 
 
 @contextmanager

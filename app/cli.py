@@ -11,21 +11,24 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from app.config import ConfigError
-from app.config_sources import Loaded, load
 from app.load import arguments as load_arguments
 from app.profiling import arguments as bench_arguments
 from app.simulate import arguments as simulate_arguments
 from app.terminal import arguments as terminal_arguments
 
+if TYPE_CHECKING:
+    from app.config_sources import Loaded
+
 EXIT_NO_OUTPUT = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 TIERS = ("device", "host", "disk", "all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the process's exit code. Standard output may be closed, or full."""
+    """Runs one command; returns its exit code. Ctrl-C has one, and so has an output that is closed or full."""
     if sys.stdout is None:  # it was closed before we began
         sys.stdout = StringIO()
     try:
@@ -33,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(arguments)
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write("sluice: interrupted\n")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # who read it has read enough
         _drop_output()
     except OSError as error:
@@ -52,6 +58,9 @@ def _drop_output() -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
+    from app.config import ConfigError
+    from app.config_sources import load
+
     try:
         loaded = load(options.set, os.environ, options.config)
     except ConfigError as error:
@@ -133,13 +142,13 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _serve(loaded: Loaded, options: argparse.Namespace) -> int:
+def _serve(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.serve import serve
 
     return serve(loaded.config)
 
 
-def _check_config(loaded: Loaded, options: argparse.Namespace) -> int:
+def _check_config(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.check_config import as_json, print_table
 
     if options.json:
@@ -149,19 +158,19 @@ def _check_config(loaded: Loaded, options: argparse.Namespace) -> int:
     return 0
 
 
-def _cache(loaded: Loaded, options: argparse.Namespace) -> int:
+def _cache(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.cache_command import run
 
     return run(loaded.config, options)
 
 
-def _simulate(loaded: Loaded, options: argparse.Namespace) -> int:
+def _simulate(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.simulate.command import run
 
     return run(options)
 
 
-def _bench(loaded: Loaded, options: argparse.Namespace) -> int:
+def _bench(loaded: "Loaded", options: argparse.Namespace) -> int:
     if options.action == "serve":
         from app.load.command import run as load_server
 
@@ -171,7 +180,7 @@ def _bench(loaded: Loaded, options: argparse.Namespace) -> int:
     return run(loaded.config, options)
 
 
-def _terminal(loaded: Loaded, options: argparse.Namespace) -> int:
+def _terminal(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.terminal.command import run
 
     return run(loaded, options)

@@ -10,6 +10,7 @@ from typing import IO
 
 import pytest
 
+from app import cli
 from app.cli import main
 from app.listening import CannotListen, bind
 
@@ -91,6 +92,17 @@ def test_small_commands_do_not_import_torch_or_the_server(arguments: list[str]) 
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_ctrl_c_is_a_line_and_exit_code_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "check-config", interrupted)
+    assert main(["check-config"]) == 130
+    assert capsys.readouterr().err == "sluice: interrupted\n"
 
 
 def told(arguments: list[str], out: int | IO[bytes]) -> tuple[int, str]:
