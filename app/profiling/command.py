@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from signal import SIGINT
 
 from rich.console import Console
 from rich.table import Table
@@ -11,11 +12,13 @@ from app.config import Config
 from app.logging import logging_to
 from app.profiling.fitting import Error
 from app.profiling.operator_tables import read_tables
+from app.signals import ending_at_once
 from app.workload.trace import TraceError
 from engine.profile import Profile, ProfileError, write_profile
 from engine.step_time import CurveTime
 
 EXIT_CANNOT = 2
+EXIT_INTERRUPTED = 130
 
 
 def run(config: Config, options: argparse.Namespace) -> int:
@@ -36,15 +39,18 @@ class CannotMeasure(Exception):
 
 
 def _measured(config: Config) -> tuple[Profile, list[Error]]:
-    from app.compose import CANNOT_START
-    from app.profiling.measuring import measure
+    with (
+        logging_to(sys.stderr, config.log),
+        Console(stderr=True).status("loading") as status,
+        ending_at_once({SIGINT: EXIT_INTERRUPTED}, last=status.stop),
+    ):
+        from app.compose import CANNOT_START
+        from app.profiling.measuring import measure
 
-    console = Console(stderr=True)
-    try:
-        with logging_to(sys.stderr, config.log), console.status("loading") as status:
+        try:
             return measure(config, status.update)
-    except CANNOT_START as error:
-        raise CannotMeasure(str(error)) from error
+        except CANNOT_START as error:
+            raise CannotMeasure(str(error)) from error
 
 
 def _tell(profile: Profile, errors: list[Error], out: Path | None) -> None:
