@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
+from app.outputs import CannotWrite, make_directory, writing
 from app.plugins import PluginError, load_plugins
 from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
@@ -28,7 +29,7 @@ from engine.simulation import Simulation, Tick
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 EXIT_USAGE = 2
-WORLD = (BadSweep, CannotTransform, ConfigError, PluginError, ProfileError, TraceError, OSError)
+WORLD = (BadSweep, CannotTransform, CannotWrite, ConfigError, PluginError, ProfileError, TraceError, OSError)
 """What the world can get wrong; each says what."""
 
 
@@ -36,11 +37,18 @@ def run(options: argparse.Namespace) -> int:
     """Exit code 2 where something given cannot be used."""
     try:
         results = _results(options)
-        _tell(results, options)
     except WORLD as error:
-        sys.stderr.write(f"sluice: {error}\n")
-        return EXIT_USAGE
+        return _fail(error)
+    try:
+        _tell(results, options)
+    except CannotWrite as error:
+        return _fail(error)
     return 0
+
+
+def _fail(error: Exception) -> int:
+    sys.stderr.write(f"sluice: {error}\n")
+    return EXIT_USAGE
 
 
 def _results(options: argparse.Namespace) -> list[Result]:
@@ -48,6 +56,8 @@ def _results(options: argparse.Namespace) -> list[Result]:
     chosen = scenarios(options.sweep, options.rate, options.replicas)
     configs = [_config(options, scenario) for scenario in chosen]  # all are checked before the first runs
     traces = Traces(options)
+    if options.out is not None:
+        make_directory("--out", options.out)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -137,16 +147,22 @@ def _watch(progress: Progress, task: TaskID) -> Callable[[Tick, int], None]:
 
 
 def _tell(results: list[Result], options: argparse.Namespace) -> None:
+    """Raises CannotWrite."""
     objectives = Objectives(options.ttft, options.tpot)
     wide = None if sys.stdout.isatty() else 170
     show(results, objectives, Console(width=wide))
-    if options.out is None:
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
+    if options.out is not None:
+        with writing("--out", options.out):
+            written = _write(results, options)
+        sys.stderr.write(f"{written}\n")
+
+
+def _write(results: list[Result], options: argparse.Namespace) -> str:
+    """Returns what there is now."""
     told = {name: str(value) for name, value in vars(options).items() if value not in (None, False, [])}
     write_rows(results, options.out, {"sluice_simulate": told})
     try:
         drawn = draw(results, options.out)
-        sys.stderr.write(f"{len(drawn)} charts and the rows are in {options.out}\n")
+        return f"{len(drawn)} charts and the rows are in {options.out}"
     except NoCharts as error:
-        sys.stderr.write(f"the rows are in {options.out}, without charts: {error}\n")
+        return f"the rows are in {options.out}, without charts: {error}"

@@ -9,6 +9,7 @@ import pytest
 
 from app.cli import main
 from app.config_sources import load
+from app.simulate import command
 from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
 from app.simulate.fleet_figures import fleet_figures, imbalance
 from app.simulate.playing import TraceWorkload
@@ -283,6 +284,19 @@ def test_what_cannot_be_used_is_a_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert any(part in error for part in why.split("|"))
     assert "Traceback" not in error
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_played(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: it was refused at the end, without saying which option it was."""
+    monkeypatch.setattr(command, "_play", lambda *_: pytest.fail("it was played"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", Path("/proc/none")):
+        assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--out", str(place)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"sluice: --out {place} cannot be written: ")
+        assert error.count("\n") == 1
 
 
 def test_the_shipped_profile_loads_and_plays(tmp_path: Path) -> None:
