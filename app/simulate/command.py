@@ -1,4 +1,8 @@
-"""`sluice simulate`: a trace, a profile and a configuration → runs, tables, rows and charts; an exit code."""
+"""`sluice simulate`: a trace, a profile and a configuration → runs, tables, rows and charts; an exit code.
+
+Exit codes: 0; 2 where something given cannot be used; 130 where it was interrupted. Runs that had ended by then are
+printed and written in each case.
+"""
 
 import argparse
 import os
@@ -29,21 +33,27 @@ from engine.simulation import Simulation, Tick
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 WORLD = (BadSweep, CannotTransform, CannotWrite, ConfigError, PluginError, ProfileError, TraceError, OSError)
 """What the world can get wrong; each says what."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 2 where something given cannot be used."""
+    results: list[Result] = []
+    code = 0
     try:
-        results = _results(options)
+        _play_all(options, results)
     except WORLD as error:
-        return _fail(error)
+        code = _fail(error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"sluice: interrupted; {len(results)} runs had ended\n")
+        code = EXIT_INTERRUPTED
     try:
-        _tell(results, options)
+        if results:
+            _tell(results, options)
     except CannotWrite as error:
-        return _fail(error)
-    return 0
+        code = _fail(error)
+    return code
 
 
 def _fail(error: Exception) -> int:
@@ -51,7 +61,8 @@ def _fail(error: Exception) -> int:
     return EXIT_USAGE
 
 
-def _results(options: argparse.Namespace) -> list[Result]:
+def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
+    """Raises those of WORLD."""
     profile = read_profile(_profile_path(options.profile))
     chosen = scenarios(options.sweep, options.rate, options.replicas)
     configs = [_config(options, scenario) for scenario in chosen]  # all are checked before the first runs
@@ -66,12 +77,10 @@ def _results(options: argparse.Namespace) -> list[Result]:
         TimeElapsedColumn(),
         console=Console(stderr=True),
     ) as progress:
-        results = []
         for scenario, config in zip(chosen, configs, strict=True):
             task = progress.add_task(scenario.name, total=None, state="loading")
             machine = for_block_size(profile, config.engine.block_size)
             results.append(_play(scenario, config, machine, traces, options, progress, task))
-    return results
 
 
 def _config(options: argparse.Namespace, scenario: Scenario) -> Config:
