@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.load import arguments as load_arguments
 from app.profiling import arguments as bench_arguments
@@ -68,8 +68,18 @@ def _run(arguments: Sequence[str] | None) -> int:
     return COMMANDS[options.command](loaded, options)
 
 
+class Parser(argparse.ArgumentParser):
+    """A command that does not know an argument says so itself, with its own usage; argparse leaves it to the top."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="sluice", description="An LLM server for one GPU host.")
+    top: argparse.ArgumentParser = Parser(prog="sluice", description="An LLM server for one GPU host.")
     top.add_argument("--version", action="version", version=f"sluice {_version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)

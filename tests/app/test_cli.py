@@ -94,6 +94,18 @@ def test_small_commands_do_not_import_torch_or_the_server(arguments: list[str]) 
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.parametrize("command", ["serve", "chat", "cache stat", "bench serve"])
+def test_an_argument_that_a_command_does_not_know_is_told_with_its_own_usage(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--wrong"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith(f"usage: sluice {command} ")
+    assert error.endswith(f"sluice {command}: error: unrecognized arguments: --wrong\n")
+
+
 def test_ctrl_c_is_a_line_and_exit_code_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
