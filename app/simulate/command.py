@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
@@ -72,7 +72,8 @@ def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} requests"),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
         console=Console(stderr=True),

@@ -305,6 +305,7 @@ def test_ctrl_c_prints_and_writes_the_runs_that_had_ended(
     assert simulate(tmp_path, *arguments, "--sweep", "rate=1,2,3") == 130
     told, error = capsys.readouterr()
     assert "sluice: interrupted; 1 runs had ended" in error
+    assert "None" not in error, "how many requests there are is not known yet"
     assert "@ 1/s" in told
     assert [row["rate"] for row in rows(out / "runs.jsonl")[1:]] == [1.0]
 
