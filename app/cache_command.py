@@ -150,11 +150,20 @@ COMMANDS = {"stat": _stat, "verify": _verify, "prune": _prune, "clear": _clear}
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error."""
+    """A bar on standard error, from the first that is told: who is refused has none."""
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("verifying", total=None)
-        yield lambda checked, total: bar.update(task, completed=checked, total=total)
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    task = bar.add_task("verifying", total=None)
+
+    def tell(checked: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=checked, total=total)
+
+    try:
+        yield tell
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _size(number: int | None) -> str:
