@@ -24,7 +24,6 @@ from app.remote import NoServer, ServerRefuses, url_of
 EXIT_CORRUPT = 1
 EXIT_USAGE = 2
 EXIT_NOTHING = 3
-EXIT_INTERRUPTED = 130
 
 
 class Cache(Protocol):
@@ -69,8 +68,6 @@ def run(config: Config, options: argparse.Namespace) -> int:
             EXIT_CORRUPT,
             f"the store in {path} is damaged: {error}. The next server to use it moves it aside and begins anew.",
         )
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
 
 
 @contextmanager
@@ -155,11 +152,20 @@ COMMANDS = {"stat": _stat, "verify": _verify, "prune": _prune, "clear": _clear}
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error."""
+    """A bar on standard error, from the first that is told: who is refused has none."""
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("verifying", total=None)
-        yield lambda checked, total: bar.update(task, completed=checked, total=total)
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    task = bar.add_task("verifying", total=None)
+
+    def tell(checked: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=checked, total=total)
+
+    try:
+        yield tell
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _size(number: int | None) -> str:

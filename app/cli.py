@@ -4,26 +4,63 @@ Imports nothing heavy by itself.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from app.config import ConfigError
-from app.config_sources import Loaded, load
 from app.load import arguments as load_arguments
 from app.profiling import arguments as bench_arguments
 from app.simulate import arguments as simulate_arguments
 from app.terminal import arguments as terminal_arguments
 
+if TYPE_CHECKING:
+    from app.config_sources import Loaded
+
+EXIT_NO_OUTPUT = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 TIERS = ("device", "host", "disk", "all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the process's exit code."""
+    """Runs one command; returns its exit code. Ctrl-C has one, and so has an output that is closed or full."""
+    if sys.stdout is None:  # it was closed before we began
+        sys.stdout = StringIO()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write("sluice: interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who read it has read enough
+        _drop_output()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        sys.stderr.write(f"sluice: what it says cannot be written: {error.strerror}\n")
+    return EXIT_NO_OUTPUT
+
+
+def _drop_output() -> None:
+    """What is buffered goes nowhere: the interpreter would try again at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
+    from app.config import ConfigError
+    from app.config_sources import load
+
     try:
         loaded = load(options.set, os.environ, options.config)
     except ConfigError as error:
@@ -31,8 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return COMMANDS[options.command](loaded, options)
 
 
+class Parser(argparse.ArgumentParser):
+    """A command that does not know an argument says so itself, with its own usage; argparse leaves it to the top."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="sluice", description="An LLM server for one GPU host.")
+    top: argparse.ArgumentParser = Parser(prog="sluice", description="An LLM server for one GPU host.")
     top.add_argument("--version", action="version", version=f"sluice {_version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
@@ -105,13 +152,13 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _serve(loaded: Loaded, options: argparse.Namespace) -> int:
+def _serve(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.serve import serve
 
     return serve(loaded.config)
 
 
-def _check_config(loaded: Loaded, options: argparse.Namespace) -> int:
+def _check_config(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.check_config import as_json, print_table
 
     if options.json:
@@ -121,19 +168,19 @@ def _check_config(loaded: Loaded, options: argparse.Namespace) -> int:
     return 0
 
 
-def _cache(loaded: Loaded, options: argparse.Namespace) -> int:
+def _cache(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.cache_command import run
 
     return run(loaded.config, options)
 
 
-def _simulate(loaded: Loaded, options: argparse.Namespace) -> int:
+def _simulate(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.simulate.command import run
 
     return run(options)
 
 
-def _bench(loaded: Loaded, options: argparse.Namespace) -> int:
+def _bench(loaded: "Loaded", options: argparse.Namespace) -> int:
     if options.action == "serve":
         from app.load.command import run as load_server
 
@@ -143,7 +190,7 @@ def _bench(loaded: Loaded, options: argparse.Namespace) -> int:
     return run(loaded.config, options)
 
 
-def _terminal(loaded: Loaded, options: argparse.Namespace) -> int:
+def _terminal(loaded: "Loaded", options: argparse.Namespace) -> int:
     from app.terminal.command import run
 
     return run(loaded, options)

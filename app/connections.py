@@ -1,8 +1,8 @@
 """Connections, below the application: how many there may be, how slowly they may read, and what bad HTTP is told.
 
-aiohttp's own protocol with four changes: errors before the application are the API's error object too; nothing of
-what a client sent gets into the log; a connection beyond the limit is turned away; one whose reader takes nothing for
-too long is cut, whatever is being written. Limits that aiohttp has itself are said in `app/server.py`.
+aiohttp's own protocol with five changes: HTTP is 1.0 or 1.1; errors before the application are the API's error object
+too; nothing of what a client sent gets into the log; a connection beyond the limit is turned away; one whose reader
+takes nothing for too long is cut, whatever is being written. Limits that aiohttp has: `app/server.py`.
 """
 
 import asyncio
@@ -10,8 +10,8 @@ from http import HTTPStatus
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http import HttpProcessingError, HttpVersion10, HttpVersion11
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 from structlog.stdlib import get_logger
 
@@ -26,6 +26,8 @@ TOO_MANY = ApiError(
     code="too_many_connections",
     headers={"Retry-After": "1", "Connection": "close"},
 )
+
+SPOKEN = (HttpVersion10, HttpVersion11)
 
 
 class Connection(RequestHandler):
@@ -154,7 +156,10 @@ class Server(web.Server):
         return Connection(self, self._loop)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        """What aiohttp answers by itself, before any middleware: an `Expect` that nobody knows."""
+        """What comes before any middleware: versions that aiohttp takes, not we; an `Expect` that nobody knows."""
+        if request._version not in SPOKEN:
+            request._version = HttpVersion11  # the answer has its request's
+            return request.protocol.handle_error(request, 400, BadHttpMessage("not a version we speak"))
         try:
             return await self._app(request)
         except web.HTTPException as error:

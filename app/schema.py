@@ -64,7 +64,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "chat_template_kwargs": (None, {}),
     "skip_special_tokens": (None, True),
 }
-"""Known to the API or to vLLM's, not to us, of calls or messages: only these values, which change nothing, are taken."""
+"""Known to the API or to vLLM's, not to us, of calls or messages: only values that change nothing are taken."""
 
 
 def contradiction(name: str, message: str) -> PydanticCustomError:

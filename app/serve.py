@@ -2,13 +2,16 @@
 
 import socket
 import sys
+from signal import SIGINT, SIGTERM
 
 from app.config import Config
 from app.listening import CannotListen, bind
 from app.logging import logging_to
+from app.signals import ending_at_once
 
 EXIT_CANNOT_START = 2
-EXIT_INTERRUPTED = 130
+BEFORE_READY = {SIGTERM: 0, SIGINT: 130}
+"""Exit codes. Nothing is lost then, so nothing is waited for."""
 
 
 def serve(config: Config) -> int:
@@ -21,16 +24,14 @@ def serve(config: Config) -> int:
 
 
 def _load_and_run(config: Config, listener: socket.socket) -> int:
-    from app.compose import CANNOT_START, load
+    with ending_at_once(BEFORE_READY):
+        from app.compose import CANNOT_START, load
+        from app.process import run
 
-    try:
-        parts = load(config)
-    except CANNOT_START as error:
-        return _cannot_start(error)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    from app.process import run
-
+        try:
+            parts = load(config)
+        except CANNOT_START as error:
+            return _cannot_start(error)
     return run(parts, listener)
 
 

@@ -22,6 +22,7 @@ from app.load.figures import figures
 from app.load.report import Result, show, write_rows
 from app.load.running import CannotLoad, Target, connected, load
 from app.load.workloads import Workloads
+from app.outputs import CannotWrite, make_directory, writing
 from app.remote import url_of
 from app.simulate.charts import NoCharts
 from app.simulate.figures import Objectives
@@ -32,31 +33,37 @@ EXIT_NOTHING = 1
 EXIT_USAGE = 2
 EXIT_VOID = 3
 EXIT_INTERRUPTED = 130
-WORLD = (CannotLoad, CannotTransform, TraceError, OSError)
+WORLD = (CannotLoad, CannotTransform, CannotWrite, TraceError, OSError)
 SECRET = ("api_key",)
 
 
 def run(config: Config, options: argparse.Namespace) -> int:
     results: list[Result] = []
+    code = None
     try:
         targets = _targets(config, options)
         asking = _asking(options)
         workloads = Workloads(options)
         traces = [(rate, workloads.at(rate)) for rate in options.rate or [None]]
+        if options.output is not None:
+            make_directory("--output", options.output)
         asyncio.run(_measure(targets, traces, asking, options, results))
     except WORLD as error:
-        sys.stderr.write(f"sluice: {error}\n")
-        if not results:
-            return EXIT_USAGE
-        _tell(results, targets, options)
-        return EXIT_USAGE
+        code = _fail(error)
     except KeyboardInterrupt:  # while warming up
         sys.stderr.write("sluice: interrupted while it warmed up\n")
+        code = EXIT_INTERRUPTED
+    try:
         if results:
-            _tell(results, targets, options)
-        return EXIT_INTERRUPTED
-    _tell(results, targets, options)
-    return _exit_code(results)
+            _tell(results, options)
+    except CannotWrite as error:
+        code = _fail(error)
+    return _exit_code(results) if code is None else code
+
+
+def _fail(error: Exception) -> int:
+    sys.stderr.write(f"sluice: {error}\n")
+    return EXIT_USAGE
 
 
 def _targets(config: Config, options: argparse.Namespace) -> list[Target]:
@@ -131,15 +138,21 @@ def _update(bar: Progress, task: TaskID, progress: generator.Progress) -> None:
     bar.update(task, completed=done, state=state)
 
 
-def _tell(results: Sequence[Result], targets: Sequence[Target], options: argparse.Namespace) -> None:
+def _tell(results: Sequence[Result], options: argparse.Namespace) -> None:
+    """Raises CannotWrite."""
     objectives = Objectives(options.ttft, options.tpot)
     console = Console(width=None if sys.stdout.isatty() else 170)
     show(results, objectives, console)
-    if len(targets) == 2:
-        console.print(ratios(results, targets[0].url, targets[1].url))
-    if options.output is None:
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
+    if options.compare:
+        console.print(ratios(results, *options.compare))
+    if options.output is not None:
+        with writing("--output", options.output):
+            written = _write(results, objectives, options)
+        sys.stderr.write(f"{written}\n")
+
+
+def _write(results: Sequence[Result], objectives: Objectives, options: argparse.Namespace) -> str:
+    """Returns what there is now."""
     asked = vars(options).items()
     told = {
         name: str(value) for name, value in asked if name not in SECRET and value not in (None, False, [])
@@ -147,9 +160,9 @@ def _tell(results: Sequence[Result], targets: Sequence[Target], options: argpars
     write_rows(results, options.output, {"sluice_bench_serve": told})
     try:
         drawn = charts.draw(results, objectives, options.output)
-        sys.stderr.write(f"{len(drawn)} charts and the rows are in {options.output}\n")
+        return f"{len(drawn)} charts and the rows are in {options.output}"
     except NoCharts as error:
-        sys.stderr.write(f"the rows are in {options.output}, without charts: {error}\n")
+        return f"the rows are in {options.output}, without charts: {error}"
 
 
 def _exit_code(results: Sequence[Result]) -> int:

@@ -3,32 +3,45 @@
 import argparse
 import sys
 from pathlib import Path
+from signal import SIGINT
 
 from rich.console import Console
 from rich.table import Table
 
 from app.config import Config
 from app.logging import logging_to
+from app.outputs import CannotWrite, try_file, writing
 from app.profiling.fitting import Error
 from app.profiling.operator_tables import read_tables
+from app.signals import ending_at_once
 from app.workload.trace import TraceError
 from engine.profile import Profile, ProfileError, write_profile
 from engine.step_time import CurveTime
 
 EXIT_CANNOT = 2
+EXIT_INTERRUPTED = 130
 
 
 def run(config: Config, options: argparse.Namespace) -> int:
-    """Exit code 2 where the model cannot be loaded, or the tables not be read."""
+    """Exit code 2 where the model cannot be loaded, the tables not be read, or the profile not be written."""
     try:
-        profile, errors = (read_tables(options.tables), []) if options.tables else _measured(config)
         if options.out:
-            write_profile(profile, options.out)
-    except (ProfileError, TraceError, CannotMeasure, OSError) as error:
-        sys.stderr.write(f"sluice: {error}\n")
-        return EXIT_CANNOT
-    _tell(profile, errors, options.out)
+            try_file("--out", options.out)
+        profile, errors = (read_tables(options.tables), []) if options.tables else _measured(config)
+    except (ProfileError, TraceError, CannotMeasure, CannotWrite, OSError) as error:
+        return _fail(error)
+    _tell(profile, errors)
+    try:
+        if options.out:
+            _write(profile, options.out)
+    except CannotWrite as error:
+        return _fail(error)
     return 0
+
+
+def _fail(error: Exception) -> int:
+    sys.stderr.write(f"sluice: {error}\n")
+    return EXIT_CANNOT
 
 
 class CannotMeasure(Exception):
@@ -36,18 +49,28 @@ class CannotMeasure(Exception):
 
 
 def _measured(config: Config) -> tuple[Profile, list[Error]]:
-    from app.compose import CANNOT_START
-    from app.profiling.measuring import measure
+    with (
+        logging_to(sys.stderr, config.log),
+        Console(stderr=True).status("loading") as status,
+        ending_at_once({SIGINT: EXIT_INTERRUPTED}, last=status.stop),
+    ):
+        from app.compose import CANNOT_START
+        from app.profiling.measuring import measure
 
-    console = Console(stderr=True)
-    try:
-        with logging_to(sys.stderr, config.log), console.status("loading") as status:
+        try:
             return measure(config, status.update)
-    except CANNOT_START as error:
-        raise CannotMeasure(str(error)) from error
+        except CANNOT_START as error:
+            raise CannotMeasure(str(error)) from error
 
 
-def _tell(profile: Profile, errors: list[Error], out: Path | None) -> None:
+def _write(profile: Profile, out: Path) -> None:
+    """Raises CannotWrite."""
+    with writing("--out", out):
+        write_profile(profile, out)
+    Console().print(f"written to {out}")
+
+
+def _tell(profile: Profile, errors: list[Error]) -> None:
     console = Console()
     console.print(f"{profile.model}, {profile.dtype}, on {profile.machine}: {profile.source}")
     if errors:
@@ -57,8 +80,6 @@ def _tell(profile: Profile, errors: list[Error], out: Path | None) -> None:
     for route, transfer in profile.transfers.items():
         rate = transfer.bytes_per_second / 1e9
         console.print(f"{route}: {transfer.latency_seconds * 1e6:.1f} µs + {rate:.2f} GB/s")
-    if out:
-        console.print(f"written to {out}")
 
 
 def _errors(errors: list[Error]) -> Table:

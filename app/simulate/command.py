@@ -1,4 +1,8 @@
-"""`sluice simulate`: a trace, a profile and a configuration → runs, tables, rows and charts; an exit code."""
+"""`sluice simulate`: a trace, a profile and a configuration → runs, tables, rows and charts; an exit code.
+
+Exit codes: 0; 2 where something given cannot be used; 130 where it was interrupted. Runs that had ended by then are
+printed and written in each case.
+"""
 
 import argparse
 import os
@@ -8,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
+from app.outputs import CannotWrite, make_directory, writing
 from app.plugins import PluginError, load_plugins
 from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
@@ -28,40 +33,55 @@ from engine.simulation import Simulation, Tick
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 EXIT_USAGE = 2
-WORLD = (BadSweep, CannotTransform, ConfigError, PluginError, ProfileError, TraceError, OSError)
+EXIT_INTERRUPTED = 130
+WORLD = (BadSweep, CannotTransform, CannotWrite, ConfigError, PluginError, ProfileError, TraceError, OSError)
 """What the world can get wrong; each says what."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 2 where something given cannot be used."""
+    results: list[Result] = []
+    code = 0
     try:
-        results = _results(options)
-        _tell(results, options)
+        _play_all(options, results)
     except WORLD as error:
-        sys.stderr.write(f"sluice: {error}\n")
-        return EXIT_USAGE
-    return 0
+        code = _fail(error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"sluice: interrupted; {len(results)} runs had ended\n")
+        code = EXIT_INTERRUPTED
+    try:
+        if results:
+            _tell(results, options)
+    except CannotWrite as error:
+        code = _fail(error)
+    return code
 
 
-def _results(options: argparse.Namespace) -> list[Result]:
+def _fail(error: Exception) -> int:
+    sys.stderr.write(f"sluice: {error}\n")
+    return EXIT_USAGE
+
+
+def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
+    """Raises those of WORLD."""
     profile = read_profile(_profile_path(options.profile))
     chosen = scenarios(options.sweep, options.rate, options.replicas)
     configs = [_config(options, scenario) for scenario in chosen]  # all are checked before the first runs
     traces = Traces(options)
+    if options.out is not None:
+        make_directory("--out", options.out)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} requests"),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
         console=Console(stderr=True),
     ) as progress:
-        results = []
         for scenario, config in zip(chosen, configs, strict=True):
             task = progress.add_task(scenario.name, total=None, state="loading")
             machine = for_block_size(profile, config.engine.block_size)
             results.append(_play(scenario, config, machine, traces, options, progress, task))
-    return results
 
 
 def _config(options: argparse.Namespace, scenario: Scenario) -> Config:
@@ -137,16 +157,22 @@ def _watch(progress: Progress, task: TaskID) -> Callable[[Tick, int], None]:
 
 
 def _tell(results: list[Result], options: argparse.Namespace) -> None:
+    """Raises CannotWrite."""
     objectives = Objectives(options.ttft, options.tpot)
     wide = None if sys.stdout.isatty() else 170
     show(results, objectives, Console(width=wide))
-    if options.out is None:
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
+    if options.out is not None:
+        with writing("--out", options.out):
+            written = _write(results, options)
+        sys.stderr.write(f"{written}\n")
+
+
+def _write(results: list[Result], options: argparse.Namespace) -> str:
+    """Returns what there is now."""
     told = {name: str(value) for name, value in vars(options).items() if value not in (None, False, [])}
     write_rows(results, options.out, {"sluice_simulate": told})
     try:
         drawn = draw(results, options.out)
-        sys.stderr.write(f"{len(drawn)} charts and the rows are in {options.out}\n")
+        return f"{len(drawn)} charts and the rows are in {options.out}"
     except NoCharts as error:
-        sys.stderr.write(f"the rows are in {options.out}, without charts: {error}\n")
+        return f"the rows are in {options.out}, without charts: {error}"

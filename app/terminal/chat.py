@@ -19,8 +19,6 @@ from app.terminal.answers import Answer
 from app.terminal.conversation import CannotRead, Conversation
 from app.terminal.keyboard import Keyboard
 
-EXIT_INTERRUPTED = 130
-
 
 def chat(remote: Remote, options: argparse.Namespace) -> int:
     """Raises NoServer, ServerRefuses where it cannot begin."""

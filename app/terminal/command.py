@@ -1,6 +1,6 @@
 """`sluice chat | ps | collect-env`: what the world gets wrong becomes one message and an exit code.
 
-Exit codes: 0; 2 usage; 3 where no server answers, or it refuses; 130 after Ctrl-C where nothing catches it.
+Exit codes: 0; 2 usage; 3 where no server answers, or it refuses.
 """
 
 import argparse
@@ -10,7 +10,6 @@ from app.config_sources import Loaded
 from app.remote import NoServer, Remote, ServerRefuses, url_of
 
 EXIT_NO_SERVER = 3
-EXIT_INTERRUPTED = 130
 ANSWER_SECONDS = 600.0
 """A request may wait so long for its turn."""
 
@@ -21,8 +20,6 @@ def run(loaded: Loaded, options: argparse.Namespace) -> int:
     except (NoServer, ServerRefuses) as error:
         sys.stderr.write(f"sluice: {error}\n")
         return EXIT_NO_SERVER
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
 
 
 def _remote(loaded: Loaded, options: argparse.Namespace) -> Remote:

@@ -353,6 +353,7 @@ async def test_a_second_server_on_the_same_store_serves_and_says_why_its_disk_is
         code, _, error = await beside(server, sluice, "verify")
         assert code == 3
         assert "in use by another server" in error
+        assert error.startswith("sluice: "), "no bar of what was not begun"
     await asyncio.to_thread(holder.close)
 
 

@@ -6,13 +6,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from app import cli
 from app.cli import main
 from app.listening import CannotListen, bind
 
 REPOSITORY = Path(__file__).parents[2]
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+SAY_MUCH = [["check-config", "--json"], ["check-config"], ["--help"]]
 
 
 def test_check_config_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +92,60 @@ def test_small_commands_do_not_import_torch_or_the_server(arguments: list[str]) 
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "cache stat", "bench serve"])
+def test_an_argument_that_a_command_does_not_know_is_told_with_its_own_usage(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--wrong"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith(f"usage: sluice {command} ")
+    assert error.endswith(f"sluice {command}: error: unrecognized arguments: --wrong\n")
+
+
+def test_ctrl_c_is_a_line_and_exit_code_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "check-config", interrupted)
+    assert main(["check-config"]) == 130
+    assert capsys.readouterr().err == "sluice: interrupted\n"
+
+
+def told(arguments: list[str], out: int | IO[bytes]) -> tuple[int, str]:
+    """Exit code and standard error of a process of its own."""
+    command = [sys.executable, "-m", "app", *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=BUFFERED, stdout=out, stderr=subprocess.PIPE, check=False
+    )
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize("arguments", SAY_MUCH)
+def test_who_reads_no_further_ends_a_command_without_a_word(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert told(arguments, writing) == (1, "")
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("arguments", SAY_MUCH)
+def test_output_that_finds_no_room_is_a_line_and_exit_code_1(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        code, error = told(arguments, full)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "No space left on device" in error
+
+
+def test_a_command_without_a_standard_output_says_it_to_nobody() -> None:
+    closed = f"'{sys.executable}' -m app check-config --json >&-"
+    done = subprocess.run(closed, shell=True, cwd=REPOSITORY, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

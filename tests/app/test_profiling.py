@@ -140,6 +140,25 @@ def test_tables_that_lack_something_are_refused(tmp_path: Path, capsys: pytest.C
         read_tables(tmp_path)
 
 
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: it was refused at the end, without saying which option it was. Else there is no file before."""
+    there: list[bool] = []
+
+    def measured(*_: object) -> None:
+        there.append(out.exists())
+        raise ProfileError("nothing is measured here")
+
+    monkeypatch.setattr(measuring, "measure", measured)
+    for place in (tmp_path, tmp_path / "none" / "profile.json", Path("/proc/none")):
+        assert main(["bench", "profile", "--out", str(place)]) == 2
+        assert capsys.readouterr().err.startswith(f"sluice: --out {place} cannot be written: ")
+    out = tmp_path / "profile.json"
+    assert main(["bench", "profile", "--out", str(out)]) == 2
+    assert there == [False]
+
+
 def test_a_real_runner_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps of the shipped model; what it says may be slow, not absurd."""
     monkeypatch.setattr(measuring, "cells", lambda limits: cells(limits)[::12])

@@ -4,15 +4,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.cli import main
 from app.config_sources import load
+from app.simulate import command
 from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
 from app.simulate.fleet_figures import fleet_figures, imbalance
 from app.simulate.playing import TraceWorkload
-from app.simulate.scenario import BadSweep, fleet_config, for_block_size, scenarios
+from app.simulate.report import Result
+from app.simulate.scenario import BadSweep, Scenario, fleet_config, for_block_size, scenarios
 from app.workload.playing import Playing
 from app.workload.trace import TraceRequest
 from engine.events import MigrationOver, Pause
@@ -283,6 +286,41 @@ def test_what_cannot_be_used_is_a_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert any(part in error for part in why.split("|"))
     assert "Traceback" not in error
+
+
+def test_ctrl_c_prints_and_writes_the_runs_that_had_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: a sweep that was interrupted lost them, in a traceback."""
+    play = command._play
+
+    def interrupted(scenario: Scenario, *rest: Any) -> Result:
+        if scenario.rate == 2:
+            raise KeyboardInterrupt
+        return play(scenario, *rest)
+
+    monkeypatch.setattr(command, "_play", interrupted)
+    out = tmp_path / "out"
+    arguments = ["--trace", str(azure(tmp_path)), "--poisson", "--out", str(out)]
+    assert simulate(tmp_path, *arguments, "--sweep", "rate=1,2,3") == 130
+    told, error = capsys.readouterr()
+    assert "sluice: interrupted; 1 runs had ended" in error
+    assert "None" not in error, "how many requests there are is not known yet"
+    assert "@ 1/s" in told
+    assert [row["rate"] for row in rows(out / "runs.jsonl")[1:]] == [1.0]
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_played(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: it was refused at the end, without saying which option it was."""
+    monkeypatch.setattr(command, "_play", lambda *_: pytest.fail("it was played"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", Path("/proc/none")):
+        assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--out", str(place)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"sluice: --out {place} cannot be written: ")
+        assert error.count("\n") == 1
 
 
 def test_the_shipped_profile_loads_and_plays(tmp_path: Path) -> None:

@@ -203,6 +203,40 @@ def test_what_cannot_be_used_is_a_line_and_exit_code_2(
     assert "Traceback" not in error
 
 
+async def test_an_output_that_cannot_be_written_is_refused_before_the_first_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: it was a traceback, after everything was measured."""
+    (tmp_path / "file").touch()
+    app, asked = _other(), []
+
+    async def noted(request: web.Request, response: web.StreamResponse) -> None:
+        asked.append(request.path)
+
+    app.on_response_prepare.append(noted)
+    async with TestServer(app) as server:
+        for place in (tmp_path / "file", tmp_path / "file" / "in it", Path("/proc/none")):
+            code = await bench("--url", str(server.make_url("")), "--rate", "9", "--output", str(place))
+            assert code == command.EXIT_USAGE
+            assert capsys.readouterr().err.startswith(f"sluice: --output {place} cannot be written: ")
+    assert not asked
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_rows_that_find_no_room_are_a_line_after_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measured(targets: Any, traces: Any, asking: Any, options: Any, results: list[Result]) -> None:
+        results.append(result("http://a", 1.0))
+
+    (tmp_path / "runs.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(command, "_measure", measured)
+    assert main(["bench", "serve", "--rate", "1", "--output", str(tmp_path)]) == command.EXIT_USAGE
+    out, err = capsys.readouterr()
+    assert "http://a" in out
+    assert err == f"sluice: --output {tmp_path} cannot be written: No space left on device\n"
+
+
 @pytest.mark.parametrize("arguments", [["--rate", "0"], ["--rate", "1,x"], ["--input-tokens", "9-3"]])
 def test_malformed_arguments_are_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -159,6 +159,11 @@ async def test_a_connection_too_many_is_told_so_and_one_that_leaves_makes_room()
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello over TLS\r\n\r\n", (400, "invalid_http")),
         (b"what is this\r\n\r\n", (400, "invalid_http")),
         (b"GET / HTTP/9.9\r\n\r\n", (400, "invalid_http")),
+        (b"GET /livez\r\n\r\n", (400, "invalid_http")),
+        (get("/livez").replace(b"1.1", b"0.9"), (400, "invalid_http")),
+        (get("/livez").replace(b"1.1", b"2.0"), (400, "invalid_http")),
+        (post(BODY).replace(b"1.1", b"2.0"), (400, "invalid_http")),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, "invalid_http")),
         (get("/livez", "no colon"), (400, "invalid_http")),
         (get("/livez", "Bad\x00Name: x"), (400, "invalid_http")),
         (post(BODY, TEXT, "Content-Length: 1"), (400, "invalid_http")),
@@ -188,6 +193,24 @@ async def test_what_is_not_understood_gets_the_apis_error_object(
 
 BAD_CHUNKS = [(400, "invalid_http"), (400, "invalid_body")]
 """By whether the handler was reading already."""
+
+
+@pytest.mark.parametrize("version", [b"HTTP/0.9", b"HTTP/2.0"])
+async def test_a_version_that_is_not_spoken_is_not_answered_in_either(version: bytes) -> None:
+    """Regression: it was served, and echoed. What came before it on the connection is answered."""
+    async with rig() as server, wire(server) as odd:
+        odd.say(get("/livez"), get("/livez").replace(b"HTTP/1.1", version))
+        assert (await odd.reply()).json == ALIVE
+        assert (await odd.reader.readline()).startswith(b"HTTP/1.1 400 ")
+        assert version not in await odd.rest()
+        assert await served(server)
+
+
+async def test_http_1_0_is_answered_and_closed() -> None:
+    async with rig() as server, wire(server) as old:
+        old.say(get("/livez").replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert (await old.reply()).json == ALIVE
+        assert await old.rest() == b""
 
 
 async def test_a_body_that_turns_bad_while_it_is_read_is_refused() -> None:

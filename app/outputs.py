@@ -1,0 +1,35 @@
+"""Where a command writes what it finds: tried before anything is measured, and named by its option where it fails."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+
+
+class CannotWrite(Exception):
+    """Names the option, and says why not."""
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """An OSError of the block becomes a CannotWrite."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(f"{option} {path} cannot be written: {error.strerror or error}") from error
+
+
+def make_directory(option: str, path: Path) -> None:
+    """With its parents, unless it is there. Raises CannotWrite, also where no file can be made in it."""
+    with writing(option, path):
+        path.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
+
+
+def try_file(option: str, path: Path) -> None:
+    """Leaves everything as it was. Raises CannotWrite."""
+    with writing(option, path):
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
