@@ -28,8 +28,9 @@ would pay for the hand-over between threads. Measured, reads of 8 blocks of 48 K
 3.0 by 1 MiB, 5.0 by 4 MiB."""
 
 BRIEF_BYTES = 2 * 2**20
-"""A copy of at most so much between two memories is carried out by whoever begins it, in some 0.1 ms a MiB, without
-the interpreter's lock: to hand it to a thread, and to hear of its end, takes milliseconds where all cores compute."""
+"""A copy of at most so much between two memories is carried out by whoever begins it, without the interpreter's lock.
+Measured on two cores that compute: a load of 25 blocks of 48 KiB takes 1.9 ms so, 2.4–3.5 by a thread, of which 0.15 are
+copying; a save of 10 blocks 1.0 instead of 1.7."""
 
 FORGET = 0.1
 """Weight of the newest copy in the running means."""
