@@ -29,8 +29,8 @@ would pay for the hand-over between threads. Measured, reads of 8 blocks of 48 K
 
 BRIEF_BYTES = 2 * 2**20
 """A copy of at most so much between two memories is carried out by whoever begins it, without the interpreter's lock.
-Measured on two cores that compute: a load of 25 blocks of 48 KiB takes 1.9 ms so, 2.4–3.5 by a thread, of which 0.15 are
-copying; a save of 10 blocks 1.0 instead of 1.7."""
+Measured on two cores that compute: to load 25 blocks of 48 KiB takes 1.9 ms so, and 2.7 by a thread, of which 0.15 are
+copying; to save 10 blocks 1.0 instead of 1.7."""
 
 FORGET = 0.1
 """Weight of the newest copy in the running means."""
