@@ -1,5 +1,8 @@
-"""Where a command writes what it finds: tried before anything is measured, and named by its option where it fails."""
+"""What a command says when it cannot go on, and where it writes what it finds: tried before anything is measured, and
+named by its option where it fails.
+"""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +11,12 @@ from tempfile import TemporaryFile
 
 class CannotWrite(Exception):
     """Names the option, and says why not."""
+
+
+def failed(error: BaseException, exit_code: int) -> int:
+    """The exit code, when the error has been told in a line."""
+    sys.stderr.write(f"sluice: {error}\n")
+    return exit_code
 
 
 @contextmanager

@@ -94,9 +94,8 @@ class Noting(Lenient):
 
     @model_validator(mode="after")
     def _refuse_what_is_not_built(self) -> Self:
-        unknown = self.model_extra or {}
-        for name, neutral in NEUTRAL.items():
-            if unknown.get(name) not in neutral:
+        for name, value in (self.model_extra or {}).items():
+            if name in NEUTRAL and value not in NEUTRAL[name]:
                 raise PydanticCustomError(UNSUPPORTED, "{name} is not supported", {"name": name})
         return self
 

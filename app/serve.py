@@ -7,6 +7,7 @@ from signal import SIGINT, SIGTERM
 from app.config import Config
 from app.listening import CannotListen, bind
 from app.logging import logging_to
+from app.outputs import failed
 from app.signals import ending_at_once
 
 EXIT_CANNOT_START = 2
@@ -18,7 +19,7 @@ def serve(config: Config) -> int:
     try:
         listener = bind(config.server.host, config.server.port)
     except CannotListen as error:
-        return _cannot_start(error)
+        return failed(error, EXIT_CANNOT_START)
     with listener, logging_to(sys.stderr, config.log):
         return _load_and_run(config, listener)
 
@@ -31,10 +32,5 @@ def _load_and_run(config: Config, listener: socket.socket) -> int:
         try:
             parts = load(config)
         except CANNOT_START as error:
-            return _cannot_start(error)
+            return failed(error, EXIT_CANNOT_START)
     return run(parts, listener)
-
-
-def _cannot_start(error: BaseException) -> int:
-    sys.stderr.write(f"sluice: {error}\n")
-    return EXIT_CANNOT_START

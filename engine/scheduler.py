@@ -161,7 +161,7 @@ class Scheduler:
                 wanted[sequence] = count
                 tokens += count
                 if count > 1:
-                    self._look_at(sequence, now)
+                    self._promote_if_due(sequence, now)
                 if sequence.scheduled + count > len(sequence.table) * block_size:
                     lacking.append(sequence)
                     missing += self._places.missing_blocks(sequence, count)
@@ -176,7 +176,7 @@ class Scheduler:
                 self._places.grow(sequence, wanted[sequence])
             draft.give_all(wanted)
 
-    def _look_at(self, prompt: Sequence, now: float) -> None:
+    def _promote_if_due(self, prompt: Sequence, now: float) -> None:
         """Nor is a prompt under way passed by for longer than one that waits."""
         if not prompt.promoted and (reason := self._line.due(prompt, now, self.life.tenants.served)):
             prompt.promoted = reason
@@ -345,13 +345,13 @@ class Scheduler:
         """Of those who could not be taken in: looks one up anew, and brings up from the disk what they need."""
         few, turn = self._line.next_few(PREFETCHED), next(self._turns)
         if turn < len(few):
-            self._look_up(few[turn])
+            self._match_anew(few[turn])
         for sequence in few if self.residency.disk.up else ():
             if not sequence.prefetched:
                 sequence.prefetched = True
                 self.residency.prefetch(sequence.block_keys(self.config.block_size), now)
 
-    def _look_up(self, sequence: Sequence) -> None:
+    def _match_anew(self, sequence: Sequence) -> None:
         """A waiter of whom more is cached by now may go before others."""
         before = sequence.matched_tokens
         if self._intake.match(sequence).tokens > before:

@@ -265,7 +265,7 @@ class Valuation:
             standing=standing,
             frees=frees,
             unsaved_blocks=unsaved,
-            saving_seconds=self.saving_seconds(unsaved),
+            saving_seconds=self.saving_seconds(unsaved) if unsaved else 0.0,
             survival=self._residency.survival(frees) if tier else 0.0,
             preemptions=sequence.preemptions,
         )

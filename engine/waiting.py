@@ -64,9 +64,11 @@ class WaitingLine:
     def go_on(self, sequence: Sequence) -> None:
         """A spell of waiting goes on: it had left the line, here or elsewhere, and is back without having run."""
         self.put_back(sequence)
-        spell = sequence.ticket, sequence.epoch, sequence
-        heappush(self._by_service, (sequence.served_before, *spell))
-        heappush(self._by_time, (sequence.waiting_since, *spell))
+        bounds, spell = self._promotion, (sequence.ticket, sequence.epoch, sequence)
+        if bounds.service_tokens:
+            heappush(self._by_service, (sequence.served_before, *spell))
+        if bounds.wait_seconds:
+            heappush(self._by_time, (sequence.waiting_since, *spell))
         self._clear_away()
 
     def put_back(self, sequence: Sequence) -> None:
@@ -148,7 +150,7 @@ class WaitingLine:
         return "wait" if 0 < bounds.wait_seconds <= now - sequence.waiting_since else ""
 
     def use(self, order: Order, promotion: Promotion) -> None:
-        """All ranks are by these from now on."""
+        """All ranks are by these from now on. Thresholds are on that were so before: spells are kept for them alone."""
         self._order, self._promotion = order, promotion
         self._rank_anew()
 

@@ -179,7 +179,7 @@ class Stake(NamedTuple):
     standing: Standing  # as it will be when it comes back
     frees: int  # blocks that only it holds: what the others get
     unsaved_blocks: int  # to be written down before they are free
-    saving_seconds: float  # until they are
+    saving_seconds: float  # until they are; 0 where there are none
     survival: float  # chance that what is saved is still there then, 0 … 1
     preemptions: int  # it has suffered before
 

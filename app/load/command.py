@@ -22,7 +22,7 @@ from app.load.figures import figures
 from app.load.report import Result, show, write_rows
 from app.load.running import CannotLoad, Target, connected, load
 from app.load.workloads import Workloads
-from app.outputs import CannotWrite, make_directory, writing
+from app.outputs import CannotWrite, failed, make_directory, writing
 from app.remote import url_of
 from app.simulate.charts import NoCharts
 from app.simulate.figures import Objectives
@@ -49,7 +49,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
             make_directory("--output", options.output)
         asyncio.run(_measure(targets, traces, asking, options, results))
     except WORLD as error:
-        code = _fail(error)
+        code = failed(error, EXIT_USAGE)
     except KeyboardInterrupt:  # while warming up
         sys.stderr.write("sluice: interrupted while it warmed up\n")
         code = EXIT_INTERRUPTED
@@ -57,13 +57,8 @@ def run(config: Config, options: argparse.Namespace) -> int:
         if results:
             _tell(results, options)
     except CannotWrite as error:
-        code = _fail(error)
+        code = failed(error, EXIT_USAGE)
     return _exit_code(results) if code is None else code
-
-
-def _fail(error: Exception) -> int:
-    sys.stderr.write(f"sluice: {error}\n")
-    return EXIT_USAGE
 
 
 def _targets(config: Config, options: argparse.Namespace) -> list[Target]:

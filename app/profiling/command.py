@@ -10,7 +10,7 @@ from rich.table import Table
 
 from app.config import Config
 from app.logging import logging_to
-from app.outputs import CannotWrite, try_file, writing
+from app.outputs import CannotWrite, failed, try_file, writing
 from app.profiling.fitting import Error
 from app.profiling.operator_tables import read_tables
 from app.signals import ending_at_once
@@ -29,19 +29,14 @@ def run(config: Config, options: argparse.Namespace) -> int:
             try_file("--out", options.out)
         profile, errors = (read_tables(options.tables), []) if options.tables else _measured(config)
     except (ProfileError, TraceError, CannotMeasure, CannotWrite, OSError) as error:
-        return _fail(error)
+        return failed(error, EXIT_CANNOT)
     _tell(profile, errors)
     try:
         if options.out:
             _write(profile, options.out)
     except CannotWrite as error:
-        return _fail(error)
+        return failed(error, EXIT_CANNOT)
     return 0
-
-
-def _fail(error: Exception) -> int:
-    sys.stderr.write(f"sluice: {error}\n")
-    return EXIT_CANNOT
 
 
 class CannotMeasure(Exception):

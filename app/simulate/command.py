@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
-from app.outputs import CannotWrite, make_directory, writing
+from app.outputs import CannotWrite, failed, make_directory, writing
 from app.plugins import PluginError, load_plugins
 from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _play_all(options, results)
     except WORLD as error:
-        code = _fail(error)
+        code = failed(error, EXIT_USAGE)
     except KeyboardInterrupt:
         sys.stderr.write(f"sluice: interrupted; {len(results)} runs had ended\n")
         code = EXIT_INTERRUPTED
@@ -52,13 +52,8 @@ def run(options: argparse.Namespace) -> int:
         if results:
             _tell(results, options)
     except CannotWrite as error:
-        code = _fail(error)
+        code = failed(error, EXIT_USAGE)
     return code
-
-
-def _fail(error: Exception) -> int:
-    sys.stderr.write(f"sluice: {error}\n")
-    return EXIT_USAGE
 
 
 def _play_all(options: argparse.Namespace, results: list[Result]) -> None:

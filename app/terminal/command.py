@@ -4,9 +4,9 @@ Exit codes: 0; 2 usage; 3 where no server answers, or it refuses.
 """
 
 import argparse
-import sys
 
 from app.config_sources import Loaded
+from app.outputs import failed
 from app.remote import NoServer, Remote, ServerRefuses, url_of
 
 EXIT_NO_SERVER = 3
@@ -18,8 +18,7 @@ def run(loaded: Loaded, options: argparse.Namespace) -> int:
     try:
         return COMMANDS[options.command](loaded, options)
     except (NoServer, ServerRefuses) as error:
-        sys.stderr.write(f"sluice: {error}\n")
-        return EXIT_NO_SERVER
+        return failed(error, EXIT_NO_SERVER)
 
 
 def _remote(loaded: Loaded, options: argparse.Namespace) -> Remote:

@@ -256,7 +256,10 @@ def test_waiters_that_left_do_not_pile_up_behind_one_that_cannot_move(order: str
 
 
 def test_those_that_were_served_do_not_pile_up_behind_one_that_starves() -> None:
-    parameters: dict[str, dict[str, float]] = {**UNFORESEEN, "promotion": {"service_tokens": 0}}
+    parameters: dict[str, dict[str, float]] = {
+        **UNFORESEEN,
+        "promotion": {"service_tokens": 10**9, "wait_seconds": 1e9},
+    }
     policies = PolicyConfig(order="priority", parameters=parameters)
     driver = Driver(core_config(max_sequences=1, policies=policies))
     driver.arrive(request("first", [1], max_tokens=2), replace(request("starves", [2]), priority=9))

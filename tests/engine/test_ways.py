@@ -276,9 +276,23 @@ def test_saving_is_in_the_price_weighted_of_those_alone_who_would_be_saved(
     for weight in (1.0, 8.0):
         sequence.weight = weight
         saving = price(saved=0) - price(saved=len(sequence.table))
-        assert saving == pytest.approx(
-            charged * weight * (valuation.saving_seconds(len(sequence.table)) - valuation.saving_seconds())
-        )
+        assert saving == pytest.approx(charged * weight * valuation.saving_seconds(len(sequence.table)))
+
+
+def test_who_has_nothing_to_save_does_not_wait_for_what_others_save() -> None:
+    made = driver("reload", every_tokens=1000)
+    made.arrive(request("a", PROMPT, max_tokens=12), request("b", range(60, 90), max_tokens=12))
+    while len(made.deltas) < 2:
+        assert made.step()
+    scheduler = made.core.scheduler
+    (sequence, *_), valuation = scheduler.running, scheduler.valuation
+    sequence.saved = len(sequence.table)
+    before = valuation.price(sequence, 1, valuation.situation(scheduler.running))
+    made.preempt("b")
+    assert valuation.saving_seconds() > 0, "b's blocks are on their way down"
+    sequence.saved = len(sequence.table)
+    alone = valuation.price(sequence, 1, valuation.situation(scheduler.running))
+    assert alone <= before
 
 
 @pytest.mark.parametrize("resume", ["recompute", "reload"])
