@@ -3,10 +3,10 @@
 Nothing is changed here: what becomes of a victim is lifecycle.py's. Prices are valuation.py's.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
-from heapq import nsmallest
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from engine.policy_set import Policies, PolicyConfig
 from engine.sequence import Sequence
@@ -61,9 +61,8 @@ class Victims:
     ) -> tuple[Sequence, Decision]:
         """Whom the victim policy names: promoted ones only when there is nobody else."""
         candidates = [s for s in running if not s.promoted] or running
-        victim, alternatives = self._choose(candidates, running)
         reason = f"{missing} blocks were missing for {sequence.request.id}"
-        return victim, _preempted(victim, self.config.victim, reason, alternatives)
+        return self._preempted(self._first_few(candidates, running), self.config.victim, reason)
 
     def likely(self, missing: int, running: List[Sequence]) -> list[Sequence]:
         """Who would go, the first first, if so many blocks were missing."""
@@ -76,22 +75,28 @@ class Victims:
 
     def for_waiter(self, waiter: Sequence, running: List[Sequence]) -> tuple[Sequence, Decision] | None:
         """Who gives way to the first in line: by the order policy, when it pays; to a promoted one, who came later."""
-        candidates = self._displaceable(waiter, running)
+        candidates, peers = self._displaceable(waiter, running)
         if not candidates:
             return None
         situation = self.valuation.situation(running)
-        victim, alternatives = self._choose(candidates, running, situation)
-        if not (waiter.promoted or self._pays(waiter, victim, running, situation)):
+
+        def loses_nothing(sequence: Sequence) -> bool:
+            return self.valuation.comes_back_whole(sequence, situation)
+
+        few = self._first_few(candidates, running, situation, loses_nothing if peers else None)
+        if not few or not (waiter.promoted or self._pays(waiter, few[0], running, situation)):
             return None
         reason = f"{waiter.request.id} goes before it" + (", promoted" if waiter.promoted else "")
-        return victim, _preempted(victim, self.config.order, reason, alternatives)
+        return self._preempted(few, self.config.order, reason)
 
-    def _displaceable(self, waiter: Sequence, running: List[Sequence]) -> list[Sequence]:
-        """Among those whom nobody called more or less urgent, none gives way if work would be lost by it."""
+    def _displaceable(self, waiter: Sequence, running: List[Sequence]) -> tuple[list[Sequence], bool]:
+        """Whom it goes before, and whether they are its peers: nobody called them more or less urgent, so none of them
+        gives way if work would be lost by it.
+        """
         if waiter.promoted:
-            return [s for s in running if s.number > waiter.number]
+            return [s for s in running if s.number > waiter.number], False
         if isinstance(self.policies.order, Patient):
-            return []
+            return [], False
         displaces = self.policies.order.displaces
         urgency = (waiter.class_rank, waiter.priority)
         found = [
@@ -100,21 +105,24 @@ class Victims:
             if urgency < (s.class_rank, s.priority) and not s.promoted and displaces(waiter, s)
         ]
         if found or not self._peer_may:
-            return found
+            return found, False
         self._peer_may = False
-        peers = [s for s in running if not s.promoted and displaces(waiter, s)]
-        if not peers:
-            return []
-        situation = self.valuation.situation(running)
-        return [s for s in peers if self.valuation.comes_back_whole(s, situation)]
+        return [s for s in running if not s.promoted and displaces(waiter, s)], True
 
-    def _choose(
-        self, candidates: List[Sequence], running: List[Sequence], situation: Situation | None = None
-    ) -> tuple[Sequence, tuple[Alternative, ...]]:
-        """The first by the victim policy, and the next few, priced. `situation`: theirs, if it is known."""
+    def _first_few(
+        self,
+        candidates: List[Sequence],
+        running: List[Sequence],
+        situation: Situation | None = None,
+        eligible: Callable[[Sequence], bool] | None = None,
+    ) -> list[Sequence]:
+        """By the victim policy, of those who are `eligible`; None: all are. It is asked last: a price may be known.
+
+        `situation`: theirs, if it is known.
+        """
         self._price(candidates, running, situation)
-        first = [sequence for *_, sequence in nsmallest(NAMED, self._ranked(candidates))]
-        return first[0], tuple(Alternative(s.request.id, self._offer(s).price) for s in first)
+        in_order = (sequence for *_, sequence in sorted(self._ranked(candidates)))
+        return list(islice(filter(eligible, in_order) if eligible else in_order, NAMED))
 
     def _price(
         self, candidates: List[Sequence], running: List[Sequence], situation: Situation | None = None
@@ -145,6 +153,8 @@ class Victims:
         gain = waiter.weight * rounds * situation.step_seconds
         return offer.frees > 0 and offer.price * offer.frees < gain
 
-
-def _preempted(victim: Sequence, policy: str, reason: str, alternatives: tuple[Alternative, ...]) -> Decision:
-    return Decision(Kind.PREEMPTED, policy, victim.request.id, reason, None, alternatives)
+    def _preempted(self, few: List[Sequence], policy: str, reason: str) -> tuple[Sequence, Decision]:
+        """The first of these gives way."""
+        victim = few[0]
+        prices = tuple(Alternative(each.request.id, self._offer(each).price) for each in few)
+        return victim, Decision(Kind.PREEMPTED, policy, victim.request.id, reason, None, prices)
