@@ -130,7 +130,7 @@ Harchol-Balter, Crovella and Murta, "On Choosing a Task Assignment Policy for a 
 
 HYBRID = Weights(
     work=1.0,
-    saved=3.0,
+    saved=6.0,
     session=0.1,
     ahead=1.0,
     behind=3.0,
@@ -146,9 +146,10 @@ first tokens of those who wait there. Each of them counts three times: for itsel
 line is empty, who are delayed as well. Where prompts take a share r of the device's time, one who waits stands for
 1 / (1 - r), and r is about two thirds on devices that are well used. That and its rows in their steps delay all who
 have a place; a tenth of it counts, as it is spread over their answers. So a cached prefix is worth more where many
-are, long prompts go to where few are, and short ones keep away from these. What a cache saves counts three times: who
-comes where its prefix is leaves the room elsewhere to other prefixes. The backlog counts a third: the rest of it is in
-the other parts. The session's home counts a tenth of the prefill beside: the last turn's blocks may be there soon.
+are, long prompts go to where few are, and short ones keep away from these. What a cache saves counts six times: who
+comes where its prefix is leaves the room elsewhere to other prefixes, and its next turn finds it there as well. The
+backlog counts a third: the rest of it is in the other parts. The session's home counts a tenth of the prefill beside:
+the last turn's blocks may be there soon.
 
 Assumes an order by which short ones go before long ones (policies/order.py), and seconds that are about right beside
 each other; an error common to all replicas changes nothing. Worst case: long prompts alone; they meet where fewest
