@@ -254,6 +254,8 @@ class Simulation:
         next_tick = self._tick_seconds
         while self._heap and self._heap[0][0] <= self._until:
             now, _, event = heappop(self._heap)
+            if isinstance(event, Timer) and not self._heap and self.fleet.idle:
+                break  # nothing is left to happen: the run ended before
             while next_tick <= now:
                 self._tick(next_tick)
                 next_tick += self._tick_seconds

@@ -163,7 +163,7 @@ def test_a_fleet_is_simulated_and_its_figures_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    crowd = ["--rate", "1000", "--poisson"]
+    crowd = ["--rate", "10", "--poisson"]
     arguments = ["--trace", str(azure(tmp_path)), *crowd, "--replicas", "3", "--out", str(out)]
     assert simulate(tmp_path, *arguments) == 0
     _, run = rows(out / "runs.jsonl")
