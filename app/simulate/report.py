@@ -47,6 +47,8 @@ def show(results: Sequence[Result], objectives: Objectives, console: Console) ->
     console.print(_accounts(results))
     if fleets := [result for result in results if result.replicas > 1]:
         console.print(_fleets(fleets))
+    for line in (line for result in results for line in _failures(result)):
+        console.print(line, markup=False, soft_wrap=True)
     if objectives != Objectives():
         for policies, rate in capacities(results).items():
             found = "below the lowest rate" if rate is None else f"{rate:g} requests/s"
@@ -83,6 +85,15 @@ def _accounts(results: Sequence[Result]) -> Table:
             result.outcome.digest[:12],
         )
     return table
+
+
+def _failures(result: Result) -> Iterable[str]:
+    """A line for each plug-in that failed."""
+    for (family, policy), failing in result.outcome.policy_failures.items():
+        yield (
+            f"{result.scenario.name}: the {family} policy {policy} failed {failing.times:,} times, and the plainest one "
+            f"decided instead; at first it {failing.first}"
+        )
 
 
 def _fleets(results: Iterable[Result]) -> Table:
@@ -150,6 +161,10 @@ def _run(result: Result) -> dict[str, Any]:
         "computed_tokens": outcome.computed_tokens,
         "recomputed_tokens": outcome.recomputed_tokens,
         "copied_bytes": outcome.copied_bytes,
+        "policy_failures": [
+            {"family": family, "policy": policy, **asdict(failing)}
+            for (family, policy), failing in outcome.policy_failures.items()
+        ],
         "wall_seconds": round(result.wall_seconds, 3),
         "digest": outcome.digest,
     }

@@ -248,6 +248,24 @@ def test_a_plug_in_decides_in_the_simulator_as_in_a_server(
     assert "has no 'Oldest'" in capsys.readouterr().err
 
 
+def test_a_plug_in_that_fails_is_told_with_how_often(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: nothing told its figures from those of a policy that had decided."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "house_failing.py").write_text("def none(view):\n    return [view.number]\n")
+    out = tmp_path / "out"
+    orders = "policies.order=fcfs,house_failing:none"
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--sweep", orders, "--out", str(out)) == 0
+    good, bad = (run["policy_failures"] for run in rows(out / "runs.jsonl")[1:])
+    assert good == []
+    assert isinstance(bad, list)
+    (failing,) = bad
+    assert failing["times"] > 0
+    assert (failing["family"], failing["policy"]) == ("order", "house_failing:none")
+    assert f"failed {failing['times']:,} times" in capsys.readouterr().out
+
+
 def test_a_client_asks_for_no_more_than_the_cap_and_is_who_it_is() -> None:
     trace = [TraceRequest(0, "a", 0.0, 60, 30), TraceRequest(1, "b", 0.0, 95, 2)]
     workload = TraceWorkload(trace, 100, cap=35, tenants={1: "busy"})
