@@ -61,6 +61,7 @@ def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
     profile = read_profile(_profile_path(options.profile))
     chosen = scenarios(options.sweep, options.rate, options.replicas)
     configs = [_config(options, scenario) for scenario in chosen]  # all are checked before the first runs
+    catalogs = [Catalog(load_plugins(config.policies)) for config in configs]
     traces = Traces(options)
     if options.out is not None:
         make_directory("--out", options.out)
@@ -73,10 +74,10 @@ def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
         TimeElapsedColumn(),
         console=Console(stderr=True),
     ) as progress:
-        for scenario, config in zip(chosen, configs, strict=True):
+        for scenario, config, catalog in zip(chosen, configs, catalogs, strict=True):
             task = progress.add_task(scenario.name, total=None, state="loading")
             machine = for_block_size(profile, config.engine.block_size)
-            results.append(_play(scenario, config, machine, traces, options, progress, task))
+            results.append(_play(scenario, config, catalog, machine, traces, options, progress, task))
 
 
 def _config(options: argparse.Namespace, scenario: Scenario) -> Config:
@@ -121,6 +122,7 @@ class Traces:
 def _play(
     scenario: Scenario,
     config: Config,
+    catalog: Catalog,
     profile: Profile,
     traces: Traces,
     options: argparse.Namespace,
@@ -133,7 +135,6 @@ def _play(
     progress.update(task, total=len(trace), state="")
     workload = TraceWorkload(trace, context, lengths_known=options.lengths_known)
     begun = time.perf_counter()
-    catalog = Catalog(load_plugins(config.policies))
     simulation = Simulation(fleet, profile, workload, catalog=catalog, on_tick=_watch(progress, task))
     outcome = simulation.run()
     wall = time.perf_counter() - begun

@@ -274,6 +274,17 @@ def test_a_client_asks_for_no_more_than_the_cap_and_is_who_it_is() -> None:
     assert [each.tenant for each in jobs] == ["", "busy"]
 
 
+def test_a_plug_in_that_cannot_be_loaded_is_told_before_anything_is_played(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: all runs before its own were played first."""
+    monkeypatch.setattr(command, "_play", lambda *_: pytest.fail("it was played"))
+    assert (
+        simulate(tmp_path, "--trace", str(azure(tmp_path)), "--sweep", "policies.order=fcfs,nowhere:x") == 2
+    )
+    assert "Python finds no module nowhere" in capsys.readouterr().err
+
+
 def test_without_matplotlib_there_are_rows_and_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +303,7 @@ def test_without_matplotlib_there_are_rows_and_a_word(
         (["--poisson"], "give --rate"),
         (["--sweep", "order=fcfs"], "wanted is section.key"),
         (["--sweep", "replicas=many"], "from 1 to 64"),
+        (["--sweep", "rate=1", "--sweep", "rate=2"], "--sweep rate is given twice"),
         (["--sweep", "policies.order=fastest"], "policies.order"),
         (["--set", "kvstore.disk.bytes=10000000", "--profile", "none.json"], "none.json cannot be read"),
         (["--format", "mooncake"], "trace.csv:1: it is not JSON"),
