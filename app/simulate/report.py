@@ -91,8 +91,8 @@ def _failures(result: Result) -> Iterable[str]:
     """A line for each plug-in that failed."""
     for (family, policy), failing in result.outcome.policy_failures.items():
         yield (
-            f"{result.scenario.name}: the {family} policy {policy} failed {failing.times:,} times, and the plainest one "
-            f"decided instead; at first it {failing.first}"
+            f"{result.scenario.name}: the {family} policy {policy} failed {failing.times:,} times, and the plainest "
+            f"one decided instead; at first it {failing.first}"
         )
 
 
