@@ -3,15 +3,19 @@
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from app.cli import main
 from app.config_sources import load
 from app.simulate import command
-from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
+from app.simulate.charts import SHOWN, percentiles
+from app.simulate.figures import Objectives, Spread, capacity, figures, latencies, percentile, spread
 from app.simulate.fleet_figures import fleet_figures, imbalance
 from app.simulate.playing import TraceWorkload
 from app.simulate.report import Result
@@ -224,6 +228,27 @@ def test_a_sweep_writes_rows_and_charts(tmp_path: Path, capsys: pytest.CaptureFi
     assert str(runs[0]["digest"])[:12] in told
     assert simulate(tmp_path, *arguments) == 0
     assert [run["digest"] for run in rows(out / "runs.jsonl")[1:]] == [run["digest"] for run in runs]
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--out", str(out)) == 0
+    assert sorted(path.name for path in out.glob("*.png")) == ["latency.png", "timeline-01.png"], (
+        "of this run"
+    )
+
+
+@pytest.mark.parametrize(("least", "most"), [(0.02, 0.7), (0.004, 3.0), (0.0004, 50.0)])
+def test_labels_of_logarithmic_panels_do_not_lie_over_each_other(least: float, most: float) -> None:
+    """Regression: below two powers of ten, those between them were labelled too."""
+    found = dict.fromkeys(SHOWN, Spread(least, least, least, most))
+    figure = percentiles(Figure, [(11 * "order=fcfs " + "@ 1/s", found)], SHOWN)
+    FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    for panel in figure.axes:
+        low, high = panel.get_xlim()
+        labels = [label for label in panel.get_xticklabels(which="both") if label.get_text()]
+        boxes = [label.get_window_extent() for label in labels if low <= label.get_position()[0] <= high]
+        assert len(boxes) > 1
+        ordered = sorted(boxes, key=lambda box: box.x0)
+        assert all(a.x1 < b.x0 for a, b in pairwise(ordered))
+    names = [panel.xaxis.label.get_window_extent() for panel in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in pairwise(names)), "however long a run's name is"
 
 
 def test_a_plug_in_decides_in_the_simulator_as_in_a_server(
