@@ -12,7 +12,11 @@ class TraceError(Exception):
     """A trace that cannot be used: which file, which line, and why. Line 0 is the file as a whole."""
 
     def __init__(self, path: Path, line: int, why: str) -> None:
-        super().__init__(f"{path}:{line}: {why}" if line else f"{path}: {why}")
+        super().__init__(path, line, why)  # all of them, so that it comes out of another process as it is
+
+    def __str__(self) -> str:
+        path, line, why = self.args
+        return f"{path}:{line}: {why}" if line else f"{path}: {why}"
 
 
 @dataclass(frozen=True, slots=True)

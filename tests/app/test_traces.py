@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,12 @@ def test_a_file_of_no_known_format_or_without_requests_is_refused(tmp_path: Path
         loaded(tmp_path, AZURE.partition("\n")[0])
     with pytest.raises(TraceError, match="cannot be read"):
         load(tmp_path / "none", Drawing())
+
+
+def test_an_error_comes_out_of_another_process_as_it_is() -> None:
+    """Regression: a pool of processes whose trace could not be read was told to be broken, and no more."""
+    error = TraceError(Path("trace"), 3, "it is not JSON")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "trace:3: it is not JSON"
 
 
 def test_runs_are_consecutive_ids() -> None:
