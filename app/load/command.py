@@ -150,7 +150,9 @@ def _write(results: Sequence[Result], objectives: Objectives, options: argparse.
     """Returns what there is now."""
     asked = vars(options).items()
     told = {
-        name: str(value) for name, value in asked if name not in SECRET and value not in (None, False, [])
+        name: str(value)
+        for name, value in asked
+        if name not in SECRET and value not in (None, []) and value is not False
     }
     write_rows(results, options.output, {"sluice_bench_serve": told})
     try:

@@ -165,7 +165,10 @@ def _tell(results: list[Result], options: argparse.Namespace) -> None:
 
 def _write(results: list[Result], options: argparse.Namespace) -> str:
     """Returns what there is now."""
-    told = {name: str(value) for name, value in vars(options).items() if value not in (None, False, [])}
+    asked = vars(options).items()
+    told = {
+        name: str(value) for name, value in asked if value not in (None, []) and value is not False
+    }  # 0 counts
     write_rows(results, options.out, {"sluice_simulate": told})
     try:
         drawn = draw(results, options.out)

@@ -215,7 +215,10 @@ def test_a_sweep_writes_rows_and_charts(tmp_path: Path, capsys: pytest.CaptureFi
                  "--poisson", "--ttft", "1", "--tpot", "0.1", "--out", str(out)]  # fmt: skip
     assert simulate(tmp_path, *arguments) == 0
     facts, *runs = rows(out / "runs.jsonl")
-    assert "sluice_simulate" in facts
+    asked = facts["sluice_simulate"]
+    assert isinstance(asked, dict)
+    assert (asked["seed"], asked["poisson"]) == ("0", "True")
+    assert "lengths_known" not in asked
     assert len(runs) == 4
     assert all(run["attempted"] == 12 and run["unfinished"] == 0 for run in runs)
     assert len(rows(out / "requests.jsonl")) == 48
