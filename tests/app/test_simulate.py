@@ -1,5 +1,6 @@
 """`sluice simulate`: sweeps, figures by their definitions, rows and charts, and friendly errors."""
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from app.cli import main
 from app.config_sources import load
@@ -18,7 +21,7 @@ from app.simulate.charts import SHOWN, percentiles
 from app.simulate.figures import Objectives, Spread, capacity, figures, latencies, percentile, spread
 from app.simulate.fleet_figures import fleet_figures, imbalance
 from app.simulate.playing import TraceWorkload
-from app.simulate.report import Result
+from app.simulate.report import Result, print_whole
 from app.simulate.scenario import BadSweep, Scenario, fleet_config, for_block_size, scenarios
 from app.workload.playing import Playing
 from app.workload.trace import TraceRequest
@@ -322,6 +325,22 @@ def test_without_matplotlib_there_are_rows_and_a_word(
     assert "sluice[charts]" in capsys.readouterr().err
     assert (out / "runs.jsonl").is_file()
     assert not list(out.glob("*.png"))
+
+
+def test_where_a_table_has_no_room_its_numbers_are_told_whole() -> None:
+    """Regression: on 80 columns shares were told as 28…, and digests were not."""
+    table = Table("scenario", "attempted", "load max/mean", "digest", title="accounts")
+    table.add_row("order=fcfs resume=recompute @ 2/s", "1,200", "26% 32% 17%", "58ddd1d52683")
+    for width in range(30, 100):
+        file = io.StringIO()
+        print_whole(table, Console(width=width, file=file))
+        assert "58ddd1d52683" in file.getvalue()
+        assert "…" not in file.getvalue()
+
+
+def test_refusals_are_told_with_their_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--set", "engine.kv_blocks=1") == 0
+    assert "12 were refused, as a server does it, with context_length_exceeded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
