@@ -136,7 +136,7 @@ def _update(bar: Progress, task: TaskID, progress: generator.Progress) -> None:
 def _tell(results: Sequence[Result], options: argparse.Namespace) -> None:
     """Raises CannotWrite."""
     objectives = Objectives(options.ttft, options.tpot)
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 170, markup=False)
     show(results, objectives, console)
     if options.compare:
         console.print(ratios(results, *options.compare))

@@ -66,7 +66,7 @@ def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
     if options.out is not None:
         make_directory("--out", options.out)
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("requests"),
@@ -156,7 +156,7 @@ def _tell(results: list[Result], options: argparse.Namespace) -> None:
     """Raises CannotWrite."""
     objectives = Objectives(options.ttft, options.tpot)
     wide = None if sys.stdout.isatty() else 170
-    show(results, objectives, Console(width=wide))
+    show(results, objectives, Console(width=wide, markup=False))
     if options.out is not None:
         with writing("--out", options.out):
             written = _write(results, options)

@@ -47,12 +47,13 @@ class Result:
 
 
 def show(results: Sequence[Result], objectives: Objectives, console: Console) -> None:
+    """To a console without markup: scenarios are named by what users say."""
     console.print(latencies((result.scenario.name, result.figures.spreads) for result in results))
     print_whole(_accounts(results), console)
     if fleets := [result for result in results if result.replicas > 1]:
         print_whole(_fleets(fleets), console)
     for line in (line for result in results for line in _notes(result)):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if objectives != Objectives():
         for policies, rate in capacities(results).items():
             found = "below the lowest rate" if rate is None else f"{rate:g} requests/s"
@@ -73,7 +74,7 @@ def print_whole(table: Table, console: Console) -> None:
     heads = [str(column.header) for column in table.columns]
     for name, *values in zip(*(column.cells for column in table.columns), strict=True):
         told = ", ".join(f"{head} {value}" for head, value in zip(heads[1:], values, strict=True) if value)
-        console.print(f"{table.title}, {name}: {told}", markup=False)
+        console.print(f"{table.title}, {name}: {told}")
 
 
 def latencies(rows: Iterable[tuple[str, Mapping[str, Spread]]], first: str = "scenario") -> Table:

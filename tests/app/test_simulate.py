@@ -327,6 +327,14 @@ def test_without_matplotlib_there_are_rows_and_a_word(
     assert not list(out.glob("*.png"))
 
 
+def test_a_swept_value_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: a bracket in it ended the command in a traceback, when all had been played."""
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--sweep", "model.path=[/a],[b]") == 0
+    told = capsys.readouterr().out
+    assert "model.path=[/a]" in told
+    assert "model.path=[b]" in told
+
+
 def test_where_a_table_has_no_room_its_numbers_are_told_whole() -> None:
     """Regression: on 80 columns shares were told as 28…, and digests were not."""
     table = Table("scenario", "attempted", "load max/mean", "digest", title="accounts")
