@@ -84,9 +84,20 @@ _PROFILE = TypeAdapter(Profile)
 def read_profile(path: Path) -> Profile:
     """Raises ProfileError."""
     try:
-        return _PROFILE.validate_json(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror}") from error
+    return _validated(text, path)
+
+
+def checked(profile: Profile, source: Path) -> Profile:
+    """As it will be read from its file. Raises ProfileError."""
+    return _validated(to_json(profile), source)
+
+
+def _validated(text: bytes, path: Path) -> Profile:
+    try:
+        return _PROFILE.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

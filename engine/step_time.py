@@ -108,6 +108,15 @@ class CurveTime:
         )
 
 
+def _grid(
+    cells: tuple[tuple[int, int, int, int, float], ...],
+) -> tuple[tuple[int, int, int, int, float], ...]:
+    """Raises ValueError."""
+    if any(len({cell[axis] for cell in cells}) < 2 for axis in range(4)):
+        raise ValueError("there must be two values of each axis at least, to interpolate between")
+    return cells
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Attention of one layer, measured on a grid: seconds by (chunk, context before it, decode rows, their context).
@@ -116,7 +125,7 @@ class Grid:
     lookup takes the nearest smaller one along the axis of rows, scaled by the number of rows.
     """
 
-    cells: tuple[tuple[int, int, int, int, Number], ...]
+    cells: Annotated[tuple[tuple[int, int, int, int, Number], ...], AfterValidator(_grid)]
 
 
 class _Interpolated:
