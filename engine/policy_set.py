@@ -8,9 +8,10 @@ from: app/plugins.py.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any
+from typing import Any, SupportsIndex
 
 from policies.admission import Admission
+from policies.decisions import Alternative
 from policies.eviction import EVICTIONS, Eviction, MakeEviction, Scored, lru
 from policies.order import ORDERS, Order
 from policies.placement import PLACEMENTS, Placement
@@ -233,20 +234,34 @@ class GuardedPlacement(Guarded):
 
 class GuardedRouting(Guarded):
     def sound(self, answer: Any, *asked: Any) -> bool:
-        return isinstance(answer, Placed) and answer.replica in {each.number for each in asked[0]}
+        return (
+            isinstance(answer, Placed)
+            and _is_one_of({each.number for each in asked[0]}, answer.replica)
+            and isinstance(answer.score, int | float)
+            and isinstance(answer.reason, str)
+            and isinstance(answer.alternatives, tuple)
+            and all(isinstance(each, Alternative) for each in answer.alternatives)
+        )
 
 
 class GuardedRebalancing(Guarded):
     def sound(self, answer: Any, *asked: Any) -> bool:
         if not isinstance(answer, Round):
             return False
-        if not isinstance(answer.moves, tuple) or not isinstance(answer.stayed, int):
+        if not isinstance(answer.moves, tuple) or not isinstance(answer.stayed, int) or answer.stayed < 0:
             return False
         if not answer.moves:
             return True
         loads, movables, *_ = asked
         numbers, known = {each.number for each in loads}, {(each.request, each.choice) for each in movables}
-        return all(move.target in numbers and (move.request, move.choice) in known for move in answer.moves)
+        return all(
+            _is_one_of(numbers, move.target) and (move.request, move.choice) in known for move in answer.moves
+        )
+
+
+def _is_one_of(numbers: set[int], answer: Any) -> bool:
+    """1.0 is in {1}, but no index."""
+    return isinstance(answer, SupportsIndex) and answer in numbers
 
 
 def _is_bool(answer: Any) -> bool:

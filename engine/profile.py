@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from engine.step_time import CurveTime, Points, Shape, TableTime, on_curve
+from engine.step_time import CurveTime, Number, Points, Shape, TableTime, on_curve
 
 Route = Annotated[
     str, Field(pattern=r"^(device>host|host>device|host>disk|device>disk|disk>host|disk>device)$")
@@ -25,7 +25,7 @@ class ProfileError(Exception):
 class Transfer:
     """Of one copy on one route: seconds = latency + bytes ÷ rate, from the moment its lane takes it up."""
 
-    latency_seconds: float
+    latency_seconds: Number
     bytes_per_second: Annotated[float, Field(gt=0)]
 
 
@@ -39,10 +39,10 @@ class Between:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     rows: Points = ((0.0, 0.0),)  # by rows of the step that ended: its tokens become text and news
-    finished: float = 0.0  # for each choice that ended with it
-    admitted: float = 0.0  # for each that the next step is the first of
-    prefill: float = 0.0  # more, where the step that ended had rows of several tokens
-    idle: float = 0.0  # instead of all that, where no step has just ended: from an arrival to the launch
+    finished: Number = 0.0  # for each choice that ended with it
+    admitted: Number = 0.0  # for each that the next step is the first of
+    prefill: Number = 0.0  # more, where the step that ended had rows of several tokens
+    idle: Number = 0.0  # instead of all that, where no step has just ended: from an arrival to the launch
 
     def after(self, step: Shape, finished: int, admitted: int) -> float:
         """From the end of this step to the launch of the next."""
@@ -58,7 +58,7 @@ class Profile:
     model: str
     dtype: str
     source: str  # how the figures came about, with what they assume
-    block_size: int  # tokens
+    block_size: Annotated[int, Field(gt=0)]  # tokens
     block_bytes: Annotated[int, Field(gt=0)]
     context: Annotated[int, Field(gt=0)]  # tokens the model can attend to
     kv_blocks: Annotated[int, Field(gt=0)]  # of the device, unless the configuration says
@@ -84,13 +84,26 @@ _PROFILE = TypeAdapter(Profile)
 def read_profile(path: Path) -> Profile:
     """Raises ProfileError."""
     try:
-        return _PROFILE.validate_json(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror}") from error
+    return _validated(text, path)
+
+
+def checked(profile: Profile, source: Path) -> Profile:
+    """As it will be read from its file. Raises ProfileError."""
+    return _validated(to_json(profile), source)
+
+
+def _validated(text: bytes, path: Path) -> Profile:
+    try:
+        return _PROFILE.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise ProfileError(f"{path} is no profile: {place}: {first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        why = f"{place}: {message}" if place else message
+        raise ProfileError(f"{path} is no profile: {why}") from error
 
 
 def write_profile(profile: Profile, path: Path) -> None:

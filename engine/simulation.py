@@ -126,6 +126,14 @@ class Step:
 
 
 @dataclass(slots=True)
+class Failing:
+    """A plug-in that failed, and the plainest policy decided: what it did first, and how often it failed."""
+
+    first: str
+    times: int = 0
+
+
+@dataclass(slots=True)
 class Outcome:
     served: list[Served] = field(default_factory=list)  # in the order in which they ended
     ticks: list[Tick] = field(default_factory=list)
@@ -141,6 +149,7 @@ class Outcome:
     seconds: float = 0.0  # virtual, from 0 to the last event
     unfinished: int = 0  # when time was up
     counts: Counts = field(default_factory=Counts)
+    policy_failures: dict[tuple[str, str], Failing] = field(default_factory=dict)  # by family and policy
     returns: list[Resumed] = field(default_factory=list)  # ways back, predicted and actual
     copied_bytes: dict[str, int] = field(default_factory=dict)  # by route
     digest: str = ""
@@ -254,6 +263,8 @@ class Simulation:
         next_tick = self._tick_seconds
         while self._heap and self._heap[0][0] <= self._until:
             now, _, event = heappop(self._heap)
+            if isinstance(event, Timer) and not self._heap and self.fleet.idle:
+                break  # nothing is left to happen: the run ended before
             while next_tick <= now:
                 self._tick(next_tick)
                 next_tick += self._tick_seconds
@@ -358,6 +369,8 @@ class Simulation:
                 self.outcome.migrations.append(instruction)
                 return f"migrated {instruction.request_id} {instruction.source}>{instruction.target}"
             case PolicyFailed():
+                plugin = instruction.family, instruction.name
+                self.outcome.policy_failures.setdefault(plugin, Failing(instruction.what)).times += 1
                 return f"failed {instruction.name} {instruction.what}"
             case _:
                 raise AssertionError(f"the simulator does not know {type(instruction).__name__}")

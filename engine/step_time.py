@@ -9,14 +9,28 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from engine.plan import Plan
 
-Points = Annotated[tuple[tuple[float, float], ...], Field(min_length=1)]
-"""A piecewise linear curve: (x, y), x rising."""
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Of a profile: seconds, or what they depend on."""
+
+
+def _curve(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    """Raises ValueError, which pydantic tells with the place."""
+    if any(x0 >= x1 for (x0, _), (x1, _) in pairwise(points)):
+        raise ValueError("x must rise from point to point")
+    if len(points) > 1 and points[-1][1] < points[-2][1]:
+        raise ValueError("the last piece falls, so that the curve is below 0 further on")
+    return points
+
+
+Points = Annotated[tuple[tuple[Number, Number], ...], Field(min_length=1), AfterValidator(_curve)]
+"""A piecewise linear curve: (x, y), x rising; its last piece does not fall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +89,10 @@ class CurveTime:
     dense: Points  # a step with so many tokens, whatever it costs besides (launches, Python)
     head: Points  # (0, 0) first: a step may sample nothing
     kind: Literal["curves"] = "curves"
-    decode_row: float = 0.0
-    decode_position: float = 0.0  # per position that a decode row attends to
-    prefill_row: float = 0.0
-    prefill_pair: float = 0.0  # per (token, position) of prefill rows
+    decode_row: Number = 0.0
+    decode_position: Number = 0.0  # per position that a decode row attends to
+    prefill_row: Number = 0.0
+    prefill_pair: Number = 0.0  # per (token, position) of prefill rows
 
     def timer(self) -> Timer:
         return self._seconds
@@ -94,6 +108,15 @@ class CurveTime:
         )
 
 
+def _grid(
+    cells: tuple[tuple[int, int, int, int, float], ...],
+) -> tuple[tuple[int, int, int, int, float], ...]:
+    """Raises ValueError."""
+    if any(len({cell[axis] for cell in cells}) < 2 for axis in range(4)):
+        raise ValueError("there must be two values of each axis at least, to interpolate between")
+    return cells
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Attention of one layer, measured on a grid: seconds by (chunk, context before it, decode rows, their context).
@@ -102,7 +125,7 @@ class Grid:
     lookup takes the nearest smaller one along the axis of rows, scaled by the number of rows.
     """
 
-    cells: tuple[tuple[int, int, int, int, float], ...]
+    cells: Annotated[tuple[tuple[int, int, int, int, Number], ...], AfterValidator(_grid)]
 
 
 class _Interpolated:
@@ -162,7 +185,7 @@ class TableTime:
     head: Points  # output head and sampler, by rows that sample
     attention: Grid
     kind: Literal["tables"] = "tables"
-    fixed: float = 0.0  # of every step: launches, copies of the result
+    fixed: Number = 0.0  # of every step: launches, copies of the result
 
     def timer(self) -> Timer:
         return partial(self._seconds, _Interpolated(self.attention))

@@ -136,7 +136,7 @@ def _update(bar: Progress, task: TaskID, progress: generator.Progress) -> None:
 def _tell(results: Sequence[Result], options: argparse.Namespace) -> None:
     """Raises CannotWrite."""
     objectives = Objectives(options.ttft, options.tpot)
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 170, markup=False)
     show(results, objectives, console)
     if options.compare:
         console.print(ratios(results, *options.compare))
@@ -150,7 +150,9 @@ def _write(results: Sequence[Result], objectives: Objectives, options: argparse.
     """Returns what there is now."""
     asked = vars(options).items()
     told = {
-        name: str(value) for name, value in asked if name not in SECRET and value not in (None, False, [])
+        name: str(value)
+        for name, value in asked
+        if name not in SECRET and value not in (None, []) and value is not False
     }
     write_rows(results, options.output, {"sluice_bench_serve": told})
     try:

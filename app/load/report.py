@@ -12,7 +12,7 @@ from app.load.figures import MOST_LAG_SECONDS, Figures, latencies
 from app.load.generator import Sample, number_of
 from app.simulate.figures import Objectives, capacity
 from app.simulate.report import latencies as latency_table
-from app.simulate.report import write_lines
+from app.simulate.report import print_whole, write_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Result:
 
 def show(results: Sequence[Result], objectives: Objectives, console: Console) -> None:
     console.print(latency_table(((each.name, each.figures.spreads) for each in results), "run"))
-    console.print(_accounts(results))
+    print_whole(_accounts(results), console)
     for line in notes(results):
         console.print(line, soft_wrap=True)
     if objectives != Objectives():

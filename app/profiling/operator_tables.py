@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.workload.reading import parsed, rows
-from engine.profile import Profile, ProfileError
+from engine.profile import Profile, ProfileError, checked
 from engine.step_time import Grid, TableTime
 
 TIMES_PER_LAYER = {
@@ -49,22 +49,37 @@ MODELS = {"meta-llama/Llama-3.1-8B": Sizes(layers=32, kv_heads=8, head_dim=128)}
 
 def read_tables(directory: Path) -> Profile:
     """Raises ProfileError, TraceError."""
-    meta = json.loads(only(directory, "*_meta.json").read_text("utf-8"))
-    if meta["model"] not in MODELS:
-        raise ProfileError(f"the tables are of {meta['model']!r}; known: {', '.join(MODELS)}")
-    sizes, cache = MODELS[meta["model"]], meta["kv_cache"]
-    return Profile(
-        machine=meta["device"]["device_name"],
-        model=meta["model"],
-        dtype=meta["engine_kwargs"]["dtype"],
-        source=f"operator tables measured with vLLM {meta['vllm_version']}; no transfers measured",
-        block_size=cache["block_size"],
-        block_bytes=sizes.block_bytes(cache["block_size"]),
-        context=meta["engine_kwargs"]["max_model_len"],
-        kv_blocks=cache["num_gpu_blocks"],
+    facts = _facts(only(directory, "*_meta.json"))
+    if facts["model"] not in MODELS:
+        raise ProfileError(f"the tables are of {facts['model']!r}; known: {', '.join(MODELS)}")
+    sizes = MODELS[facts["model"]]
+    profile = Profile(
+        **facts,
+        block_bytes=sizes.block_bytes(facts["block_size"]),
         runs_ahead=True,
         step=_step_time(directory, sizes.layers),
     )
+    return checked(profile, directory)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What of a profile the meta file says. Raises ProfileError."""
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+        engine, cache = meta["engine_kwargs"], meta["kv_cache"]
+        return {
+            "machine": meta["device"]["device_name"],
+            "model": meta["model"],
+            "dtype": engine["dtype"],
+            "source": f"operator tables measured with vLLM {meta['vllm_version']}; no transfers measured",
+            "block_size": cache["block_size"],
+            "context": engine["max_model_len"],
+            "kv_blocks": cache["num_gpu_blocks"],
+        }
+    except KeyError as error:
+        raise ProfileError(f"{path}: there is no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ProfileError(f"{path} is no meta file: {error}") from error
 
 
 def _step_time(directory: Path, layers: int) -> TableTime:
@@ -102,6 +117,8 @@ def _sum(
     tables: Mapping[str, Mapping[int, float]], times: Mapping[str, int]
 ) -> tuple[tuple[float, float], ...]:
     """One curve from several operators', measured at the same sizes."""
+    if not times:
+        raise ProfileError("the tables by sequences have no operator")
     if missing := [name for name in times if name not in tables]:
         raise ProfileError(f"the tables have no operator {', '.join(missing)}")
     sizes = sorted(set.intersection(*(set(tables[name]) for name in times)))

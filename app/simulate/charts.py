@@ -21,8 +21,14 @@ MOST_TIMELINES = 12
 MOST_NAMED = 8
 """Replicas in a legend."""
 
+NAMES_LENGTH, NAMES_INCHES = 45, 0.08
+"""Longer names of runs than that make a figure wider, by so much a letter: panels need their room."""
+
 MAGNITUDES = 30
 """Largest ÷ smallest value, from which on an axis is logarithmic."""
+
+MANY_MAGNITUDES = 1000
+"""From which on such an axis has powers of ten alone; below, three times these as well."""
 
 MOST_TICKS = 4
 """On an axis of a panel: labels of small seconds are long."""
@@ -33,7 +39,10 @@ class NoCharts(Exception):
 
 
 def draw(results: Sequence[Result], directory: Path) -> list[Path]:
-    """Draws what the results allow, and returns the files. Raises NoCharts."""
+    """Draws what the results allow, and returns the files; those of earlier results are deleted. Raises NoCharts."""
+    for name in ("latency.png", "capacity.png", "timeline-[0-9][0-9].png"):
+        for path in directory.glob(name):
+            path.unlink()
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -56,9 +65,10 @@ def percentiles(
     kind: "type[Figure]", rows: Sequence[tuple[str, Mapping[str, Spread]]], metrics: Sequence[str]
 ) -> "Figure":
     """A panel a metric, a row of dots a run: P50, P90 and P99 on one line."""
-    figure = kind(figsize=(12, 1.4 + 0.34 * len(rows)), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(metrics), sharey=True)
     names = [name for name, _ in rows]
+    width = 12 + NAMES_INCHES * max(0, max(map(len, names)) - NAMES_LENGTH)
+    figure = kind(figsize=(width, 1.4 + 0.34 * len(rows)), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(metrics), sharey=True)
     for panel, metric in zip(panels, metrics, strict=True):
         spreads = [found.get(metric) for _, found in rows]
         for row, spread in enumerate(spreads):
@@ -81,8 +91,14 @@ def percentiles(
 
 def _scale(panel: "Axes", values: Sequence[float]) -> None:
     """Logarithmic where values are of different magnitudes, else from 0 on."""
+    from matplotlib.ticker import LogLocator
+
     if values and max(values) > MAGNITUDES * min(values) > 0:
         panel.set_xscale("log")
+        few = max(values) < MANY_MAGNITUDES * min(values)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if few else (1,)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("")  # labels between these lie over each other
     else:
         panel.set_xlim(left=0)
         panel.locator_params(axis="x", nbins=MOST_TICKS)

@@ -61,11 +61,12 @@ def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
     profile = read_profile(_profile_path(options.profile))
     chosen = scenarios(options.sweep, options.rate, options.replicas)
     configs = [_config(options, scenario) for scenario in chosen]  # all are checked before the first runs
+    catalogs = [Catalog(load_plugins(config.policies)) for config in configs]
     traces = Traces(options)
     if options.out is not None:
         make_directory("--out", options.out)
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("requests"),
@@ -73,10 +74,10 @@ def _play_all(options: argparse.Namespace, results: list[Result]) -> None:
         TimeElapsedColumn(),
         console=Console(stderr=True),
     ) as progress:
-        for scenario, config in zip(chosen, configs, strict=True):
+        for scenario, config, catalog in zip(chosen, configs, catalogs, strict=True):
             task = progress.add_task(scenario.name, total=None, state="loading")
             machine = for_block_size(profile, config.engine.block_size)
-            results.append(_play(scenario, config, machine, traces, options, progress, task))
+            results.append(_play(scenario, config, catalog, machine, traces, options, progress, task))
 
 
 def _config(options: argparse.Namespace, scenario: Scenario) -> Config:
@@ -121,6 +122,7 @@ class Traces:
 def _play(
     scenario: Scenario,
     config: Config,
+    catalog: Catalog,
     profile: Profile,
     traces: Traces,
     options: argparse.Namespace,
@@ -133,7 +135,6 @@ def _play(
     progress.update(task, total=len(trace), state="")
     workload = TraceWorkload(trace, context, lengths_known=options.lengths_known)
     begun = time.perf_counter()
-    catalog = Catalog(load_plugins(config.policies))
     simulation = Simulation(fleet, profile, workload, catalog=catalog, on_tick=_watch(progress, task))
     outcome = simulation.run()
     wall = time.perf_counter() - begun
@@ -155,7 +156,7 @@ def _tell(results: list[Result], options: argparse.Namespace) -> None:
     """Raises CannotWrite."""
     objectives = Objectives(options.ttft, options.tpot)
     wide = None if sys.stdout.isatty() else 170
-    show(results, objectives, Console(width=wide))
+    show(results, objectives, Console(width=wide, markup=False))
     if options.out is not None:
         with writing("--out", options.out):
             written = _write(results, options)
@@ -164,7 +165,10 @@ def _tell(results: list[Result], options: argparse.Namespace) -> None:
 
 def _write(results: list[Result], options: argparse.Namespace) -> str:
     """Returns what there is now."""
-    told = {name: str(value) for name, value in vars(options).items() if value not in (None, False, [])}
+    asked = vars(options).items()
+    told = {
+        name: str(value) for name, value in asked if value not in (None, []) and value is not False
+    }  # 0 counts
     write_rows(results, options.out, {"sluice_simulate": told})
     try:
         drawn = draw(results, options.out)

@@ -1,6 +1,7 @@
 """What came of the scenarios: tables for people, JSON Lines for programs. Charts are charts.py's."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from app.simulate.figures import METRICS, Figures, Objectives, Spread, capacity
 from app.simulate.fleet_figures import FleetFigures, fleet_figures
 from app.simulate.scenario import Scenario
 from engine.simulation import Outcome
+
+MOST_WIDTH = 10_000
+"""Columns of a console; no table is wider."""
 
 MOST_SHARES = 8
 """Replicas whose busy shares are all shown."""
@@ -43,14 +47,34 @@ class Result:
 
 
 def show(results: Sequence[Result], objectives: Objectives, console: Console) -> None:
+    """To a console without markup: scenarios are named by what users say."""
     console.print(latencies((result.scenario.name, result.figures.spreads) for result in results))
-    console.print(_accounts(results))
+    print_whole(_accounts(results), console)
     if fleets := [result for result in results if result.replicas > 1]:
-        console.print(_fleets(fleets))
+        print_whole(_fleets(fleets), console)
+    for line in (line for result in results for line in _notes(result)):
+        console.print(line, soft_wrap=True)
     if objectives != Objectives():
         for policies, rate in capacities(results).items():
             found = "below the lowest rate" if rate is None else f"{rate:g} requests/s"
             console.print(f"capacity (highest rate with ≥ 90 % attainment), {policies}: {found}")
+
+
+def print_whole(table: Table, console: Console) -> None:
+    """Names wrap; where even so there is no room, each row is a paragraph: a number without its end is another one."""
+    first, *others = table.columns
+    for column in others:
+        column.no_wrap = True
+    names = [str(first.header), *map(str, first.cells)]
+    wide = console.measure(table, options=console.options.update(width=MOST_WIDTH)).maximum
+    words = (word for name in names for word in name.split())
+    if wide - max(map(len, names)) + max(map(len, words)) <= console.width:
+        console.print(table)
+        return
+    heads = [str(column.header) for column in table.columns]
+    for name, *values in zip(*(column.cells for column in table.columns), strict=True):
+        told = ", ".join(f"{head} {value}" for head, value in zip(heads[1:], values, strict=True) if value)
+        console.print(f"{table.title}, {name}: {told}")
 
 
 def latencies(rows: Iterable[tuple[str, Mapping[str, Spread]]], first: str = "scenario") -> Table:
@@ -83,6 +107,17 @@ def _accounts(results: Sequence[Result]) -> Table:
             result.outcome.digest[:12],
         )
     return table
+
+
+def _notes(result: Result) -> Iterable[str]:
+    """A line for each reason of refusals, and for each plug-in that failed."""
+    for code, times in Counter(each.refused for each in result.outcome.served if each.refused).items():
+        yield f"{result.scenario.name}: {times:,} were refused, as a server does it, with {code}"
+    for (family, policy), failing in result.outcome.policy_failures.items():
+        yield (
+            f"{result.scenario.name}: the {family} policy {policy} failed {failing.times:,} times, and the plainest "
+            f"one decided instead; at first it {failing.first}"
+        )
 
 
 def _fleets(results: Iterable[Result]) -> Table:
@@ -150,6 +185,10 @@ def _run(result: Result) -> dict[str, Any]:
         "computed_tokens": outcome.computed_tokens,
         "recomputed_tokens": outcome.recomputed_tokens,
         "copied_bytes": outcome.copied_bytes,
+        "policy_failures": [
+            {"family": family, "policy": policy, **asdict(failing)}
+            for (family, policy), failing in outcome.policy_failures.items()
+        ],
         "wall_seconds": round(result.wall_seconds, 3),
         "digest": outcome.digest,
     }

@@ -47,6 +47,11 @@ class Scenario:
 def scenarios(sweeps: Iterable[str], rate: float | None, replicas: int | None = None) -> list[Scenario]:
     """The product of sweeps such as `policies.order=fcfs,hybrid`, `rate=1,2` and `replicas=4,8`. Raises BadSweep."""
     axes = [_axis(sweep) for sweep in sweeps]
+    keys = [key for key, _ in axes]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise BadSweep(
+            f"--sweep {twice[0]} is given twice: all of its values belong into one, as in {twice[0]}=A,B"
+        )
     found = []
     for values in product(*(values for _, values in axes)):
         chosen = list(zip((key for key, _ in axes), values, strict=True))

@@ -72,7 +72,7 @@ def _thread(
     for row in rows:
         prompt, ids = (
             tokens(row["in"]),
-            tuple((int(first), int(length)) for first, length in row["hash_runs"]),
+            tuple((int(first), tokens(length)) for first, length in row["hash_runs"]),
         )
         if sum(length for _, length in ids) * block_size > prompt + block_size - 1:
             raise ValueError(f"hash_runs cover more than a prompt of {prompt} tokens")

@@ -4,14 +4,13 @@ Source: Azure/AzurePublicDataset, Patel et al., ISCA 2024.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 
 from app.workload.drawing import Drawing
 from app.workload.reading import parsed, rows, tokens
-from app.workload.trace import TraceRequest, in_order
+from app.workload.trace import TraceRequest, from_first
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
@@ -19,9 +18,7 @@ COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 def load(path: Path, drawing: Drawing) -> list[TraceRequest]:
     """Nothing is drawn; arrivals count from the first. Raises TraceError."""
     numbers = count()
-    found = in_order(parsed(path, rows(path, COLUMNS), lambda row: _request(row, next(numbers))))
-    start = found[0].arrival if found else 0.0
-    return [replace(request, arrival=request.arrival - start) for request in found]
+    return from_first(parsed(path, rows(path, COLUMNS), lambda row: _request(row, next(numbers))))
 
 
 def _request(row: Mapping[str, str], number: int) -> TraceRequest:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from app.workload.drawing import Drawing
 from app.workload.reading import parsed, rows, seconds, tokens
-from app.workload.trace import TraceRequest, in_order
+from app.workload.trace import TraceRequest, from_first
 
 COLUMNS = ("Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type")
 
 
 def load(path: Path, drawing: Drawing) -> list[TraceRequest]:
-    """Nothing is drawn. Raises TraceError."""
+    """Nothing is drawn; arrivals count from the first. Raises TraceError."""
     numbers = count()
     found = parsed(path, rows(path, COLUMNS), lambda row: _request(row, numbers))
-    return in_order(request for request in found if request is not None)
+    return from_first(request for request in found if request is not None)
 
 
 def _request(row: Mapping[str, str], numbers: "count[int]") -> TraceRequest | None:

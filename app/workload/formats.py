@@ -6,7 +6,7 @@ from pathlib import Path
 
 from app.workload import agentic, arxiv, azure, burstgpt, mooncake, servegen
 from app.workload.drawing import Drawing
-from app.workload.reading import lines
+from app.workload.reading import header, lines
 from app.workload.trace import TraceError, TraceRequest
 
 Loader = Callable[[Path, Drawing], list[TraceRequest]]
@@ -40,7 +40,7 @@ def detect(path: Path) -> str:
         if text.startswith("{"):
             found = _match(_keys(path, number, text), _KEYS)
         else:
-            found = _match({name.strip() for name in text.split(",")}, _COLUMNS)
+            found = _match(set(header(text)), _COLUMNS)
         if found is None:
             raise TraceError(path, number, f"of no known format; known: {', '.join(FORMATS)}")
         return found

@@ -10,15 +10,15 @@ from typing import Any
 
 from app.workload.drawing import Drawing
 from app.workload.reading import objects, parsed, seconds, tokens
-from app.workload.trace import TraceRequest, in_order, runs
+from app.workload.trace import TraceRequest, from_first, runs
 
 BLOCK_TOKENS = 512
 
 
 def load(path: Path, drawing: Drawing) -> list[TraceRequest]:
-    """Nothing is drawn. Raises TraceError."""
+    """Nothing is drawn; arrivals count from the first. Raises TraceError."""
     numbers = count()
-    return in_order(parsed(path, objects(path), lambda row: _request(row, next(numbers))))
+    return from_first(parsed(path, objects(path), lambda row: _request(row, next(numbers))))
 
 
 def _request(row: dict[str, Any], number: int) -> TraceRequest:

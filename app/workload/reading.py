@@ -24,7 +24,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             zipped = probe.read(len(GZIP)) == GZIP
         with gzip.open(path, "rb") if zipped else path.open("rb") as file:
             for number, raw in enumerate(file, 1):
-                if text := raw.decode("utf-8").strip():
+                if text := raw.decode("utf-8-sig").strip():
                     yield number, text
     except (OSError, EOFError, zlib.error) as error:
         raise TraceError(path, 0, f"it cannot be read: {error}") from error
@@ -34,17 +34,22 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, str]]]:
     """(line number, values by column) of a CSV file that has at least these columns. Raises TraceError."""
-    header: list[str] | None = None
+    names: list[str] | None = None
     for number, text in lines(path):
-        fields = next(csv.reader([text]))
-        if header is None:
-            header = [name.strip() for name in fields]
-            if missing := [name for name in columns if name not in header]:
+        if names is None:
+            names = header(text)
+            if missing := [name for name in columns if name not in names]:
                 raise TraceError(path, number, f"there is no column {', '.join(missing)}")
             continue
-        if len(fields) != len(header):
-            raise TraceError(path, number, f"{len(header)} fields wanted, {len(fields)} found")
-        yield number, dict(zip(header, fields, strict=True))
+        fields = next(csv.reader([text]))
+        if len(fields) != len(names):
+            raise TraceError(path, number, f"{len(names)} fields wanted, {len(fields)} found")
+        yield number, dict(zip(names, fields, strict=True))
+
+
+def header(text: str) -> list[str]:
+    """The columns' names of a CSV file, by its first line."""
+    return [name.strip() for name in next(csv.reader([text]))]
 
 
 def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -66,7 +71,7 @@ def parsed(path: Path, items: Iterator[tuple[int, T]], parse: Callable[[T], Any]
             yield parse(item)
         except KeyError as error:
             raise TraceError(path, number, f"there is no {error.args[0]!r}") from error
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, OverflowError) as error:
             raise TraceError(path, number, str(error)) from error
 
 

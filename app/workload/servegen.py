@@ -19,6 +19,8 @@ from app.workload.trace import TraceRequest
 
 WINDOW_SECONDS = 600.0
 DISTRIBUTIONS = ("Gamma", "Weibull")
+LEAST_SHAPE = 0.01
+"""Below, the scale of a Weibull distribution of mean 1 is no float any more, and nearly all gaps are 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +78,15 @@ def _window(
 ) -> Window:
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"inter-arrival times are {distribution!r}; known: {', '.join(DISTRIBUTIONS)}")
-    if not (rate > 0 and shape > 0):
+    if not (0 < rate < math.inf and LEAST_SHAPE <= shape < math.inf):
         raise ValueError(f"a window at {start} s with rate {rate} and shape {shape}")
     return Window(seconds(start), rate, distribution, shape)
 
 
 def _quantiles(row: dict[str, Any], name: str) -> list[float]:
     values = [float(each) for each in row["quantiles"][name]]
-    if len(values) < 2 or values != sorted(values):
-        raise ValueError(f"quantiles of {name} must rise, and be two at least")
+    if len(values) < 2 or values != sorted(values) or not all(0 <= each < math.inf for each in values):
+        raise ValueError(f"quantiles of {name} must rise from 0 or more, be finite, and be two at least")
     return values
 
 

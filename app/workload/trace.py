@@ -4,7 +4,7 @@ Loaders are one file a format (formats.py lists them), changes are transform.py'
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -12,7 +12,11 @@ class TraceError(Exception):
     """A trace that cannot be used: which file, which line, and why. Line 0 is the file as a whole."""
 
     def __init__(self, path: Path, line: int, why: str) -> None:
-        super().__init__(f"{path}:{line}: {why}" if line else f"{path}: {why}")
+        super().__init__(path, line, why)  # all of them, so that it comes out of another process as it is
+
+    def __str__(self) -> str:
+        path, line, why = self.args
+        return f"{path}:{line}: {why}" if line else f"{path}: {why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +79,10 @@ def rate(trace: Trace) -> float:
 
 def in_order(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
     return sorted(requests, key=lambda request: (request.arrival, request.number))
+
+
+def from_first(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
+    """In order, and the first arrives at 0: a recording may be part of a longer one, or have another clock's times."""
+    found = in_order(requests)
+    start = found[0].arrival if found else 0.0
+    return [replace(request, arrival=request.arrival - start) for request in found]

@@ -14,8 +14,9 @@ import pytest
 from app.config import AlsoSection, Config, ConfigError, ModelSection, PoliciesSection
 from app.config_sources import load
 from app.plugins import PluginError, load_plugin, load_plugins
-from engine.policy_set import PLAINEST, Catalog, PolicyConfig
+from engine.policy_set import PLAINEST, Catalog, GuardedRouting, PolicyConfig
 from policies.rebalancing import Limits, Move, Round
+from policies.routing import Placed
 from tests.app.lives import configuration, served
 from tests.app.rig import Rig, rig
 from tests.app.test_logs import lines, logged
@@ -249,6 +250,7 @@ NONSENSE: list[dict[str, Any]] = [
     {"moves": iter(())},
     {"stayed": None},
     {"moves": (Move("nobody", 0, 0, 0, "", 1.0, 0.0),)},
+    {"stayed": -1},
 ]
 
 
@@ -257,6 +259,35 @@ def test_a_round_that_is_none_moves_nobody(answer: Any) -> None:
     failures: list[str] = []
     assert guarded(lambda *asked: answer, failures, "rebalancing")([], [], 0.0, Limits()) == Round()
     assert len(failures) == 1
+
+
+REPLICAS = [SimpleNamespace(number=number) for number in range(2)]
+
+
+def test_a_move_to_a_replica_that_is_no_whole_number_is_nonsense() -> None:
+    """Regression: 1.0 was taken for 1 until it was an index, which ended the process."""
+    failures: list[str] = []
+    twin: Any = SimpleNamespace(request="a", choice=0)
+    target: Any = 1.0
+    answer = Round((Move("a", 0, 0, target, "", 1.0, 0.0),))
+    rebalancing = guarded(lambda *asked: answer, failures, "rebalancing")
+    assert rebalancing(REPLICAS, [twin], 0.0, Limits()) == Round()
+    assert len(failures) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"replica": 1.0}, {"replica": 2}, {"score": None}, {"alternatives": None}])
+def test_a_placement_that_is_none_is_the_plainest_policys(wrong: dict[str, Any]) -> None:
+    """Regression: 1.0 was taken for 1 until it was an index; a request's timeline was a 500 without alternatives."""
+    placed: dict[str, Any] = {"replica": 1, "score": 0.0, "reason": "so", "alternatives": ()}
+    wanted = Placed(0, 0.0, "the plainest's", ())
+    failures: list[str] = []
+    routing = GuardedRouting(lambda asked: Placed(**placed | wrong), lambda asked: wanted, failures.append)
+    assert routing(REPLICAS) is wanted
+    assert len(failures) == 1
+    assert (
+        GuardedRouting(lambda asked: Placed(**placed), lambda asked: wanted, failures.append)(REPLICAS)
+        != wanted
+    )
 
 
 def test_the_survival_of_a_predictor_that_does_not_say_is_that_of_its_quantiles() -> None:

@@ -140,6 +140,29 @@ def test_tables_that_lack_something_are_refused(tmp_path: Path, capsys: pytest.C
         read_tables(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [
+        ("meta.json", "{", "is no meta file"),
+        ("meta.json", "{}", "there is no 'engine_kwargs'"),
+        ("profile_per_sequence.csv.gz", "layer,sequences,time_us\n", "have no operator"),
+        (
+            "profile_attention.csv.gz",
+            "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,16,5\n",
+            "two values",
+        ),
+        ("profile_per_sequence.csv.gz", "layer,sequences,time_us\nlm_head,1,-5\n", "head.0.1: .* equal to 0"),
+    ],
+)
+def test_tables_that_would_be_no_profile_are_refused_as_they_are_read(
+    file: str, text: str, why: str, tmp_path: Path
+) -> None:
+    """Regression: they ended in tracebacks, or in a profile that simulate could not use."""
+    (tables(tmp_path) / f"card_{file}").write_text(text)
+    with pytest.raises(ProfileError, match=why):
+        read_tables(tmp_path)
+
+
 def test_an_out_that_cannot_be_written_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

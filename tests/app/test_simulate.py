@@ -1,20 +1,27 @@
 """`sluice simulate`: sweeps, figures by their definitions, rows and charts, and friendly errors."""
 
+import io
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from app.cli import main
 from app.config_sources import load
 from app.simulate import command
-from app.simulate.figures import Objectives, capacity, figures, latencies, percentile, spread
+from app.simulate.charts import SHOWN, percentiles
+from app.simulate.figures import Objectives, Spread, capacity, figures, latencies, percentile, spread
 from app.simulate.fleet_figures import fleet_figures, imbalance
 from app.simulate.playing import TraceWorkload
-from app.simulate.report import Result
+from app.simulate.report import Result, print_whole
 from app.simulate.scenario import BadSweep, Scenario, fleet_config, for_block_size, scenarios
 from app.workload.playing import Playing
 from app.workload.trace import TraceRequest
@@ -163,7 +170,7 @@ def test_a_fleet_is_simulated_and_its_figures_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    crowd = ["--rate", "1000", "--poisson"]
+    crowd = ["--rate", "10", "--poisson"]
     arguments = ["--trace", str(azure(tmp_path)), *crowd, "--replicas", "3", "--out", str(out)]
     assert simulate(tmp_path, *arguments) == 0
     _, run = rows(out / "runs.jsonl")
@@ -211,7 +218,10 @@ def test_a_sweep_writes_rows_and_charts(tmp_path: Path, capsys: pytest.CaptureFi
                  "--poisson", "--ttft", "1", "--tpot", "0.1", "--out", str(out)]  # fmt: skip
     assert simulate(tmp_path, *arguments) == 0
     facts, *runs = rows(out / "runs.jsonl")
-    assert "sluice_simulate" in facts
+    asked = facts["sluice_simulate"]
+    assert isinstance(asked, dict)
+    assert (asked["seed"], asked["poisson"]) == ("0", "True")
+    assert "lengths_known" not in asked
     assert len(runs) == 4
     assert all(run["attempted"] == 12 and run["unfinished"] == 0 for run in runs)
     assert len(rows(out / "requests.jsonl")) == 48
@@ -224,6 +234,27 @@ def test_a_sweep_writes_rows_and_charts(tmp_path: Path, capsys: pytest.CaptureFi
     assert str(runs[0]["digest"])[:12] in told
     assert simulate(tmp_path, *arguments) == 0
     assert [run["digest"] for run in rows(out / "runs.jsonl")[1:]] == [run["digest"] for run in runs]
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--out", str(out)) == 0
+    assert sorted(path.name for path in out.glob("*.png")) == ["latency.png", "timeline-01.png"], (
+        "of this run"
+    )
+
+
+@pytest.mark.parametrize(("least", "most"), [(0.02, 0.7), (0.004, 3.0), (0.0004, 50.0)])
+def test_labels_of_logarithmic_panels_do_not_lie_over_each_other(least: float, most: float) -> None:
+    """Regression: below two powers of ten, those between them were labelled too."""
+    found = dict.fromkeys(SHOWN, Spread(least, least, least, most))
+    figure = percentiles(Figure, [(11 * "order=fcfs " + "@ 1/s", found)], SHOWN)
+    FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    for panel in figure.axes:
+        low, high = panel.get_xlim()
+        labels = [label for label in panel.get_xticklabels(which="both") if label.get_text()]
+        boxes = [label.get_window_extent() for label in labels if low <= label.get_position()[0] <= high]
+        assert len(boxes) > 1
+        ordered = sorted(boxes, key=lambda box: box.x0)
+        assert all(a.x1 < b.x0 for a, b in pairwise(ordered))
+    names = [panel.xaxis.label.get_window_extent() for panel in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in pairwise(names)), "however long a run's name is"
 
 
 def test_a_plug_in_decides_in_the_simulator_as_in_a_server(
@@ -248,12 +279,41 @@ def test_a_plug_in_decides_in_the_simulator_as_in_a_server(
     assert "has no 'Oldest'" in capsys.readouterr().err
 
 
+def test_a_plug_in_that_fails_is_told_with_how_often(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: nothing told its figures from those of a policy that had decided."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "house_failing.py").write_text("def none(view):\n    return [view.number]\n")
+    out = tmp_path / "out"
+    orders = "policies.order=fcfs,house_failing:none"
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--sweep", orders, "--out", str(out)) == 0
+    good, bad = (run["policy_failures"] for run in rows(out / "runs.jsonl")[1:])
+    assert good == []
+    assert isinstance(bad, list)
+    (failing,) = bad
+    assert failing["times"] > 0
+    assert (failing["family"], failing["policy"]) == ("order", "house_failing:none")
+    assert f"failed {failing['times']:,} times" in capsys.readouterr().out
+
+
 def test_a_client_asks_for_no_more_than_the_cap_and_is_who_it_is() -> None:
     trace = [TraceRequest(0, "a", 0.0, 60, 30), TraceRequest(1, "b", 0.0, 95, 2)]
     workload = TraceWorkload(trace, 100, cap=35, tenants={1: "busy"})
     jobs = [workload.job(0).request, workload.job(1).request]
     assert [each.stopping.max_tokens for each in jobs] == [35, 5]
     assert [each.tenant for each in jobs] == ["", "busy"]
+
+
+def test_a_plug_in_that_cannot_be_loaded_is_told_before_anything_is_played(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: all runs before its own were played first."""
+    monkeypatch.setattr(command, "_play", lambda *_: pytest.fail("it was played"))
+    assert (
+        simulate(tmp_path, "--trace", str(azure(tmp_path)), "--sweep", "policies.order=fcfs,nowhere:x") == 2
+    )
+    assert "Python finds no module nowhere" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_are_rows_and_a_word(
@@ -267,6 +327,30 @@ def test_without_matplotlib_there_are_rows_and_a_word(
     assert not list(out.glob("*.png"))
 
 
+def test_a_swept_value_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: a bracket in it ended the command in a traceback, when all had been played."""
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--sweep", "model.path=[/a],[b]") == 0
+    told = capsys.readouterr().out
+    assert "model.path=[/a]" in told
+    assert "model.path=[b]" in told
+
+
+def test_where_a_table_has_no_room_its_numbers_are_told_whole() -> None:
+    """Regression: on 80 columns shares were told as 28…, and digests were not."""
+    table = Table("scenario", "attempted", "load max/mean", "digest", title="accounts")
+    table.add_row("order=fcfs resume=recompute @ 2/s", "1,200", "26% 32% 17%", "58ddd1d52683")
+    for width in range(30, 100):
+        file = io.StringIO()
+        print_whole(table, Console(width=width, file=file))
+        assert "58ddd1d52683" in file.getvalue()
+        assert "…" not in file.getvalue()
+
+
+def test_refusals_are_told_with_their_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(tmp_path, "--trace", str(azure(tmp_path)), "--set", "engine.kv_blocks=1") == 0
+    assert "12 were refused, as a server does it, with context_length_exceeded" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -274,6 +358,7 @@ def test_without_matplotlib_there_are_rows_and_a_word(
         (["--poisson"], "give --rate"),
         (["--sweep", "order=fcfs"], "wanted is section.key"),
         (["--sweep", "replicas=many"], "from 1 to 64"),
+        (["--sweep", "rate=1", "--sweep", "rate=2"], "--sweep rate is given twice"),
         (["--sweep", "policies.order=fastest"], "policies.order"),
         (["--set", "kvstore.disk.bytes=10000000", "--profile", "none.json"], "none.json cannot be read"),
         (["--format", "mooncake"], "trace.csv:1: it is not JSON"),

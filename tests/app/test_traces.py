@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,27 @@ def test_azure_counts_from_its_first_row(tmp_path: Path) -> None:
 
 def test_burstgpt_leaves_failed_requests_out(tmp_path: Path) -> None:
     found = loaded(tmp_path, BURSTGPT)
-    assert [(each.arrival, each.output_tokens) for each in found] == [(5.0, 18), (118.0, 276)]
+    assert [(each.arrival, each.output_tokens) for each in found] == [(0.0, 18), (113.0, 276)]
+
+
+def test_recorded_arrivals_count_from_the_first(tmp_path: Path) -> None:
+    """Regression: a day from the middle of BurstGPT began after weeks of nothing, with a tick for each second."""
+    later = BURSTGPT.replace("\n5,", "\n5000005,").replace("\n118,", "\n5000118,")
+    assert [each.arrival for each in loaded(tmp_path, later)] == [0.0, 113.0]
+    later = MOONCAKE.replace(": 3000,", ": 1700000003000,").replace(
+        '"timestamp": 0,', '"timestamp": 1700000000000,'
+    )
+    assert loaded(tmp_path, later) == loaded(tmp_path, MOONCAKE)
+
+
+def test_a_byte_order_mark_quotes_and_crlf_do_not_matter(tmp_path: Path) -> None:
+    """Regression: the first column was not found behind the mark, nor the format behind quotes."""
+    quoted = AZURE.replace(
+        "TIMESTAMP,ContextTokens,GeneratedTokens", '"TIMESTAMP","ContextTokens","GeneratedTokens"'
+    )
+    wanted = loaded(tmp_path, AZURE)
+    assert loaded(tmp_path, "\ufeff" + AZURE) == loaded(tmp_path, quoted) == wanted
+    assert loaded(tmp_path, AZURE.replace("\n", "\r\n")) == wanted
 
 
 def test_arxiv_draws_arrivals_at_the_wanted_rate(tmp_path: Path) -> None:
@@ -160,7 +181,13 @@ def test_agentic_sessions_are_closed_loops_with_ids_of_their_own(tmp_path: Path)
         ("burstgpt", BURSTGPT + "1,2\n", 5, "6 fields wanted, 2 found"),
         ("burstgpt", BURSTGPT + "-1,ChatGPT,472,18,490,API log\n", 5, "no time"),
         ("arxiv", ARXIV + "12.5,1,2,3\n", 4, "no number of tokens"),
+        ("mooncake", MOONCAKE.replace("[0, 1]", "[1e999, 1]"), 1, "infinity"),
+        ("mooncake", MOONCAKE.replace(": 7", ": 1" + 400 * "0"), 1, "too large"),
         ("servegen", SERVEGEN.replace("Weibull", "Cauchy"), 2, "known: Gamma, Weibull"),
+        ("servegen", SERVEGEN.replace("0, 6.0", "0, Infinity"), 2, "with rate inf"),
+        ("servegen", SERVEGEN.replace('"Weibull", 0.5', '"Weibull", 0.001'), 2, "shape 0.001"),
+        ("servegen", SERVEGEN.replace("[1, 5]", "[NaN, NaN]"), 1, "be finite"),
+        ("agentic", AGENTIC.replace("[[1, 2]]", "[[1, -2]]"), 1, "at least 1"),
         ("agentic", AGENTIC.replace("[[1, 2]]", "[[1, 5]]"), 1, "more than a prompt of 130"),
     ],
 )  # fmt: skip
@@ -179,6 +206,12 @@ def test_a_file_of_no_known_format_or_without_requests_is_refused(tmp_path: Path
         loaded(tmp_path, AZURE.partition("\n")[0])
     with pytest.raises(TraceError, match="cannot be read"):
         load(tmp_path / "none", Drawing())
+
+
+def test_an_error_comes_out_of_another_process_as_it_is() -> None:
+    """Regression: a pool of processes whose trace could not be read was told to be broken, and no more."""
+    error = TraceError(Path("trace"), 3, "it is not JSON")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "trace:3: it is not JSON"
 
 
 def test_runs_are_consecutive_ids() -> None:

@@ -10,7 +10,7 @@ import pytest
 from engine.checkpoint import CheckpointConfig
 from engine.core import CoreConfig
 from engine.events import Event, Resumed
-from engine.fleet import FleetConfig, Told
+from engine.fleet import BalanceConfig, FleetConfig, ReplicaConfig, Told
 from engine.plan import Sampling
 from engine.policy_set import PolicyConfig
 from engine.profile import Between, Profile, ProfileError, Transfer
@@ -215,6 +215,17 @@ def test_time_may_be_up_before_all_is_done() -> None:
     outcome = run(workload(), until=0.8)
     assert 0 < outcome.seconds <= 0.8
     assert outcome.unfinished > 0
+
+
+def test_a_fleets_run_ends_with_its_last_event_not_with_the_next_look_at_loads() -> None:
+    """Regression: goodput and busy shares were over a time that the period had made longer."""
+    alike = (ReplicaConfig(config()),) * 2
+    lone = Jobs({0: (0.0, job(0, [1] * 40, 3))}, {})
+    ended = [
+        Simulation(FleetConfig(alike, BalanceConfig(period_seconds=period)), PROFILE, lone).run().seconds
+        for period in (1.0, 60.0)
+    ]
+    assert ended[0] == ended[1] < 1
 
 
 def test_ticks_and_steps_say_what_was_running_waiting_and_held() -> None:

@@ -92,11 +92,18 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
         (('"sluice_profile": 1', '"sluice_profile": 2'), "sluice_profile"),
         (('"host>disk"', '"host>moon"'), "transfers"),
         (('"finished"', '"seconds_per_row"'), "between.seconds_per_row"),
+        (('"block_size": 16', '"block_size": 0'), "block_size"),
+        (('"idle": 0.0', '"idle": -1.0'), "between.idle: .* greater than or equal to 0"),
+        (('"decode_row": 0.0', '"decode_row": Infinity'), "decode_row: .* finite"),
+        (("0.02\n", "NaN\n"), "dense.1.1: .* finite"),
+        (("0.02\n", "0.002\n"), "dense: the last piece falls"),
+        ((" 100,\n", " 0,\n"), "dense: x must rise"),
     ],
 )
 def test_a_profile_with_something_wrong_is_refused_with_its_place(
     change: tuple[str, str], why: str, tmp_path: Path
 ) -> None:
+    """Regression: curves that fall below 0, or are no numbers, ended in a traceback, or in runs that served nobody."""
     path = tmp_path / "profile.json"
     write_profile(PROFILE, path)
     assert change[0] in path.read_text()
