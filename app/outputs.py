@@ -2,8 +2,9 @@
 named by its option where it fails.
 """
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -42,3 +43,13 @@ def try_file(option: str, path: Path) -> None:
         path.open("ab").close()
         if new:
             path.unlink()
+
+
+def asked(options: argparse.Namespace, secret: Collection[str] = ()) -> dict[str, str]:
+    """What a command was told, for the first line of its rows; 0 is something, an option left out is not."""
+    told = vars(options).items()
+    return {
+        name: str(value)
+        for name, value in told
+        if name not in secret and value not in (None, []) and value is not False
+    }

@@ -22,7 +22,7 @@ from app.load.figures import figures
 from app.load.report import Result, show, write_rows
 from app.load.running import CannotLoad, Target, connected, load
 from app.load.workloads import Workloads
-from app.outputs import CannotWrite, failed, make_directory, writing
+from app.outputs import CannotWrite, asked, failed, make_directory, writing
 from app.remote import url_of
 from app.simulate.charts import NoCharts
 from app.simulate.figures import Objectives
@@ -148,13 +148,7 @@ def _tell(results: Sequence[Result], options: argparse.Namespace) -> None:
 
 def _write(results: Sequence[Result], objectives: Objectives, options: argparse.Namespace) -> str:
     """Returns what there is now."""
-    asked = vars(options).items()
-    told = {
-        name: str(value)
-        for name, value in asked
-        if name not in SECRET and value not in (None, []) and value is not False
-    }
-    write_rows(results, options.output, {"sluice_bench_serve": told})
+    write_rows(results, options.output, {"sluice_bench_serve": asked(options, SECRET)})
     try:
         drawn = charts.draw(results, objectives, options.output)
         return f"{len(drawn)} charts and the rows are in {options.output}"

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from app.config import Config, ConfigError
 from app.config_sources import load as load_config
-from app.outputs import CannotWrite, failed, make_directory, writing
+from app.outputs import CannotWrite, asked, failed, make_directory, writing
 from app.plugins import PluginError, load_plugins
 from app.simulate.charts import NoCharts, draw
 from app.simulate.figures import Objectives, figures
@@ -165,11 +165,7 @@ def _tell(results: list[Result], options: argparse.Namespace) -> None:
 
 def _write(results: list[Result], options: argparse.Namespace) -> str:
     """Returns what there is now."""
-    asked = vars(options).items()
-    told = {
-        name: str(value) for name, value in asked if value not in (None, []) and value is not False
-    }  # 0 counts
-    write_rows(results, options.out, {"sluice_simulate": told})
+    write_rows(results, options.out, {"sluice_simulate": asked(options)})
     try:
         drawn = draw(results, options.out)
         return f"{len(drawn)} charts and the rows are in {options.out}"
