@@ -110,9 +110,9 @@ def test_a_sequence_migrates_live_with_a_pause_of_its_tails_copy() -> None:
     assert driver.finished["a", 0].migrations == 1
 
 
-def under_way(stage: Stage, **core: Any) -> tuple[FleetDriver, Migration]:
+def under_way(stage: Stage, replicas: int = 2, **core: Any) -> tuple[FleetDriver, Migration]:
     """ "a" has got so far on its way from replica 0 to replica 1."""
-    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS, **core), 2))
+    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS, **core), replicas))
     driver.drain(1)
     driver.arrive(request("a", range(30), max_tokens=300, ignore_eos=True))
     for _ in range(8):
@@ -377,6 +377,29 @@ def test_an_operators_move_takes_the_turn_of_one_that_a_policy_wants() -> None:
     for move, waits in ((load, load), (operator, operator), (drain, operator), (again, again)):
         moves.want([move])
         assert list(moves._wanted.values()) == [waits]
+
+
+def test_an_operators_move_of_who_is_on_its_way_elsewhere_follows_when_it_is_there() -> None:
+    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS), 3))
+    driver.arrive(request("a", range(30), max_tokens=60, ignore_eos=True))
+    for _ in range(8):
+        driver.step(0)
+    driver.migrate("a", 1)
+    driver.migrate("a", 2)
+    driver.migrate("a")
+    assert len(driver.fleet.moves._under_way) == 1
+    driver.finish()
+    assert [(over.target, over.failure) for over in driver.migrations] == [(1, ""), (2, "")]
+    assert driver.finished["a", 0].replica == 2
+
+
+def test_who_was_on_its_way_from_a_drained_replica_to_one_that_dies_goes_on_elsewhere() -> None:
+    driver, _ = under_way(Stage.FETCHING, replicas=3)
+    driver.drain(0)
+    driver.kill(1)
+    driver.finish()
+    assert [(over.target, over.reason) for over in driver.moved()] == [(2, "drain")]
+    assert driver.finished["a", 0].replica == 2
 
 
 def unlike(*replicas: ReplicaConfig, **policies: str) -> FleetConfig:
