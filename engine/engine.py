@@ -278,7 +278,10 @@ class Engine:
 
     def requests(self) -> list[dict[str, object]]:
         """One entry a request; a request's state is that of its choice that is furthest on."""
-        return [summary(self.fleet, request_id) for request_id in self.fleet.requests]
+        return [
+            summary(self.fleet, request_id, self.timelines.ended_choices(request_id))
+            for request_id in self.fleet.requests
+        ]
 
     # --- events in, instructions out ------------------------------------------------------------------------------
 

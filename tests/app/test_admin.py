@@ -24,6 +24,23 @@ async def test_a_preempted_request_comes_back_and_says_what_it_would_have_said()
     assert again["choices"] == truth["choices"]
 
 
+async def test_figures_of_a_request_do_not_fall_when_one_of_its_choices_ends() -> None:
+    """The first one ends before the other has begun to run."""
+    async with rig(max_sequences=1) as server:
+        call = asyncio.ensure_future(server.post(TEXT, prompt="a" * 40, max_tokens=20, n=2))
+        seen = []
+        async with asyncio.timeout(5):
+            while not call.done():
+                seen += server.engine.requests()
+                await asyncio.sleep(0)
+        _, answer = await call
+        seen.append(await server.get(f"/admin/requests/{answer['id']}"))
+    assert {each["choices"] for each in seen} == {2}
+    output = [int(str(each["output_tokens"])) for each in seen]
+    assert output == sorted(output)
+    assert (output[-1], {each["cached_tokens"] for each in seen}) == (40, {0})
+
+
 async def test_only_what_runs_can_be_preempted() -> None:
     async with rig(max_sequences=1) as server:
         server.worker.gate.clear()
