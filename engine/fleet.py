@@ -239,7 +239,8 @@ class Fleet:
         self._changed(core)
 
     def _go_on(self, told: list[Told], cores: Iterable[Core], now: float) -> None:
-        """Cores whose sequences were changed from outside."""
+        """Cores whose sequences were changed from outside. That they moved is told before what comes of it."""
+        self._tell_moves(told)
         for core in dict.fromkeys(cores):
             told.append(Told(core.replica, core.go_on(now)))
             self._changed(core)
@@ -267,14 +268,18 @@ class Fleet:
             for twin in [twin for core in self.cores for twin in core.take_landed()]:
                 self._go_on(told, [self.moves.landed(twin, now)], now)
                 progress = True
+        self._tell_moves(told)
+        for core in [core for core in self._gone if core.scheduler.residency.quiet]:
+            self._gone.remove(core)
+            self.common.below.part(core.scheduler.residency.flights)
+
+    def _tell_moves(self, told: list[Told]) -> None:
+        """Those that are over."""
         for over in self.moves.take_over():
             told.append(Told(over.source, [over, _explained(over)]))
             if not over.failure:
                 for sequence in self.sequences_of(over.request_id):
                     self._placing.remember(sequence.request.session, over.target)
-        for core in [core for core in self._gone if core.scheduler.residency.quiet]:
-            self._gone.remove(core)
-            self.common.below.part(core.scheduler.residency.flights)
 
     # --- placing --------------------------------------------------------------------------------------------------
 

@@ -274,6 +274,20 @@ def test_a_waiter_goes_at_once() -> None:
     driver.finish()
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_that_it_has_moved_is_told_before_it_is_admitted_there(lost: bool) -> None:
+    driver = FleetDriver(fleet_config(core_config(), 2))
+    driver.arrive(request("a", range(10), max_tokens=20))
+    driver.step(0)
+    if lost:
+        driver.kill(0)
+    else:
+        driver.migrate("a", 1)
+    kinds = [each.decision.kind for each in driver.decided]
+    assert kinds == [Kind.PLACED, Kind.ADMITTED, Kind.MIGRATED, Kind.ADMITTED]
+    driver.finish()
+
+
 def test_a_wait_goes_on_where_the_waiter_goes() -> None:
     """By what has been served since it began, there and here, it is promoted; and its seconds count once."""
     policies = PolicyConfig(order="sjf", parameters={**UNFORESEEN, "promotion": {"service_tokens": 60}})
