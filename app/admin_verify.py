@@ -87,7 +87,9 @@ class Verifying:
         self._line, self._ended = line, ended
         if ended:
             self._engine.damaged(DISK, [key for key, _ in self._lost])
-            self._metrics.observe_losses(DISK, Counter(kind for _, kind in self._lost))
+            losses = Counter(kind for _, kind in self._lost)
+            self._store.count_losses(DISK, losses)
+            self._metrics.observe_losses(DISK, losses)
         self._told.set()
 
     async def next_line(self) -> tuple[dict[str, Any], bool]:
