@@ -36,7 +36,7 @@ from engine.events import (
 )
 from engine.ledger import Ledger
 from engine.member import Member
-from engine.moves import Move, Moves
+from engine.moves import OF_POLICIES, Move, Moves
 from engine.placing import Placing
 from engine.policy_set import Catalog
 from engine.request import Request
@@ -276,7 +276,8 @@ class Fleet:
     def _tell_moves(self, told: list[Told]) -> None:
         """Those that are over."""
         for over in self.moves.take_over():
-            told.append(Told(over.source, [over, _explained(over)]))
+            policy = self.common.config.rebalancing if over.reason in OF_POLICIES else ""
+            told.append(Told(over.source, [over, _explained(over, policy)]))
             if not over.failure:
                 for sequence in self.sequences_of(over.request_id):
                     self._placing.remember(sequence.request.session, over.target)
@@ -407,12 +408,12 @@ class Fleet:
         assert len(self.ledger) == sum(len(each) for core in self.cores for each in core.sequences.values())
 
 
-def _explained(over: MigrationOver) -> Decided:
-    """For the request's timeline."""
+def _explained(over: MigrationOver, policy: str) -> Decided:
+    """For the request's timeline. `policy`: that wanted it; "" where none did."""
     kind, chosen = (Kind.STAYED, over.source) if over.failure else (Kind.MIGRATED, over.target)
     way = f"live, paused for {over.pause.seconds:.4f} s" if over.live else "from its snapshot"
     why = f"{over.reason} ({over.detail})" if over.detail else over.reason
     reason = f"{why}: " + (over.failure or f"from replica {over.source}, {way}")
     return Decided(
-        over.request_id, over.choice, Decision(kind, "", f"replica {chosen}", reason, over.seconds)
+        over.request_id, over.choice, Decision(kind, policy, f"replica {chosen}", reason, over.seconds)
     )

@@ -20,6 +20,9 @@ REASONS = ("operator", "drain", "failure", "load", "size")
 """Why a sequence moves: somebody wants it to; its replica drains, or is lost; by the rebalancing policy, to even loads
 out, or because it has outgrown its replica. Of two that wait, the one whose reason stands first here counts."""
 
+OF_POLICIES = ("load", "size")
+"""Of these, those of the rebalancing policy."""
+
 MOST_WANTED = 10_000
 """Moves that wait for their turn; more are not taken."""
 

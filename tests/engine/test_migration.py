@@ -439,6 +439,7 @@ def test_a_replica_that_could_never_hold_it_gets_no_sequence() -> None:
     driver.finish()
     assert driver.finished["waits", 0].replica == 0
     assert {each.decision.kind for each in driver.decided} >= {Kind.STAYED}
+    assert {each.decision.policy for each in driver.decided if each.decision.kind is Kind.STAYED} == {""}
 
 
 def test_who_has_outgrown_its_replica_moves_up_once_and_the_reason_says_so() -> None:
@@ -473,6 +474,8 @@ def test_a_move_to_even_loads_out_says_so() -> None:
         driver.timer()
         driver.anything(random)
     assert {each.reason for each in driver.moved()} == {"load"}
+    decided = [each.decision for each in driver.decided if each.decision.kind is Kind.MIGRATED]
+    assert {each.policy for each in decided} == {"load_pairs"}
     driver.finish()
 
 
