@@ -15,6 +15,7 @@ from app.config import AlsoSection, Config, ConfigError, ModelSection, PoliciesS
 from app.config_sources import load
 from app.plugins import PluginError, load_plugin, load_plugins
 from engine.policy_set import PLAINEST, Catalog, PolicyConfig
+from policies.pricing import RECOMPUTE, RELOAD, SPLIT, Way
 from policies.rebalancing import Limits, Move, Round
 from tests.app.lives import configuration, served
 from tests.app.rig import Rig, rig
@@ -257,6 +258,15 @@ def test_a_round_that_is_none_moves_nobody(answer: Any) -> None:
     failures: list[str] = []
     assert guarded(lambda *asked: answer, failures, "rebalancing")([], [], 0.0, Limits()) == Round()
     assert len(failures) == 1
+
+
+def test_who_comes_back_is_loaded_where_a_plug_in_fails_to_choose_though_another_way_is_cheaper() -> None:
+    failures: list[str] = []
+    ways = [
+        Way(name, 0, price, 0.0, price) for name, price in ((RELOAD, 3.0), (SPLIT, 1.0), (RECOMPUTE, 2.0))
+    ]
+    assert guarded(lambda ways: "neither", failures, "resume")(ways) is ways[0]
+    assert failures == ["returned 'neither'"]
 
 
 def test_the_survival_of_a_predictor_that_does_not_say_is_that_of_its_quantiles() -> None:
