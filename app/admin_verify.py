@@ -18,6 +18,7 @@ from aiohttp import web
 
 from app.admin_cache import why_not_in_use
 from app.admin_report import summary
+from app.bodies import Nothing, read_json_if_any
 from app.errors import ApiError
 from app.metrics import METRICS, Metrics
 from app.served import SERVED, Served
@@ -101,6 +102,7 @@ class Verifying:
 
 
 async def verify(http: web.Request) -> web.StreamResponse:
+    await read_json_if_any(http, Nothing)
     served = http.app[SERVED]
     verifying = _begin(http, served, http.app[VERIFYING])
     try:
