@@ -7,7 +7,7 @@ decided about a request: app/admin_timeline.py. Of the cache: app/admin_cache.py
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
-from app.bodies import read_json
+from app.bodies import Nothing, read_json, read_json_if_any
 from app.errors import ApiError
 from app.served import SERVED
 from app.service_classes import Priority
@@ -30,6 +30,7 @@ async def requests(http: web.Request) -> web.Response:
 
 async def cancel(http: web.Request) -> web.Response:
     """Ends a request wherever it stands; its client gets an error."""
+    await read_json_if_any(http, Nothing)
     request_id = http.match_info["id"]
     if not http.app[SERVED].engine.cancel(request_id):
         raise unknown_request(request_id)
@@ -38,6 +39,7 @@ async def cancel(http: web.Request) -> web.Response:
 
 async def preempt(http: web.Request) -> web.Response:
     """Makes a request give its place up now: it is saved as far as tiers allow, waits, and comes back in its turn."""
+    await read_json_if_any(http, Nothing)
     request_id, engine = http.match_info["id"], http.app[SERVED].engine
     if not engine.preempt(request_id):
         if request_id not in {each["id"] for each in engine.requests()}:

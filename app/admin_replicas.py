@@ -7,11 +7,11 @@ what has begun: what comes of it is in `/admin/state`, the request's timeline, t
 from typing import Annotated, Any
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from structlog.stdlib import get_logger
 
 from app.admin import unknown_request
-from app.bodies import read_json_if_any
+from app.bodies import Nothing, read_json_if_any
 from app.errors import ApiError, bad_request
 from app.served import SERVED
 from engine.engine import Engine
@@ -20,10 +20,6 @@ from engine.sequence import Sequence
 from engine.state import replica_states
 
 log = get_logger(__name__)
-
-
-class Nothing(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class Target(Nothing):

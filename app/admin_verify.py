@@ -18,6 +18,7 @@ from aiohttp import web
 
 from app.admin_cache import why_not_in_use
 from app.admin_report import summary
+from app.bodies import Nothing, read_json_if_any
 from app.errors import ApiError
 from app.metrics import METRICS, Metrics
 from app.served import SERVED, Served
@@ -87,7 +88,9 @@ class Verifying:
         self._line, self._ended = line, ended
         if ended:
             self._engine.damaged(DISK, [key for key, _ in self._lost])
-            self._metrics.observe_losses(DISK, Counter(kind for _, kind in self._lost))
+            losses = Counter(kind for _, kind in self._lost)
+            self._store.count_losses(DISK, losses)
+            self._metrics.observe_losses(DISK, losses)
         self._told.set()
 
     async def next_line(self) -> tuple[dict[str, Any], bool]:
@@ -99,6 +102,7 @@ class Verifying:
 
 
 async def verify(http: web.Request) -> web.StreamResponse:
+    await read_json_if_any(http, Nothing)
     served = http.app[SERVED]
     verifying = _begin(http, served, http.app[VERIFYING])
     try:

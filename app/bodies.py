@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.hdrs import CONTENT_ENCODING, ORIGIN
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from app.errors import ApiError
 from app.served import SERVED
@@ -14,6 +14,12 @@ MAX_OPERATORS_BYTES = 2**14
 """Of a body at `/admin`: all of them are small, and each mistake in one becomes an object."""
 
 Body = TypeVar("Body", bound=BaseModel)
+
+
+class Nothing(BaseModel):
+    """The body of a call that needs none."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 async def read_body(http: web.Request) -> bytes:

@@ -73,7 +73,7 @@ class PolicyMetrics:
         )
         self._resumptions = self._counter(
             "sluice:resumptions",
-            "Preempted sequences that came back, by way and the lowest tier they took from.",
+            "Sequences that came back after they had lost their place, by way and the lowest tier they took from.",
             "way",
             "tier",
         )
@@ -104,7 +104,7 @@ class PolicyMetrics:
     def _make_resume(self) -> None:
         self._resume = Histogram(
             "sluice:resume_seconds",
-            "Preempted sequences' ways back, from admission until all their KV is on the device.",
+            "Ways back of sequences that had lost their place, from admission until all their KV is on the device.",
             self._names("kind", "way", "tier"),
             registry=self._registry,
             buckets=RESUME,

@@ -198,8 +198,9 @@ class ReplicaMetrics:
         self._preemptions.inc(step.preemptions)
         self._queries.inc(step.prefix_queries)
         self._hits.inc(step.prefix_hits)
-        self._step_tokens.observe(step.computed_tokens)
-        self._gil.observe(step.gil_seconds)
+        if step.rows:  # none: what a lost replica had counted
+            self._step_tokens.observe(step.computed_tokens)
+            self._gil.observe(step.gil_seconds)
 
     def observe_copy(self, copy: CopyRecord) -> None:
         self._read[copy.source].inc(copy.bytes)

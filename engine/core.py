@@ -196,7 +196,7 @@ class Core:
     def _preempted(self, request_id: str, now: float) -> None:
         for sequence in self.sequences.get(request_id, ()):
             if sequence.state is State.RUNNING:
-                self._life.preempt(sequence, now, by="operator")
+                self._life.preempt_as_asked(sequence, now)
 
     def _pruned(self, tier: str, blocks: int, now: float) -> None:
         if tier == DEVICE:

@@ -52,6 +52,9 @@ from engine.worker import Worker
 from kvstore.copies import DEVICE, Copy, Drop
 from kvstore.tier import Tier
 
+NO_STEP = Account(0, 0, 0, 0, 0, 0, 0.0, 0.0)
+"""Of a replica that ends none any more."""
+
 
 class Recorder(Protocol):
     def record(self, now: float, event: Event, told: list[Told]) -> None: ...
@@ -278,7 +281,10 @@ class Engine:
 
     def requests(self) -> list[dict[str, object]]:
         """One entry a request; a request's state is that of its choice that is furthest on."""
-        return [summary(self.fleet, request_id) for request_id in self.fleet.requests]
+        return [
+            summary(self.fleet, request_id, self.timelines.ended_choices(request_id))
+            for request_id in self.fleet.requests
+        ]
 
     # --- events in, instructions out ------------------------------------------------------------------------------
 
@@ -394,6 +400,7 @@ class Engine:
         replica.lose(reason, self._clock() + self._restart_seconds if restarts else float("inf"))
         self._tell_replica(replica.number, False, reason)
         self._feed(ReplicaDown(replica.number, reason))
+        self._account(NO_STEP, replica)  # what it had counted for the steps that nobody waits for any more
         if self._tiers is not None:
             self._tiers.replica_lost(replica.number)
 

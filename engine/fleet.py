@@ -36,7 +36,7 @@ from engine.events import (
 )
 from engine.ledger import Ledger
 from engine.member import Member
-from engine.moves import Move, Moves
+from engine.moves import OF_POLICIES, Move, Moves
 from engine.placing import Placing
 from engine.policy_set import Catalog
 from engine.request import Request
@@ -239,7 +239,8 @@ class Fleet:
         self._changed(core)
 
     def _go_on(self, told: list[Told], cores: Iterable[Core], now: float) -> None:
-        """Cores whose sequences were changed from outside."""
+        """Cores whose sequences were changed from outside. That they moved is told before what comes of it."""
+        self._tell_moves(told)
         for core in dict.fromkeys(cores):
             told.append(Told(core.replica, core.go_on(now)))
             self._changed(core)
@@ -267,14 +268,19 @@ class Fleet:
             for twin in [twin for core in self.cores for twin in core.take_landed()]:
                 self._go_on(told, [self.moves.landed(twin, now)], now)
                 progress = True
-        for over in self.moves.take_over():
-            told.append(Told(over.source, [over, _explained(over)]))
-            if not over.failure:
-                for sequence in self.sequences_of(over.request_id):
-                    self._placing.remember(sequence.request.session, over.target)
+        self._tell_moves(told)
         for core in [core for core in self._gone if core.scheduler.residency.quiet]:
             self._gone.remove(core)
             self.common.below.part(core.scheduler.residency.flights)
+
+    def _tell_moves(self, told: list[Told]) -> None:
+        """Those that are over."""
+        for over in self.moves.take_over():
+            policy = self.common.config.rebalancing if over.reason in OF_POLICIES else ""
+            told.append(Told(over.source, [over, _explained(over, policy)]))
+            if not over.failure:
+                for sequence in self.sequences_of(over.request_id):
+                    self._placing.remember(sequence.request.session, over.target)
 
     # --- placing --------------------------------------------------------------------------------------------------
 
@@ -402,12 +408,12 @@ class Fleet:
         assert len(self.ledger) == sum(len(each) for core in self.cores for each in core.sequences.values())
 
 
-def _explained(over: MigrationOver) -> Decided:
-    """For the request's timeline."""
+def _explained(over: MigrationOver, policy: str) -> Decided:
+    """For the request's timeline. `policy`: that wanted it; "" where none did."""
     kind, chosen = (Kind.STAYED, over.source) if over.failure else (Kind.MIGRATED, over.target)
     way = f"live, paused for {over.pause.seconds:.4f} s" if over.live else "from its snapshot"
     why = f"{over.reason} ({over.detail})" if over.detail else over.reason
     reason = f"{why}: " + (over.failure or f"from replica {over.source}, {way}")
     return Decided(
-        over.request_id, over.choice, Decision(kind, "", f"replica {chosen}", reason, over.seconds)
+        over.request_id, over.choice, Decision(kind, policy, f"replica {chosen}", reason, over.seconds)
     )

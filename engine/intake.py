@@ -168,9 +168,17 @@ class Intake:
             assert index == expected
             tokens += entry.tokens
         sequence.reloaded_tokens += tokens if sequence.preemptions else 0
+        if not load.whole:
+            self._lacks(sequence, sum(entry.tokens for _, entry in load.wanted) - tokens)
         sequence.loaded_end = sequence.head_end + tokens
         sequence.loaded_full = min(load.match.full, load.wanted[0][0] + len(load.first_arrived))
         self.join(sequence, now)
+
+    def _lacks(self, sequence: Sequence, tokens: int) -> None:
+        """So many did not come: it computes them. A newcomer was told to have them already."""
+        sequence.cached_tokens -= tokens if sequence.admissions == 1 else 0
+        reason = f"{tokens} tokens that a tier below the device had promised did not come"
+        self._decide(sequence, Decision(Kind.LOAD_FAILED, "", RECOMPUTE, reason))
 
     def join(self, sequence: Sequence, now: float) -> None:
         """Head and rest of a split are both there: it goes on after them."""

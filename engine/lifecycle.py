@@ -180,6 +180,12 @@ class Lifecycle:
         self.counts.preemptions_by[by] += 1
         self._give_up(sequence, now)
 
+    def preempt_as_asked(self, sequence: Sequence, now: float) -> None:
+        """An operator wants its place."""
+        chosen, reason = sequence.request.id, "an operator asked for it"
+        self._decide(sequence, Decision(Kind.PREEMPTED, "", chosen, reason))
+        self.preempt(sequence, now, by="operator")
+
     def _give_up(self, sequence: Sequence, now: float) -> None:
         snapshot, valuation = sequence.take_snapshot(self._block_size), self._valuation
         stake = valuation.stake(sequence)

@@ -20,6 +20,9 @@ REASONS = ("operator", "drain", "failure", "load", "size")
 """Why a sequence moves: somebody wants it to; its replica drains, or is lost; by the rebalancing policy, to even loads
 out, or because it has outgrown its replica. Of two that wait, the one whose reason stands first here counts."""
 
+OF_POLICIES = ("load", "size")
+"""Of these, those of the rebalancing policy."""
+
 MOST_WANTED = 10_000
 """Moves that wait for their turn; more are not taken."""
 
@@ -69,13 +72,14 @@ class Moves:
         return {move.sequence for _, move in self._under_way}
 
     def want(self, moves: Iterable[Move]) -> None:
-        """They begin in their turn. Who is under way is left alone; of two moves of one, a later one with no lesser
-        reason takes the turn of the other."""
+        """They begin in their turn. Of who is under way only an operator's choice and a drain are kept, until that is
+        over; of two moves of one, a later one with no lesser reason takes the turn of the other."""
         under_way = self._on_their_way
         for move in moves:
             before = self._wanted.get(move.sequence)
             if before is None:
-                welcome = len(self._wanted) < MOST_WANTED and move.sequence not in under_way
+                welcome = len(self._wanted) < MOST_WANTED
+                welcome = welcome and (move.sequence not in under_way or _outlasts_another(move))
             else:
                 welcome = REASONS.index(move.reason) <= REASONS.index(before.reason)
             if welcome:
@@ -130,19 +134,19 @@ class Moves:
 
     def _begin(self, now: float, touched: list[Core]) -> bool:
         """Whether there was something to begin."""
-        began, loading = False, list[Move]()
+        began, later, under_way = False, list[Move](), self._on_their_way
         while self._wanted and len(self._under_way) < self._at_once:
             _, move = self._wanted.popitem(last=False)
             found = self._find(move)
             if found is None:
                 continue
             sequence, source = found
+            if sequence.state is State.LOADING or move.sequence in under_way:
+                later.append(move)  # when all of it is there, and it is on no other way
+                continue
             target = self._choose(sequence, source) if move.target is None else self._members[move.target]
             stays = move.reason == "drain" and not source.draining  # any more
             if stays or target is source:
-                continue
-            if sequence.state is State.LOADING:
-                loading.append(move)  # when all of it is there
                 continue
             began = True
             if target is None or (obstacle := _obstacle(sequence, target)):
@@ -156,7 +160,7 @@ class Moves:
             else:
                 self.send(sequence, source.core, target.core, move, now)
                 touched += (source.core, target.core)
-        self._wanted.update((move.sequence, move) for move in loading)
+        self._wanted.update((move.sequence, move) for move in later)
         return began
 
     def _find(self, move: Move) -> tuple[Sequence, Member] | None:
@@ -206,6 +210,11 @@ class Moves:
     def take_over(self) -> list[MigrationOver]:
         over, self.over = self.over, []
         return over
+
+
+def _outlasts_another(move: Move) -> bool:
+    """Whether it is wanted still when one that is under way is over, unless that has brought it about."""
+    return move.reason == "drain" or (move.reason == "operator" and move.target is not None)
 
 
 def _obstacle(sequence: Sequence, target: Member) -> str:

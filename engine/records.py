@@ -35,7 +35,10 @@ class CopyRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A finished step and the state it left, for observers. Counts are since the previous record."""
+    """A finished step and the state it left, for observers. Counts are since the previous record.
+
+    Without rows: a replica is lost, and this is what it had counted for steps that did not end.
+    """
 
     replica: int
     step: int

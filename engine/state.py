@@ -6,6 +6,8 @@ from engine.fleet import Fleet
 from engine.member import Member
 from engine.policy_set import FAMILIES
 from engine.replica import Replica
+from engine.request import Finished
+from engine.sequence import Sequence
 
 
 def fleet_state(fleet: Fleet, replicas: Sequence_[Replica], block_bytes: int) -> dict[str, object]:
@@ -114,29 +116,33 @@ def tier_bytes(fleet: Fleet, block_bytes: int) -> dict[str, TierBytes]:
     }
 
 
-def summary(fleet: Fleet, request_id: str) -> dict[str, object]:
-    """One request's choices as one entry: its state is that of the choice that is furthest on."""
+def summary(fleet: Fleet, request_id: str, ended: Sequence_[Finished]) -> dict[str, object]:
+    """One request's choices as one entry: its state is that of the choice that is furthest on.
+
+    `ended`: those that have ended; what all have had is added up, so that no figure falls when one ends.
+    """
     sequences = fleet.sequences_of(request_id)
     replicas = [core.replica for core in fleet.cores if request_id in core.sequences]
     first = sequences[0]
+    everyone: list[Sequence | Finished] = [*sequences, *ended]
     states = {sequence.state.value for sequence in sequences}
     return {
         "id": first.request.id,
         "state": next(state for state in ("running", "loading", "waiting") if state in states),
         "replica": replicas[0],
         "replicas": replicas,
-        "choices": len(sequences),
+        "choices": len(everyone),
         "priority": first.request.priority,
         "class": first.class_name,
         "tenant": first.tenant,
         "arrived": first.arrived,
         "prompt_tokens": first.prompt_tokens,
-        "cached_tokens": first.cached_tokens,
-        "output_tokens": sum(sequence.output_tokens for sequence in sequences),
-        "preemptions": sum(sequence.preemptions for sequence in sequences),
-        "promotions": sum(sequence.promotions for sequence in sequences),
-        "migrations": sum(sequence.migrations for sequence in sequences),
-        "recomputed_tokens": sum(sequence.recomputed_tokens for sequence in sequences),
-        "reloaded_tokens": sum(sequence.reloaded_tokens for sequence in sequences),
+        "cached_tokens": next((each.cached_tokens for each in everyone if each.choice == 0), 0),
+        "output_tokens": sum(each.output_tokens for each in everyone),
+        "preemptions": sum(each.preemptions for each in everyone),
+        "promotions": sum(each.promotions for each in everyone),
+        "migrations": sum(each.migrations for each in everyone),
+        "recomputed_tokens": sum(each.recomputed_tokens for each in everyone),
+        "reloaded_tokens": sum(each.reloaded_tokens for each in everyone),
         "kv_blocks": sum(sequence.held_blocks for sequence in sequences),
     }

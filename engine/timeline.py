@@ -53,5 +53,10 @@ class Timelines:
             if len(self._ended) > KEPT_REQUESTS:
                 self._ended.popitem(last=False)
 
+    def ended_choices(self, request_id: str) -> list[Finished]:
+        """Of a request that has not ended."""
+        timeline = self._at_hand.get(request_id)
+        return timeline.finished if timeline else []
+
     def get(self, request_id: str) -> Timeline | None:
         return self._at_hand.get(request_id) or self._ended.get(request_id)

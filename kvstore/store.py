@@ -205,6 +205,10 @@ class Store:
     def totals(self) -> dict[str, Totals]:
         return self._transfers.totals()
 
+    def count_losses(self, tier: str, losses: Mapping[Loss, int]) -> None:
+        """Blocks that a tier has lost, as found otherwise than by a copy."""
+        self._transfers.count_losses(tier, losses)
+
     def run_among_reads(self, tier: str, work: Callable[[Tier], None]) -> bool:
         """Runs an operator's work (a verification, say) on a thread for such, beside reads and writes.
 

@@ -346,6 +346,11 @@ class Transfers:
         with self._lock:
             return {name: totals.copy() for name, totals in self._totals.items()}
 
+    def count_losses(self, tier: str, losses: Mapping[Loss, int]) -> None:
+        """Blocks that a tier has lost, as found otherwise than by a copy."""
+        with self._lock:
+            self._totals[tier].losses.update(losses)
+
     def close(self, deadline: float) -> bool:
         """Takes nothing more, finishes what is queued until `deadline` (of time.monotonic). Whether all was done."""
         for lane in self._lanes():

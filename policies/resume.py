@@ -25,6 +25,11 @@ def _cheapest(ways: Sequence[Way]) -> Way:
     return min(ways, key=lambda way: way.price)
 
 
+def _first(name: str, ways: Sequence[Way]) -> Way:
+    """The way of that name; where there is none, the first."""
+    return next((way for way in ways if way.name == name), ways[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Cheapest:
     """The way with the lowest predicted price. Ties: reload before split before recompute.
@@ -50,7 +55,7 @@ class Split:
     enabled: tuple[str, ...] = (SPLIT, RELOAD)
 
     def __call__(self, ways: Sequence[Way]) -> Way:
-        return next((way for way in ways if way.name == SPLIT), ways[0])
+        return _first(SPLIT, ways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class Reload:
     enabled: tuple[str, ...] = (RELOAD,)
 
     def __call__(self, ways: Sequence[Way]) -> Way:
-        return _cheapest(ways)
+        return _first(RELOAD, ways)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,41 @@ async def test_a_preempted_request_comes_back_and_says_what_it_would_have_said()
     assert again["choices"] == truth["choices"]
 
 
+async def test_figures_of_a_request_do_not_fall_when_one_of_its_choices_ends() -> None:
+    """The first one ends before the other has begun to run."""
+    async with rig(max_sequences=1) as server:
+        call = asyncio.ensure_future(server.post(TEXT, prompt="a" * 40, max_tokens=20, n=2))
+        seen = []
+        async with asyncio.timeout(5):
+            while not call.done():
+                seen += server.engine.requests()
+                await asyncio.sleep(0)
+        _, answer = await call
+        seen.append(await server.get(f"/admin/requests/{answer['id']}"))
+    assert {each["choices"] for each in seen} == {2}
+    output = [int(str(each["output_tokens"])) for each in seen]
+    assert output == sorted(output)
+    assert (output[-1], {each["cached_tokens"] for each in seen}) == (40, {0})
+
+
+@pytest.mark.parametrize("path", ["requests/x/cancel", "requests/x/preempt", "cache/verify"])
+async def test_another_web_page_cannot_make_a_browser_ask_for_what_needs_no_body(path: str) -> None:
+    """It can send no JSON that says so without asking first."""
+    json, text = {"Content-Type": "application/json"}, {"Content-Type": "text/plain"}
+    page = {"Origin": "http://elsewhere.example"}
+    async with rig() as server:
+
+        async def status(body: bytes | None, **headers: str) -> int:
+            async with server.client.post(f"/admin/{path}", data=body, headers=headers) as response:
+                return response.status
+
+        assert [await status(None, **page), await status(b"{}", **page, **text)] == [415, 415]
+        assert await status(b"nonsense", **json) == 400
+        understood = {await status(None), await status(b"{}", **json), await status(b"{}", **page, **json)}
+    assert len(understood) == 1
+    assert understood <= {404, 409}, "there is no such request, and no disk"
+
+
 async def test_only_what_runs_can_be_preempted() -> None:
     async with rig(max_sequences=1) as server:
         server.worker.gate.clear()

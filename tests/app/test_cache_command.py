@@ -284,7 +284,9 @@ async def test_corrupt_records_of_a_server_are_found_and_then_computed_again(
         await beside(server, sluice, "clear", "--tier", "device")
         again, cached = await server.cached(prompt=PROMPT)
         assert (again.tokens, cached) == (truth.tokens, 0)
-        assert await server.metric("sluice:kv_tier_errors_total", tier=DISK, kind="corrupt") > 0
+        _, out, _ = await beside(server, sluice, "stat", "--json")
+        lost = json.loads(out)["tiers"][DISK]["lost_blocks"]["corrupt"]
+        assert await server.metric("sluice:kv_tier_errors_total", tier=DISK, kind="corrupt") == lost >= blocks
         await written_down(server)
         _, out, _ = await beside(server, sluice, "verify", "--json")
         assert json.loads(out)["corrupt"] == 0

@@ -121,9 +121,8 @@ ADMINS = ["/metrics", "/admin/state", "/admin/requests", "/admin/policies", "/ad
 
 
 async def status(server: Rig, method: str, path: str, headers: dict[str, str]) -> tuple[int, str | None]:
-    async with server.client.request(
-        method, path, headers=headers, json=BODY if method == "POST" else None
-    ) as got:
+    asks = method == "POST" and path.startswith("/v1/")
+    async with server.client.request(method, path, headers=headers, json=BODY if asks else None) as got:
         error = (await got.json())["error"] if got.status >= 400 else {"code": None}
         return got.status, error["code"]
 

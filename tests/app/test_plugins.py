@@ -15,6 +15,7 @@ from app.config import AlsoSection, Config, ConfigError, ModelSection, PoliciesS
 from app.config_sources import load
 from app.plugins import PluginError, load_plugin, load_plugins
 from engine.policy_set import PLAINEST, Catalog, GuardedRouting, PolicyConfig
+from policies.pricing import RECOMPUTE, RELOAD, SPLIT, Way
 from policies.rebalancing import Limits, Move, Round
 from policies.routing import Placed
 from tests.app.lives import configuration, served
@@ -288,6 +289,15 @@ def test_a_placement_that_is_none_is_the_plainest_policys(wrong: dict[str, Any])
         GuardedRouting(lambda asked: Placed(**placed), lambda asked: wanted, failures.append)(REPLICAS)
         != wanted
     )
+
+
+def test_who_comes_back_is_loaded_where_a_plug_in_fails_to_choose_though_another_way_is_cheaper() -> None:
+    failures: list[str] = []
+    ways = [
+        Way(name, 0, price, 0.0, price) for name, price in ((RELOAD, 3.0), (SPLIT, 1.0), (RECOMPUTE, 2.0))
+    ]
+    assert guarded(lambda ways: "neither", failures, "resume")(ways) is ways[0]
+    assert failures == ["returned 'neither'"]
 
 
 def test_the_survival_of_a_predictor_that_does_not_say_is_that_of_its_quantiles() -> None:

@@ -228,6 +228,22 @@ async def test_when_a_replica_dies_in_mid_stream_the_others_go_on_and_all_stream
     assert "on fire" in line["reason"]
 
 
+async def test_what_a_lost_replica_had_counted_in_its_last_step_is_in_the_metrics() -> None:
+    """Whoever was admitted in it is not admitted for the first time again elsewhere."""
+    async with rig(SCRIPT, replicas=2) as server:
+        gates(server, opened=False)
+        calls = [asyncio.ensure_future(server.post(TEXT, **(ASKED | {"seed": n}))) for n in range(2)]
+        await server.until(running=2)
+        server.engine._lose(server.engine.replicas[0], RuntimeError("a test"))
+        steps = value(await scrape(server), "vllm:iteration_tokens_total_count")
+        gates(server, opened=True)
+        await asyncio.gather(*calls)
+        samples = await scrape(server)
+    assert steps == 0, "its step never ended"
+    for name in ("vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total"):
+        assert [value(samples, name, engine=engine) for engine in ("0", "1")] == [40, 40]
+
+
 async def test_a_request_whose_replica_is_lost_and_that_fits_nowhere_else_is_an_error() -> None:
     """Half an answer would look like a whole one: a 200, and [DONE]."""
     async with rig(SCRIPT, replicas=2, last_blocks=4) as server:

@@ -41,7 +41,9 @@ async def test_a_timeline_tells_what_was_decided_while_it_runs_and_after() -> No
         "after_seconds", "choice", "kind", "policy", "chosen", "reason", "seconds", "alternatives"
     }  # fmt: skip
     assert (ended["state"], ended["output_tokens"], ended["preemptions"]) == ("finished", 20, 1)
-    assert [each["kind"] for each in ended["decisions"]][:2] == ["admitted", "admitted"]
+    assert [each["kind"] for each in ended["decisions"]][:3] == ["admitted", "preempted", "admitted"]
+    by_hand = ended["decisions"][1]
+    assert (by_hand["policy"], by_hand["reason"]) == ("", "an operator asked for it")
     times = [each["after_seconds"] for each in ended["decisions"]]
     assert times == sorted(times)
     assert times[0] >= 0

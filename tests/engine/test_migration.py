@@ -110,9 +110,9 @@ def test_a_sequence_migrates_live_with_a_pause_of_its_tails_copy() -> None:
     assert driver.finished["a", 0].migrations == 1
 
 
-def under_way(stage: Stage, **core: Any) -> tuple[FleetDriver, Migration]:
+def under_way(stage: Stage, replicas: int = 2, **core: Any) -> tuple[FleetDriver, Migration]:
     """ "a" has got so far on its way from replica 0 to replica 1."""
-    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS, **core), 2))
+    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS, **core), replicas))
     driver.drain(1)
     driver.arrive(request("a", range(30), max_tokens=300, ignore_eos=True))
     for _ in range(8):
@@ -274,6 +274,20 @@ def test_a_waiter_goes_at_once() -> None:
     driver.finish()
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_that_it_has_moved_is_told_before_it_is_admitted_there(lost: bool) -> None:
+    driver = FleetDriver(fleet_config(core_config(), 2))
+    driver.arrive(request("a", range(10), max_tokens=20))
+    driver.step(0)
+    if lost:
+        driver.kill(0)
+    else:
+        driver.migrate("a", 1)
+    kinds = [each.decision.kind for each in driver.decided]
+    assert kinds == [Kind.PLACED, Kind.ADMITTED, Kind.MIGRATED, Kind.ADMITTED]
+    driver.finish()
+
+
 def test_a_wait_goes_on_where_the_waiter_goes() -> None:
     """By what has been served since it began, there and here, it is promoted; and its seconds count once."""
     policies = PolicyConfig(order="sjf", parameters={**UNFORESEEN, "promotion": {"service_tokens": 60}})
@@ -379,6 +393,29 @@ def test_an_operators_move_takes_the_turn_of_one_that_a_policy_wants() -> None:
         assert list(moves._wanted.values()) == [waits]
 
 
+def test_an_operators_move_of_who_is_on_its_way_elsewhere_follows_when_it_is_there() -> None:
+    driver = FleetDriver(fleet_config(core_config(blocks=200, residency=TIERS), 3))
+    driver.arrive(request("a", range(30), max_tokens=60, ignore_eos=True))
+    for _ in range(8):
+        driver.step(0)
+    driver.migrate("a", 1)
+    driver.migrate("a", 2)
+    driver.migrate("a")
+    assert len(driver.fleet.moves._under_way) == 1
+    driver.finish()
+    assert [(over.target, over.failure) for over in driver.migrations] == [(1, ""), (2, "")]
+    assert driver.finished["a", 0].replica == 2
+
+
+def test_who_was_on_its_way_from_a_drained_replica_to_one_that_dies_goes_on_elsewhere() -> None:
+    driver, _ = under_way(Stage.FETCHING, replicas=3)
+    driver.drain(0)
+    driver.kill(1)
+    driver.finish()
+    assert [(over.target, over.reason) for over in driver.moved()] == [(2, "drain")]
+    assert driver.finished["a", 0].replica == 2
+
+
 def unlike(*replicas: ReplicaConfig, **policies: str) -> FleetConfig:
     first, *others = replicas
     names = fleet_config(first.core, 1, **policies).replicas[0].core
@@ -402,6 +439,7 @@ def test_a_replica_that_could_never_hold_it_gets_no_sequence() -> None:
     driver.finish()
     assert driver.finished["waits", 0].replica == 0
     assert {each.decision.kind for each in driver.decided} >= {Kind.STAYED}
+    assert {each.decision.policy for each in driver.decided if each.decision.kind is Kind.STAYED} == {""}
 
 
 def test_who_has_outgrown_its_replica_moves_up_once_and_the_reason_says_so() -> None:
@@ -436,6 +474,8 @@ def test_a_move_to_even_loads_out_says_so() -> None:
         driver.timer()
         driver.anything(random)
     assert {each.reason for each in driver.moved()} == {"load"}
+    decided = [each.decision for each in driver.decided if each.decision.kind is Kind.MIGRATED]
+    assert {each.policy for each in decided} == {"load_pairs"}
     driver.finish()
 
 

@@ -98,6 +98,25 @@ def test_what_a_split_lacks_is_computed() -> None:
     assert made.core.scheduler.counts.reload_failures == 0
 
 
+def test_what_a_newcomers_split_lacks_does_not_count_as_cached() -> None:
+    """Ten blocks are found, the first is computed meanwhile; of the others five come, or all."""
+    cached = []
+    for lost in (False, True):
+        made = driver("split", step_seconds=1e-2)
+        made.arrive(request("before", PROMPT, max_tokens=1))
+        made.finish()
+        made.prune(DEVICE)
+        if lost:
+            made.lost = lambda copy, place: Loss.CORRUPT if place.depth == 6 else None
+        made.arrive(request("a", PROMPT, max_tokens=12))
+        made.finish()
+        assert made.tokens("a") == expected_tokens(request("a", PROMPT, max_tokens=12))
+        cached.append(made.finished["a", 0].cached_tokens)
+        told = [each.decision.kind for each in made.decided if each.request_id == "a"]
+        assert told.count(Kind.LOAD_FAILED) == lost
+    assert cached == [36, 20]
+
+
 def test_a_split_that_gets_nothing_computes_everything() -> None:
     made = driver("split")
     made.lost = lambda copy, place: Loss.CORRUPT if copy.target == DEVICE else None
