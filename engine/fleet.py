@@ -69,7 +69,7 @@ class BalanceConfig:
     cooldown_seconds: float = 10.0
     max_moves: int = 3
     moves_per_round: int = 4
-    min_gain: float = 2.0
+    min_gain: float = 8.0
     least_gap: float = 0.5  # of two loads, as a share of the higher, for one to move
     disturbance: float = 0.1  # what a second that a move delays others counts
     at_once: int = 4  # migrations under way

@@ -118,7 +118,7 @@ class Limits:
     cooldown_seconds: float = 10.0  # of one sequence, between two moves
     max_moves: int = 3  # of one sequence, ever
     moves_per_round: int = 4
-    min_gain: float = 2.0
+    min_gain: float = 8.0
     least_gap: float = 0.0  # share of the high one's load that a pair must differ by
     disturbance: float = 0.1  # what a second of others' delay counts
 
