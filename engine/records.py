@@ -1,4 +1,4 @@
-"""What observers are told of finished work: one record a step, one a copy."""
+"""What observers are told of finished work: one record a step, one a copy; and of a plug-in that fails in a run."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -103,3 +103,11 @@ class StepAccounts:
             seconds=account.seconds,
             gil_seconds=account.gil_seconds,
         )
+
+
+@dataclass(slots=True)
+class Failing:
+    """A plug-in that failed, and the plainest policy decided: what it did first, and how often it failed."""
+
+    first: str
+    times: int = 0

@@ -36,6 +36,7 @@ from engine.fleet import Fleet, FleetConfig, Told
 from engine.plan import Plan, StepResult
 from engine.policy_set import Catalog
 from engine.profile import Profile
+from engine.records import Failing
 from engine.request import Finished, Request
 from engine.simulated_lanes import SimulatedLanes
 from engine.step_time import Shape, shape
@@ -123,14 +124,6 @@ class Step:
     running: int
     waiting: int
     kv_used_blocks: int
-
-
-@dataclass(slots=True)
-class Failing:
-    """A plug-in that failed, and the plainest policy decided: what it did first, and how often it failed."""
-
-    first: str
-    times: int = 0
 
 
 @dataclass(slots=True)
