@@ -59,6 +59,7 @@ class Outstanding:
     scheduled: Scheduled
     epochs: list[int]
     told: float
+    seconds: float  # predicted, from when it begins
 
 
 class Core:
@@ -210,12 +211,21 @@ class Core:
 
     def _next_steps(self, now: float) -> Iterable[Run]:
         while len(self._outstanding) < self.config.max_outstanding and not self.dead:
-            scheduled = self.scheduler.schedule(now, self.outstanding_step)
+            scheduled = self.scheduler.schedule(now, self.outstanding_step, self._ahead_seconds(now))
             if scheduled is None:
                 return
-            self._outstanding.append(Outstanding(scheduled, [s.epoch for s in scheduled.sequences], now))
+            epochs = [sequence.epoch for sequence in scheduled.sequences]
+            seconds = self.scheduler.valuation.seconds(scheduled.work)
+            self._outstanding.append(Outstanding(scheduled, epochs, now, seconds))
             self._steps += 1
             yield Run(Plan(self._steps, tuple(scheduled.placements), tuple(scheduled.rows)))
+
+    def _ahead_seconds(self, now: float) -> float:
+        """Until the steps under way are expected to be over."""
+        if not self._outstanding:
+            return 0.0
+        begun = max(self._outstanding[0].told, self._step_ended)
+        return max(0.0, sum(step.seconds for step in self._outstanding) - (now - begun))
 
     def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
         """Commits a step row by row. Rows of sequences that lost their place meanwhile are void."""

@@ -18,6 +18,7 @@ class Draft:
     budget: int
     shares: dict[Sequence, int] = field(default_factory=dict)
     placed: list[Sequence] = field(default_factory=list)  # those that are new on the device
+    loading: list[Sequence] = field(default_factory=list)  # those whose blocks come up beside the step
     closed: bool = False  # to newcomers, promoted ones too: somebody was preempted for want of blocks
     leaving: int = 0  # device blocks that will soon be out, while those who run are given their tokens
     room: Room | None = None  # what is foreseen of the pool; None: not asked yet, or no longer true

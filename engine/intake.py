@@ -7,7 +7,7 @@
 Whether it may come in at all is scheduler.py's. Fetches are resumption.py's, prices valuation.py's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from engine.events import Resumed
 from engine.places import Places
@@ -17,7 +17,7 @@ from engine.valuation import Valuation, Work
 from kvstore.copies import CopyDone
 from kvstore.residency import Residency
 from policies.decisions import Alternative, Decision, Kind
-from policies.pricing import RECOMPUTE, RELOAD, SPLIT, Way, ways
+from policies.pricing import RECOMPUTE, RELOAD, SPLIT, Situation, Way, loading_seconds, ways
 from policies.resume import Resume
 
 PROBE_SECONDS = 0.25
@@ -129,13 +129,14 @@ class Intake:
         """All of it has come: its sequence runs in the next step."""
         self._loaded.append(load)
 
-    def ready(self) -> Load | None:
+    def ready(self, now: float) -> Load | None:
         """The next whose blocks have all come: it is RUNNING now."""
         while self._loaded:
             load = self._loaded.pop(0)
             if load.current:
                 self._places.loading.remove(load.sequence)
                 self._run(load.sequence, load.match, load.way)
+                self._arrived(load.sequence, load.match.tokens, now)
                 return load
         return None
 
@@ -158,7 +159,6 @@ class Intake:
         if sequence.preemptions:
             sequence.reloaded_tokens += sum(entry.tokens for _, entry in load.wanted)
         self.loaded(load)
-        self._arrived(sequence, load.match.tokens, now)
         return None
 
     def _rest_has_come(self, load: Load, now: float) -> None:
@@ -210,24 +210,35 @@ class Intake:
         """A preempted sequence is on its way back: what was predicted is kept, to be compared."""
         if sequence.snapshot is None or not (priced or match.tokens < sequence.snapshot.computed):
             return  # it is new, or finds all it had on the device
-        target = sequence.snapshot.computed
-        standing = self._valuation.standing(sequence, match)
-        seconds = way.seconds
+        target, standing = sequence.snapshot.computed, self._valuation.standing(sequence, match)
+        situation = self._valuation.situation(self._places.running)
+        seconds, loading = way.seconds, 0.0
         if not priced:
-            situation = self._valuation.situation(self._places.running)
             seconds = ways(standing, 1.0, situation, (RECOMPUTE,))[0].seconds
+        elif way.name == RELOAD:
+            loading = loading_seconds(standing, 0, situation)
         tiers = match.tokens_by_tier(way.first_fetched if priced else 0, self._places.block_size)
-        others = [each.seconds for each in priced if each is not way]
         sequence.way_back = Return(
-            way.name, lowest_tier(tiers), now, target, seconds, min(others, default=None)
-        )
+            way.name, lowest_tier(tiers), now, target, seconds,
+            alternative_seconds=min((each.seconds for each in priced if each is not way), default=None),
+            loading_seconds=loading,
+            rest_seconds=seconds - situation.joins(loading),
+        )  # fmt: skip
 
-    def built(self, sequence: Sequence, work: Work) -> None:
-        """The step that it comes in with is known whole: so are those who came in after it, and cost it time too."""
-        back = sequence.way_back
-        if back and back.way == RECOMPUTE:
-            rest = max(0, back.target - sequence.scheduled)
-            back.seconds = self._valuation.computing_seconds(work, sequence.scheduled, rest)
+    def built(self, sequences: Iterable[Sequence], work: Work) -> None:
+        """The step is known whole that they come in with, or load beside: so are all who cost it time too."""
+        situation: Situation | None = None
+        for sequence in sequences:
+            if (back := sequence.way_back) is None:
+                continue
+            if back.way == RECOMPUTE:
+                rest = max(0, back.target - sequence.scheduled)
+                back.seconds = self._valuation.computing_seconds(work, sequence.scheduled, rest)
+            elif back.way == RELOAD and sequence.state is State.LOADING:
+                if situation is None:
+                    step = self._valuation.seconds(work)
+                    situation = self._valuation.situation(self._places.running)._replace(next_seconds=step)
+                back.seconds = situation.joins(back.loading_seconds) + back.rest_seconds
 
     def computed(self, sequence: Sequence, now: float) -> None:
         """Positions of it have been computed."""

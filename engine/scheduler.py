@@ -107,11 +107,15 @@ class Scheduler:
 
     # --- one step -------------------------------------------------------------------------------------------------
 
-    def schedule(self, now: float, outstanding_step: int = 0) -> Scheduled | None:
+    def schedule(
+        self, now: float, outstanding_step: int = 0, ahead_seconds: float = 0.0
+    ) -> Scheduled | None:
         """The next step, or None when there is nothing to compute. Marks what it hands out as scheduled.
 
-        `outstanding_step`: the last one told and not done, whose rows may still write to blocks given up since.
+        `outstanding_step`: the last one told and not done, whose rows may still write to blocks given up since; it is
+        expected to end in `ahead_seconds`.
         """
+        self.valuation.ahead_seconds = ahead_seconds
         draft = Draft(self.config.max_batch_tokens)
         self._victims.new_step()
         for sequence in self._line.promote(now, self.life.tenants.served):
@@ -142,8 +146,7 @@ class Scheduler:
     def _build(self, draft: Draft) -> Scheduled:
         scheduled = build(draft)
         self.life.tenants.serve(zip(scheduled.sequences, scheduled.rows, strict=True))
-        for sequence in draft.placed:
-            self._intake.built(sequence, scheduled.work)
+        self._intake.built((*draft.placed, *draft.loading), scheduled.work)
         return scheduled
 
     # --- grow, and preempt ----------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ class Scheduler:
 
     def _start_loaded(self, draft: Draft, now: float) -> None:
         """Those whose fetches are over run now, as far as the budget goes."""
-        while draft.budget > 0 and (load := self._intake.ready()):
+        while draft.budget > 0 and (load := self._intake.ready(now)):
             self.life.started(load.sequence, load.match, load.way, now)
             self._place(load.sequence, draft)
 
@@ -278,6 +281,8 @@ class Scheduler:
                 if later is not None:
                     draft.cede(later, sequence.remaining)
                 self._place(sequence, draft)
+            else:
+                draft.loading.append(sequence)
         for sequence in set_aside:
             self._line.put_back(sequence)
 

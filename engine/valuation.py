@@ -88,6 +88,7 @@ class Valuation:
         self._loaded_at: dict[str, float] = {}
         self._fetching: dict[str, Fetching] = {}  # by tier
         self.enabled: tuple[str, ...] = ()  # the ways back that the resume policy allows
+        self.ahead_seconds = 0.0  # of steps under way, before the one that is being made
         self._residency = residency
         self._block_size = block_size
         self._block_bytes = block_bytes
@@ -136,7 +137,7 @@ class Valuation:
 
     def situation(self, beside: Iterable[Sequence]) -> Situation:
         """For a sequence that comes to, or leaves, those that run `beside` it."""
-        rows = context = 0
+        rows = context = tokens = 0
         weight = prompts = 0.0
         for sequence in beside:
             rows += 1
@@ -144,19 +145,24 @@ class Valuation:
             weight += sequence.weight
             if sequence.scheduled + 1 < len(sequence.tokens) and sequence.remaining > 1:  # hardly anybody
                 prompts += self.costs.steps.added_seconds(sequence.scheduled, sequence.remaining)
+                tokens += sequence.remaining
+        chunk = max(1, self._max_batch_tokens - rows)
+        step = self.costs.steps.step_seconds(0, 0.0, rows, context)
         return Situation(
             steps=self.costs.steps,
             copies=self.costs.copies,
             block_tokens=self._block_size,
             block_bytes=self._block_bytes,
             copy_bytes=self._residency.config.copy_blocks * self._block_bytes,
-            chunk=max(1, self._max_batch_tokens - rows),
+            chunk=chunk,
             decode_rows=rows,
             decode_context=context,
-            step_seconds=self.costs.steps.step_seconds(0, 0.0, rows, context),
+            step_seconds=step,
             prompts_seconds=prompts,
             running_weight=weight,
             ahead_bytes=self._ahead_bytes(),
+            ahead_seconds=self.ahead_seconds if rows else 0.0,
+            next_seconds=step + prompts * min(1.0, chunk / max(1, tokens)) if rows else 0.0,
         )
 
     def _ahead_bytes(self) -> dict[str, int]:
@@ -170,13 +176,18 @@ class Valuation:
         context = sum(sequence.computed for sequence in running)
         return self.costs.steps.step_seconds(0, 0.0, len(running), context)
 
-    def computing_seconds(self, work: Work, cached: int, rest: int) -> float:
-        """Of a step that computes all this, and after it `rest` positions of one sequence, beside those who decode."""
-        steps, rows, context = self.costs.steps, work.decode_rows, work.decode_context
-        step = steps.step_seconds(work.prefill_tokens, work.attended, rows, context)
-        return step + steps.recompute_seconds(
-            cached, rest, max(1, self._max_batch_tokens - rows), rows, context
+    def seconds(self, work: Work) -> float:
+        """Of a step that computes all this."""
+        return self.costs.steps.step_seconds(
+            work.prefill_tokens, work.attended, work.decode_rows, work.decode_context
         )
+
+    def computing_seconds(self, work: Work, cached: int, rest: int) -> float:
+        """From now on, until a step that computes all this, and then `rest` positions of one sequence, are over."""
+        rows, context = work.decode_rows, work.decode_context
+        chunk = max(1, self._max_batch_tokens - rows)
+        later = self.costs.steps.recompute_seconds(cached, rest, chunk, rows, context)
+        return self.ahead_seconds + self.seconds(work) + later
 
     def standing(self, sequence: Sequence, match: Match) -> Standing:
         """Of a waiter, as its tiers have been found."""
@@ -274,9 +285,11 @@ class Valuation:
         """What goes on beside one of those that run."""
         rows = max(0, situation.decode_rows - 1)
         context = max(0, situation.decode_context - sequence.computed)
+        step = self.costs.steps.step_seconds(0, 0.0, rows, context)
         return situation._replace(
             decode_rows=rows,
             decode_context=context,
-            step_seconds=self.costs.steps.step_seconds(0, 0.0, rows, context),
+            step_seconds=step,
+            next_seconds=situation.next_seconds - situation.step_seconds + step if rows else 0.0,
             running_weight=max(0.0, situation.running_weight - sequence.weight),
         )

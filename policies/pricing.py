@@ -5,13 +5,16 @@ to give up its blocks (policies/preemption.py). Seconds come from a cost model (
 
     price = delay of this sequence × its weight + device seconds × the weights of those running
 
-Recompute takes the device from everyone who runs; a reload mostly delays the one that waits for it.
+Recompute takes the device from everyone who runs; a reload mostly delays the one that waits for it: until the first step
+that begins when all of it is there. The delay ends with its next token. Who computes draws that with the last position;
+who has been loaded has yet to run.
 
 Whom to preempt is asked of all who run, so the terms of a price are named tuples (engine/plan.py has why).
 """
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import NamedTuple, Protocol
 
 RELOAD = "reload"
@@ -51,6 +54,22 @@ class Situation(NamedTuple):
     prompts_seconds: float  # what prompts under way add to the steps to come: it shares those with them
     running_weight: float  # of all that run beside it
     ahead_bytes: Mapping[str, int]  # by tier: what is queued to come from there
+    ahead_seconds: float  # of a step under way already, before the one that is being made
+    next_seconds: float  # of the one that is being made, prompts of others in it; 0: nobody runs
+
+    def joins(self, loaded: float) -> float:
+        """Seconds until one whose blocks are all there after `loaded` seconds runs: steps are made as others end."""
+        if not self.next_seconds:
+            return loaded
+        ended = self.ahead_seconds or self.next_seconds
+        if loaded > ended and self.ahead_seconds:
+            ended += self.next_seconds
+        return ended + max(0, ceil((loaded - ended) / self.step_seconds)) * self.step_seconds
+
+    @property
+    def token_seconds(self) -> float:
+        """From joining to a token: of the step joined, and of the one that was made before if it runs only then."""
+        return self.step_seconds + (self.next_seconds if self.ahead_seconds else 0.0)
 
 
 class Standing(NamedTuple):
@@ -76,7 +95,7 @@ class Way(NamedTuple):
 
     name: str
     first_fetched: int
-    seconds: float  # until all positions are there
+    seconds: float  # until all positions are there, and it runs
     device_seconds: float  # of computing, taken from everyone
     price: float  # weighted seconds
 
@@ -101,15 +120,15 @@ def recompute(standing: Standing, weight: float, situation: Situation) -> Way:
 def reload(standing: Standing, weight: float, situation: Situation) -> Way:
     """Loads all there is, then computes what no tier has."""
     rest, device = _computing(standing.reloadable, standing.total, situation)
-    seconds = _loading(standing, 0, situation) + rest
-    return Way(RELOAD, 0, seconds, device, _price(seconds, device, weight, situation))
+    seconds = situation.joins(loading_seconds(standing, 0, situation)) + rest
+    return Way(RELOAD, 0, seconds, device, _loaded_price(seconds, device, rest, weight, situation))
 
 
 def split(standing: Standing, weight: float, situation: Situation) -> Way:
     """Computes the head while the rest loads, from the block on where both end together; at least a block each."""
 
     def computing_ends_last(blocks: int) -> bool:
-        return _head(standing, blocks, situation)[0] >= _loading(standing, blocks, situation)
+        return _head(standing, blocks, situation)[0] >= loading_seconds(standing, blocks, situation)
 
     # computing grows with the head, loading falls; where loading is quick, the first block is enough
     head, most = 1, standing.below_blocks - 1
@@ -124,9 +143,9 @@ def split(standing: Standing, weight: float, situation: Situation) -> Way:
 def _split_at(standing: Standing, blocks: int, weight: float, situation: Situation) -> Way:
     head, head_device = _head(standing, blocks, situation)
     rest, rest_device = _computing(standing.reloadable, standing.total, situation)
-    seconds = max(head, _loading(standing, blocks, situation)) + rest
+    seconds = max(head, situation.joins(loading_seconds(standing, blocks, situation))) + rest
     device = head_device + rest_device
-    return Way(SPLIT, blocks, seconds, device, _price(seconds, device, weight, situation))
+    return Way(SPLIT, blocks, seconds, device, _loaded_price(seconds, device, rest, weight, situation))
 
 
 def _head(standing: Standing, blocks: int, situation: Situation) -> tuple[float, float]:
@@ -135,9 +154,9 @@ def _head(standing: Standing, blocks: int, situation: Situation) -> tuple[float,
 
 
 def _computing_beside(start: int, end: int, situation: Situation) -> tuple[float, float]:
-    """As `_computing`, from now on: prompts under way are in those steps too."""
+    """As `_computing`, from now on: after the steps under way, and with prompts under way in its own."""
     seconds, device = _computing(start, end, situation)
-    return (seconds + situation.prompts_seconds if device else seconds), device
+    return (situation.ahead_seconds + seconds + situation.prompts_seconds if device else seconds), device
 
 
 def _computing(start: int, end: int, situation: Situation) -> tuple[float, float]:
@@ -149,7 +168,7 @@ def _computing(start: int, end: int, situation: Situation) -> tuple[float, float
     return -(-count // situation.chunk) * situation.step_seconds + added, added
 
 
-def _loading(standing: Standing, skipped: int, situation: Situation) -> float:
+def loading_seconds(standing: Standing, skipped: int, situation: Situation) -> float:
     """Seconds until all blocks but the first `skipped` are there. Each tier has its own queue, beside the others'."""
     sizes: dict[str, int] = {}
     for tier, blocks in standing.below:
@@ -168,6 +187,14 @@ def _loading(standing: Standing, skipped: int, situation: Situation) -> float:
 
 def _price(seconds: float, device_seconds: float, weight: float, situation: Situation) -> float:
     return seconds * weight + device_seconds * situation.running_weight
+
+
+def _loaded_price(
+    seconds: float, device_seconds: float, rest: float, weight: float, situation: Situation
+) -> float:
+    """`rest`: seconds of what it computes after the load, with its next token; 0: that takes a step of its own."""
+    token = 0.0 if rest else situation.token_seconds
+    return _price(seconds + token, device_seconds, weight, situation)
 
 
 # --- giving up ------------------------------------------------------------------------------------------------------
