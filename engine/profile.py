@@ -41,8 +41,14 @@ class Between:
     rows: Points = ((0.0, 0.0),)  # by rows of the step that ended: its tokens become text and news
     finished: Number = 0.0  # for each choice that ended with it
     admitted: Number = 0.0  # for each that the next step is the first of
+    copy: Number = 0.0  # for each copy from or to the device that is begun with the next step
+    copied_byte: Number = 0.0  # and for each of their bytes
     prefill: Number = 0.0  # more, where the step that ended had rows of several tokens
     idle: Number = 0.0  # instead of all that, where no step has just ended: from an arrival to the launch
+
+    def copying(self, copies: int, copied_bytes: int) -> float:
+        """More, where these are begun with the next step."""
+        return self.copy * copies + self.copied_byte * copied_bytes
 
     def after(self, step: Shape, finished: int, admitted: int) -> float:
         """From the end of this step to the launch of the next."""

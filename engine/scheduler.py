@@ -6,7 +6,7 @@ victims.py's; the rows are draft.py's; what becomes of a sequence afterwards is 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 
 from engine.checkpoint import CheckpointConfig
@@ -107,9 +107,7 @@ class Scheduler:
 
     # --- one step -------------------------------------------------------------------------------------------------
 
-    def schedule(
-        self, now: float, outstanding_step: int = 0, ahead_seconds: float = 0.0
-    ) -> Scheduled | None:
+    def schedule(self, now: float, outstanding_step: int = 0, ahead_seconds: float = 0.0) -> Scheduled | None:
         """The next step, or None when there is nothing to compute. Marks what it hands out as scheduled.
 
         `outstanding_step`: the last one told and not done, whose rows may still write to blocks given up since; it is
@@ -145,6 +143,10 @@ class Scheduler:
 
     def _build(self, draft: Draft) -> Scheduled:
         scheduled = build(draft)
+        copies, blocks = self.residency.untold
+        if copies:
+            size = blocks * self.config.block_bytes
+            scheduled.work = replace(scheduled.work, copies=copies, copied_bytes=size)
         self.life.tenants.serve(zip(scheduled.sequences, scheduled.rows, strict=True))
         self._intake.built((*draft.placed, *draft.loading), scheduled.work)
         return scheduled

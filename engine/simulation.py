@@ -7,7 +7,7 @@ for byte, of which `Outcome.digest` is the SHA-256.
 Not simulated: bytes, text, HTTP, copies that fail, steps that copies slow down, clients that leave.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -40,7 +40,7 @@ from engine.records import Failing
 from engine.request import Finished, Request
 from engine.simulated_lanes import SimulatedLanes
 from engine.step_time import Shape, shape
-from kvstore.copies import DISK, Copy, CopyDone, Drop, TierUp
+from kvstore.copies import DEVICE, DISK, Copy, CopyDone, Drop, TierUp
 
 VOCABULARY_SIZE = 2**16
 """Token ids of simulated prompts and answers are below it."""
@@ -199,6 +199,8 @@ class Device:
     ended: Shape = field(default_factory=Shape)  # what that step was, …
     ended_at: float = -1.0  # … and when
     finished: int = 0  # choices that ended with the event at hand
+    copies: int = 0  # from and to it, begun with that event
+    copied_blocks: int = 0
     held_copies: list[Copy] = field(default_factory=list)  # these wait for a step to end
 
 
@@ -316,9 +318,7 @@ class Simulation:
         told = self.fleet.handle(event, self._now)
         if self._recorder:
             self._recorder(self._now, event, told)
-        finished = Counter(r for r, instructions in told for each in instructions if type(each) is Report)
-        for replica, _ in told:
-            self._devices[replica].finished = finished[replica]
+        self._count(told)
         # News for clients are not looked at: tokens follow from the step that drew them, and texts are empty.
         notes = [
             note
@@ -327,6 +327,20 @@ class Simulation:
             if type(each) is not Emit and (note := self._carry_out(each, replica))
         ]
         self._log.update(f"{self._now!r} {name} {' '.join(notes)}\n".encode())
+
+    def _count(self, told: list[Told]) -> None:
+        """Of what an event leads to, what keeps a next step waiting."""
+        for replica, _ in told:
+            device = self._devices[replica]
+            device.finished = device.copies = device.copied_blocks = 0
+        for replica, instructions in told:
+            device = self._devices[replica]
+            for each in instructions:
+                if type(each) is Report:
+                    device.finished += 1
+                elif type(each) is Copy and DEVICE in (each.source, each.target):
+                    device.copies += 1
+                    device.copied_blocks += len(each.sources)
 
     def _carry_out(self, instruction: Instruction, replica: int) -> str:
         """Does it, and says what it was, for the log."""
@@ -375,6 +389,7 @@ class Simulation:
             pause = between.after(device.ended, device.finished, len(plan.placements))
         else:
             pause = between.idle
+        pause += between.copying(device.copies, device.copied_blocks * self._profile.block_bytes)
         end = device.free = max(self._now + pause, device.free) + seconds
         device.under_way.append(step)
         tokens = self._runner.draw(replica, plan)

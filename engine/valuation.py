@@ -27,9 +27,12 @@ class Work:
     attended: float = 0.0
     decode_rows: int = 0
     decode_context: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
 
     def sample(self, seconds: float) -> StepSample:
-        return StepSample(self.prefill_tokens, self.attended, self.decode_rows, self.decode_context, seconds)
+        work = self.prefill_tokens, self.attended, self.decode_rows, self.decode_context
+        return StepSample(*work, seconds, self.copies, self.copied_bytes)
 
 
 def work_of(rows: Sequence_[Row]) -> Work:
@@ -177,10 +180,12 @@ class Valuation:
         return self.costs.steps.step_seconds(0, 0.0, len(running), context)
 
     def seconds(self, work: Work) -> float:
-        """Of a step that computes all this."""
-        return self.costs.steps.step_seconds(
+        """Of a step that computes all this, with its copies beside it."""
+        steps = self.costs.steps
+        computing = steps.step_seconds(
             work.prefill_tokens, work.attended, work.decode_rows, work.decode_context
         )
+        return computing + steps.beside_seconds(work.copies, work.copied_bytes)
 
     def computing_seconds(self, work: Work, cached: int, rest: int) -> float:
         """From now on, until a step that computes all this, and then `rest` positions of one sequence, are over."""

@@ -73,6 +73,11 @@ class Flights:
         self.spilling += 1
         self._spills.append((block, entry))
 
+    @property
+    def untold_spills(self) -> int:
+        """Device blocks that `take_spills` has next."""
+        return len(self._spills)
+
     def take_spills(self) -> list[tuple[int, Entry]]:
         spills, self._spills = self._spills, []
         return spills

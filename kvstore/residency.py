@@ -305,6 +305,13 @@ class Residency:
 
     # --- what is to be done ---------------------------------------------------------------------------------------
 
+    @property
+    def untold(self) -> tuple[int, int]:
+        """Copies from and to the device that `take` has next, and their blocks."""
+        spilled, most = self.flights.untold_spills, self.config.copy_blocks
+        fetched = [len(copy.sources) for copy in self._fetches if copy.target == DEVICE]
+        return len(fetched) + -(-spilled // most), sum(fetched) + spilled
+
     def take(self, now: float) -> list[Copy | Drop]:
         """What has been decided since the last call, in the order in which it must be carried out."""
         if self.quiet:

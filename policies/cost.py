@@ -1,6 +1,7 @@
 """What a step and a copy cost, in seconds: fitted online on real ones, so that ways to come back can be compared.
 
-A step: base + β · prefill tokens + γ · attended + δ · decode rows + ε · decode context.
+A step: base + β · prefill tokens + γ · attended + δ · decode rows + ε · decode context + ζ · copies + η · copied bytes:
+those begun with it, which on a CPU take its cores and everywhere the core's time.
 A copy: latency + bytes ÷ bandwidth, per route.
 
 Pure arithmetic on samples that the core is told of, so a replay fits the same figures. How they are fitted: fitting.py;
@@ -18,8 +19,9 @@ from policies.pace import Paces
 DEVICE = "device"
 DISK = "disk"
 
-STEP_PRIOR = (1e-3, 5e-5, 4e-8, 1e-4, 2.5e-7)
-"""Before the first sample: those of a 5 M model on two cores, in the order above. Later only their ratios count."""
+STEP_PRIOR = (1e-3, 5e-5, 4e-8, 1e-4, 2.5e-7, 1e-4, 1e-11)
+"""Before the first sample: those of a 5 M model on two cores, in the order above. Later only their ratios count. What
+copies cost is taken for little until it is seen: on a GPU it is."""
 
 MEMORY_PRIOR = (2e-5, 1 / 5e9)
 DISK_PRIOR = (2e-4, 1 / 1e9)
@@ -42,6 +44,8 @@ class StepSample:
     decode_rows: int
     decode_context: int  # Σ of their contexts (positions before the token)
     seconds: float
+    copies: int = 0  # from and to the device, begun with it
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class StepCost:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """base, β, γ, δ, ε."""
+        """base, β, γ, δ, ε, ζ, η."""
         return tuple(self.pace * each for each in self._fit.coefficients)
 
     def observe(self, sample: StepSample) -> None:
@@ -107,7 +111,13 @@ class StepCost:
     def step_seconds(
         self, prefill_tokens: int, attended: float, decode_rows: int, decode_context: int
     ) -> float:
+        """Of a step with no copies beside it."""
         return self.pace * self._fit.predict((1.0, prefill_tokens, attended, decode_rows, decode_context))
+
+    def beside_seconds(self, copies: int, copied_bytes: int) -> float:
+        """What copies add to the step that they are begun with."""
+        *_, copy, byte = self._fit.coefficients
+        return self.pace * (copy * copies + byte * copied_bytes)
 
     def recompute_seconds(
         self, cached: int, count: int, chunk: int, decode_rows: int = 0, decode_context: int = 0
@@ -121,18 +131,19 @@ class StepCost:
 
     def added_seconds(self, cached: int, count: int) -> float:
         """What `count` positions after `cached` add to steps that run anyway: βn + γn(c + n/2)."""
-        _, token, attended, _, _ = self._fit.coefficients
+        _, token, attended, *_ = self._fit.coefficients
         return self.pace * (token * count + attended * count * (cached + count / 2))
 
 
 def _features(sample: StepSample) -> tuple[float, ...]:
-    return 1.0, sample.prefill_tokens, sample.attended, sample.decode_rows, sample.decode_context
+    work = sample.prefill_tokens, sample.attended, sample.decode_rows, sample.decode_context
+    return (1.0, *work, sample.copies, sample.copied_bytes)
 
 
 def _step_class(sample: StepSample) -> int:
-    """By powers of four of what there is most of; steps with prompts apart from those without."""
+    """By powers of four of what there is most of; steps with prompts, and with copies, apart from those without."""
     size = sample.prefill_tokens or sample.decode_rows
-    return ((size.bit_length() + 1) // 2) * 2 + (sample.prefill_tokens > 0)
+    return ((size.bit_length() + 1) // 2) * 4 + (sample.prefill_tokens > 0) * 2 + (sample.copies > 0)
 
 
 class CopyCost:

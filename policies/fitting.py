@@ -103,8 +103,8 @@ class Fit:
         self.coefficients = self._units
 
     def predict(self, features: Sequence[float]) -> float:
-        """Seconds; never less than 0, and no less for more of anything."""
-        total: float = sum(map(mul, self.coefficients, features))
+        """Seconds; never less than 0, and no less for more of anything. Features left out are 0."""
+        total: float = sum(map(mul, self.coefficients, features))  # those left out are 0
         return total
 
     def observe(self, size_class: int, features: Sequence[float], seconds: float) -> None:

@@ -5,9 +5,9 @@ to give up its blocks (policies/preemption.py). Seconds come from a cost model (
 
     price = delay of this sequence × its weight + device seconds × the weights of those running
 
-Recompute takes the device from everyone who runs; a reload mostly delays the one that waits for it: until the first step
-that begins when all of it is there. The delay ends with its next token. Who computes draws that with the last position;
-who has been loaded has yet to run.
+Recompute takes the device from everyone who runs; a reload mostly delays the one that waits for it: until the first
+step that begins when all of it is there. The delay ends with its next token. Who computes draws that with the last
+position; who has been loaded has yet to run. What copies take from the steps beside them counts as device seconds.
 
 Whom to preempt is asked of all who run, so the terms of a price are named tuples (engine/plan.py has why).
 """
@@ -27,6 +27,9 @@ class StepCosts(Protocol):
 
     def added_seconds(self, cached: int, count: int) -> float:
         """What these positions add to steps that run anyway."""
+
+    def beside_seconds(self, copies: int, copied_bytes: int) -> float:
+        """What copies add to the step that they are begun with."""
 
 
 class CopyCosts(Protocol):
@@ -66,6 +69,13 @@ class Situation(NamedTuple):
             ended += self.next_seconds
         return ended + max(0, ceil((loaded - ended) / self.step_seconds)) * self.step_seconds
 
+    def beside_seconds(self, blocks: int) -> float:
+        """What others lose by a copy of so many blocks, from or to the device."""
+        if not (blocks and self.next_seconds):
+            return 0.0
+        size = blocks * self.block_bytes
+        return self.steps.beside_seconds(-(-size // self.copy_bytes), size)
+
     @property
     def token_seconds(self) -> float:
         """From joining to a token: of the step joined, and of the one that was made before if it runs only then."""
@@ -96,7 +106,7 @@ class Way(NamedTuple):
     name: str
     first_fetched: int
     seconds: float  # until all positions are there, and it runs
-    device_seconds: float  # of computing, taken from everyone
+    device_seconds: float  # of computing, and by copies beside steps: taken from everyone
     price: float  # weighted seconds
 
 
@@ -120,7 +130,9 @@ def recompute(standing: Standing, weight: float, situation: Situation) -> Way:
 def reload(standing: Standing, weight: float, situation: Situation) -> Way:
     """Loads all there is, then computes what no tier has."""
     rest, device = _computing(standing.reloadable, standing.total, situation)
-    seconds = situation.joins(loading_seconds(standing, 0, situation)) + rest
+    beside = situation.beside_seconds(standing.below_blocks)
+    seconds = situation.joins(loading_seconds(standing, 0, situation)) + beside + rest
+    device += beside
     return Way(RELOAD, 0, seconds, device, _loaded_price(seconds, device, rest, weight, situation))
 
 
@@ -143,8 +155,9 @@ def split(standing: Standing, weight: float, situation: Situation) -> Way:
 def _split_at(standing: Standing, blocks: int, weight: float, situation: Situation) -> Way:
     head, head_device = _head(standing, blocks, situation)
     rest, rest_device = _computing(standing.reloadable, standing.total, situation)
-    seconds = max(head, situation.joins(loading_seconds(standing, blocks, situation))) + rest
-    device = head_device + rest_device
+    beside = situation.beside_seconds(standing.below_blocks - blocks)
+    seconds = max(head, situation.joins(loading_seconds(standing, blocks, situation))) + beside + rest
+    device = head_device + rest_device + beside
     return Way(SPLIT, blocks, seconds, device, _loaded_price(seconds, device, rest, weight, situation))
 
 
@@ -213,7 +226,7 @@ class Stake(NamedTuple):
 
 def way_back(stake: Stake, weight: float, situation: Situation, enabled: Sequence[str]) -> Way:
     """The cheapest. The price of one that loads has the saving in it; who is computed again is not saved."""
-    saving = stake.saving_seconds * weight
+    saving = _price(stake.saving_seconds, situation.beside_seconds(stake.unsaved_blocks), weight, situation)
     found = ways(stake.standing, weight, situation, enabled)
     saved = (way if way.name == RECOMPUTE else way._replace(price=way.price + saving) for way in found)
     return min(saved, key=lambda way: way.price)
