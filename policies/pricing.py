@@ -71,9 +71,9 @@ class Situation(NamedTuple):
 
     def beside_seconds(self, blocks: int) -> float:
         """What others lose by a copy of so many blocks, from or to the device."""
-        if not (blocks and self.next_seconds):
-            return 0.0
         size = blocks * self.block_bytes
+        if not (size and self.next_seconds):
+            return 0.0
         return self.steps.beside_seconds(-(-size // self.copy_bytes), size)
 
     @property

@@ -27,7 +27,7 @@ def loaded(request: pytest.FixtureRequest, model_directory: Directories) -> Load
 
 
 async def test_victims_come_back_from_the_host(loaded: Loaded, tmp_path: Path) -> None:
-    pressed = await same_as_calm(loaded, tmp_path, Below(host=1024))
+    pressed = await same_as_calm(loaded, tmp_path, Below(host=1024), resume="reload")
     assert pressed.resumptions["reload", HOST] > 0
 
 

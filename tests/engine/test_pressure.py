@@ -225,13 +225,13 @@ async def same_as_calm(loaded: Loaded, directory: Path, below: Below, resume: st
 
 
 async def test_victims_come_back_from_the_host(loaded: Loaded, tmp_path: Path) -> None:
-    pressed = await same_as_calm(loaded, tmp_path, Below(host=1024))
+    pressed = await same_as_calm(loaded, tmp_path, Below(host=1024), resume="reload")
     assert pressed.resumptions["reload", HOST] > 0
     assert pressed.recomputed_tokens == 0
 
 
 async def test_victims_come_back_from_the_disk(loaded: Loaded, tmp_path: Path) -> None:
-    pressed = await same_as_calm(loaded, tmp_path, Below(disk=1024))
+    pressed = await same_as_calm(loaded, tmp_path, Below(disk=1024), resume="reload")
     assert pressed.resumptions["reload", DISK] > 0
 
 

@@ -201,6 +201,50 @@ def predicted_beside(late: int) -> float:
     return finish(made).predicted_seconds
 
 
+@pytest.mark.parametrize("max_outstanding", [1, 2])
+@pytest.mark.parametrize("way", ["reload", "recompute"])
+def test_a_way_back_is_predicted_until_its_sequence_runs(way: str, max_outstanding: int) -> None:
+    """A load that is sooner done than the step beside it ends with that; who is computed again waits for the one that
+    was told before. Steps take as long as the samples say.
+    """
+    residency = ResidencyConfig(host_blocks=64, copy_blocks=4)
+    policies = PolicyConfig(resume=way, parameters=UNFORESEEN)
+    steps = [StepSample(n, n * n / 2, 0, 0, 1e-3) for n in (4, 8, 16)] + [StepSample(0, 0.0, 1, 9, 1e-3)] * 3
+    made = Driver(
+        core_config(residency=residency, policies=policies, max_outstanding=max_outstanding),
+        calibration=(*steps * 8, *[CopySample(HOST, DEVICE, 4000, 1e-6, 0.0)] * 8),
+    )
+    made.tick, made.runner.seconds, made.store.seconds = 0.0, 1e-3, 1e-6
+    made.arrive(request("a", range(1, 6), max_tokens=12))
+    while len(made.deltas.get(("a", 0), ())) < 4:
+        assert made.step() or made.copy()
+    made.copies()
+    made.arrive(request("other", range(60, 62), max_tokens=40))
+    made.step()
+    made.preempt("a")
+    made.prune(DEVICE)
+    made.finish()
+    (resumed,) = made.resumed
+    count = 2 if (way, max_outstanding) == ("recompute", 2) else 1
+    assert resumed.actual_seconds == pytest.approx(1e-3 * count, rel=0.01)
+    assert resumed.predicted_seconds == pytest.approx(1e-3 * count, rel=0.15)
+
+
+def test_who_is_loaded_joins_the_first_step_that_is_made_after() -> None:
+    made = driver("cheapest")
+    made.arrive(request("a", PROMPT, max_tokens=12))
+    made.step()
+    situation = made.core.scheduler.valuation.situation(made.core.scheduler.running)
+    nobody = made.core.scheduler.valuation.situation(())
+    assert nobody.joins(0.3) == 0.3
+    beside = situation._replace(next_seconds=2.0, step_seconds=1.0, ahead_seconds=0.0)
+    assert [beside.joins(at) for at in (0.0, 2.0, 2.5, 3.5)] == [2.0, 2.0, 3.0, 4.0]
+    behind = beside._replace(ahead_seconds=0.5)
+    assert [behind.joins(at) for at in (0.0, 0.6, 2.6)] == [0.5, 2.5, 3.5]
+    assert (beside.token_seconds, behind.token_seconds) == (1.0, 3.0)
+    made.finish()
+
+
 def test_decisions_turn_when_a_tier_becomes_slow_and_turn_back() -> None:
     """A dozen copies that take long are enough to compute instead; a dozen quick ones to load again."""
     made = driver("cheapest", load_seconds=1e-3, step_seconds=0.01)
@@ -385,7 +429,7 @@ def test_who_lacks_a_block_waits_for_one_on_its_way_down_unless_the_tier_is_slow
     made.finish()
 
 
-@pytest.mark.parametrize("resume", ["cheapest", "recompute", "reload"])
+@pytest.mark.parametrize("resume", ["recompute", "reload"])
 def test_the_last_that_runs_may_give_way_to_itself_while_another_is_loaded_and_ready(resume: str) -> None:
     """Then nobody computes in that step, and no copy need be under way: the one that is ready must start."""
     policies = PolicyConfig(resume=resume, parameters=UNFORESEEN)

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -52,6 +53,8 @@ step_samples = st.builds(
     decode_rows=counts,
     decode_context=st.integers(0, 10**9),
     seconds=st.floats(0, 1e5),
+    copies=st.integers(0, 100),
+    copied_bytes=st.integers(0, 2**40),
 )
 tiers = st.sampled_from(["device", "host", "disk"])
 copy_samples = st.builds(
@@ -94,7 +97,28 @@ def test_coefficients_are_recovered_from_noisy_steps() -> None:
 
 def test_coefficients_are_recovered_exactly_from_steps_without_noise() -> None:
     cost = learned(steps(TRUTH, seed=2, noise=0.0), 2000)
-    assert cost.coefficients == pytest.approx(TRUTH, rel=0.01)
+    assert cost.coefficients[: len(TRUTH)] == pytest.approx(TRUTH, rel=0.01)
+
+
+def beside(samples: Iterator[StepSample], copy: float, byte: float) -> Iterator[StepSample]:
+    """These, but each fourth with copies beside it, which take so long each, and by the byte."""
+    for number, sample in enumerate(samples):
+        count = number % 4 == 0 and number // 4 % 3 + 1
+        size = count * (number * 7919 % 50 + 1) * 50_000
+        seconds = sample.seconds + copy * count + byte * size
+        yield replace(sample, seconds=seconds, copies=int(count), copied_bytes=size)
+
+
+def test_what_copies_take_from_steps_is_learned_and_not_taken_for_the_steps_own() -> None:
+    cost = learned(beside(steps(TRUTH, seed=2), 3e-4, 3e-10), 2000)
+    assert cost.beside_seconds(2, 4_000_000) == pytest.approx(2 * 3e-4 + 4e6 * 3e-10, rel=0.1)
+    for features in ((0, 0, 1, 100), (0, 0, 32, 30_000), (1000, 5e5, 1, 100)):
+        assert cost.step_seconds(*features) == pytest.approx(seconds_of(TRUTH, *features), rel=0.05)
+
+
+def test_copies_that_take_nothing_from_steps_soon_count_for_hardly_anything() -> None:
+    cost = learned(beside(steps(TRUTH, seed=2), 0.0, 0.0), 500)
+    assert cost.beside_seconds(1, 10**6) < 0.05 * cost.step_seconds(0, 0, 8, 8000)
 
 
 def test_a_few_steps_give_the_scale_and_the_prior_gives_the_shape() -> None:
