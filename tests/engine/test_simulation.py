@@ -285,7 +285,7 @@ def test_copies_wait_for_their_lane() -> None:
 
 
 def test_decisions_turn_when_a_tier_becomes_20_times_slower_and_turn_back() -> None:
-    """By measured cost, within two seconds: loaded, then computed again, then loaded."""
+    """By measured cost, within two seconds: loaded, then computed again, then loaded; all but the shortest."""
     found: list[tuple[float, str]] = []
 
     def record(now: float, event: Event, told: list[Told]) -> None:
@@ -304,7 +304,7 @@ def test_decisions_turn_when_a_tier_becomes_20_times_slower_and_turn_back() -> N
     for begin, end, way in ((0.0, 10.0, "reload"), (12.0, 20.0, "recompute"), (22.0, 35.0, "reload")):
         ways = Counter(taken for at, taken in found if begin <= at < end)
         assert ways[way] >= 20
-        assert ways[way] > 0.9 * ways.total()
+        assert ways[way] > 0.8 * ways.total()
 
 
 def test_a_tier_whose_routes_were_not_measured_is_refused() -> None:

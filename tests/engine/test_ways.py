@@ -210,6 +210,7 @@ def test_a_way_back_is_predicted_until_its_sequence_runs(way: str, max_outstandi
     residency = ResidencyConfig(host_blocks=64, copy_blocks=4)
     policies = PolicyConfig(resume=way, parameters=UNFORESEEN)
     steps = [StepSample(n, n * n / 2, 0, 0, 1e-3) for n in (4, 8, 16)] + [StepSample(0, 0.0, 1, 9, 1e-3)] * 3
+    steps.append(StepSample(0, 0.0, 1, 9, 1e-3, copies=1, copied_bytes=4000))  # what a copy takes is hidden
     made = Driver(
         core_config(residency=residency, policies=policies, max_outstanding=max_outstanding),
         calibration=(*steps * 8, *[CopySample(HOST, DEVICE, 4000, 1e-6, 0.0)] * 8),

@@ -109,9 +109,12 @@ def beside(samples: Iterator[StepSample], copy: float, byte: float) -> Iterator[
         yield replace(sample, seconds=seconds, copies=int(count), copied_bytes=size)
 
 
-def test_what_copies_take_from_steps_is_learned_and_not_taken_for_the_steps_own() -> None:
-    cost = learned(beside(steps(TRUTH, seed=2), 3e-4, 3e-10), 2000)
-    assert cost.beside_seconds(2, 4_000_000) == pytest.approx(2 * 3e-4 + 4e6 * 3e-10, rel=0.1)
+@pytest.mark.parametrize(("copy", "byte"), [(1e-3, 1e-10), (1e-4, 1e-9)])
+def test_what_copies_take_from_steps_is_learned_and_not_taken_for_the_steps_own(
+    copy: float, byte: float
+) -> None:
+    cost = learned(beside(steps(TRUTH, seed=2), copy, byte), 2000)
+    assert cost.beside_seconds(2, 4_000_000) == pytest.approx(2 * copy + 4e6 * byte, rel=0.1)
     for features in ((0, 0, 1, 100), (0, 0, 32, 30_000), (1000, 5e5, 1, 100)):
         assert cost.step_seconds(*features) == pytest.approx(seconds_of(TRUTH, *features), rel=0.05)
 
