@@ -222,7 +222,7 @@ class Intake:
             way.name, lowest_tier(tiers), now, target, seconds,
             alternative_seconds=min((each.seconds for each in priced if each is not way), default=None),
             loading_seconds=loading,
-            rest_seconds=seconds - situation.joins(loading),
+            rest_seconds=seconds - situation.joins(loading) - situation.beside_seconds(standing.below_blocks),
         )  # fmt: skip
 
     def built(self, sequences: Iterable[Sequence], work: Work) -> None:
