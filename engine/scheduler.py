@@ -311,7 +311,7 @@ class Scheduler:
         """Whether somebody gave way to the first in line, at once: what will soon be out is waited for."""
         if self._places.slots_left and self._places.fits(sequence, match, self._leaving_soon()):
             return False
-        found = self._victims.for_waiter(sequence, self.running)
+        found = self._victims.for_waiter(sequence, len(self._line), self.running)
         if found is None:
             return False
         victim, decision = found

@@ -73,8 +73,12 @@ class Victims:
         freed = [0, *accumulate(self._offer(sequence).frees for sequence in left)]
         return [sequence for sequence, before in zip(left, freed, strict=False) if before < missing]
 
-    def for_waiter(self, waiter: Sequence, running: List[Sequence]) -> tuple[Sequence, Decision] | None:
-        """Who gives way to the first in line: by the order policy, when it pays; to a promoted one, who came later."""
+    def for_waiter(
+        self, waiter: Sequence, waiting: int, running: List[Sequence]
+    ) -> tuple[Sequence, Decision] | None:
+        """Who gives way to the first of so many in line: by the order policy, when it pays; to a promoted one, who came
+        later.
+        """
         candidates, peers = self._displaceable(waiter, running)
         if not candidates:
             return None
@@ -84,7 +88,7 @@ class Victims:
             return self.valuation.comes_back_whole(sequence, situation)
 
         few = self._first_few(candidates, running, situation, loses_nothing if peers else None)
-        if not few or not (waiter.promoted or self._pays(waiter, few[0], running, situation)):
+        if not few or not (waiter.promoted or self._pays(waiter, waiting, few[0], running, situation)):
             return None
         reason = f"{waiter.request.id} goes before it" + (", promoted" if waiter.promoted else "")
         return self._preempted(few, self.config.order, reason)
@@ -142,15 +146,21 @@ class Victims:
         return [(victim(s, offers[s.admitted_as]), s.admitted_as, s) for s in candidates]
 
     def _pays(
-        self, waiter: Sequence, victim: Sequence, running: List[Sequence], situation: Situation
+        self,
+        waiter: Sequence,
+        waiting: int,
+        victim: Sequence,
+        running: List[Sequence],
+        situation: Situation,
     ) -> bool:
-        """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price.
+        """Whether what the waiter would wait for somebody's natural end, weighted, is more than the victim's price: for
+        each in line, as each is let in one such end sooner.
 
         A victim that gave way already costs more each time, so two never displace each other for long.
         """
         offer = Offer(victim, self.valuation, situation)
         rounds = min(sequence.expected_remaining_tokens for sequence in running)
-        gain = waiter.weight * rounds * situation.step_seconds
+        gain = waiting * waiter.weight * rounds * situation.step_seconds
         return offer.frees > 0 and offer.price * offer.frees < gain
 
     def _preempted(self, few: List[Sequence], policy: str, reason: str) -> tuple[Sequence, Decision]:
