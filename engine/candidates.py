@@ -200,10 +200,14 @@ class Movable:
 
     @cached_property
     def cost_seconds(self) -> float:
-        """What it takes elsewhere to have what this device has of it, and to have room for that; weighted."""
+        """What it takes elsewhere to have what this device has of it, and to have room for that; weighted. Of one that
+        runs, what others lose by the copies, too: on its way out, and on its way in, where about as many are.
+        """
         member, sequence = self._member, self._sequence
+        others = 0.0
         if not self.waits:
             tokens, seconds = sequence.computed, member.move_seconds(sequence.computed)
+            others = 2 * member.copying_price(sequence)
         else:
             core = member.core
             keys = sequence.block_keys(core.config.scheduler.block_size)
@@ -211,4 +215,4 @@ class Movable:
                 return 0.0
             found = prefill_of(member, prompt_of(core, self.tokens, keys))
             tokens, seconds = found.cached_tokens, found.saved_seconds
-        return sequence.weight * (seconds + member.displaced_seconds(tokens))
+        return sequence.weight * (seconds + member.displaced_seconds(tokens)) + others

@@ -184,6 +184,11 @@ class Member:
         tier = next((shelf.name for shelf in shelves if shelf.up), "")
         return self.load_or_compute_seconds(tier, 0, tokens)
 
+    def copying_price(self, sequence: Sequence) -> float:
+        """What all who run here lose by a copy of a sequence's blocks; weighted."""
+        scheduler = self.core.scheduler
+        return scheduler.valuation.situation(scheduler.running).copying_price(len(sequence.table))
+
     def displaced_seconds(self, tokens: int) -> float:
         """What room for so many positions takes: as many cached ones are computed again, as far as hits are usual."""
         scheduler = self.core.scheduler

@@ -4,10 +4,9 @@ Every decision is the fleet's, of the same code that serves; what takes time tak
 step_time.py, simulated_lanes.py). No sleeps, no threads, no clock: the same workload gives the same event log, byte
 for byte, of which `Outcome.digest` is the SHA-256.
 
-Not simulated: bytes, text, HTTP, copies that fail, steps that copies slow down, clients that leave.
+Not simulated: bytes, text, HTTP, copies that fail, clients that leave.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -38,9 +37,10 @@ from engine.policy_set import Catalog
 from engine.profile import Profile
 from engine.records import Failing
 from engine.request import Finished, Request
+from engine.simulated_device import Device
 from engine.simulated_lanes import SimulatedLanes
 from engine.step_time import Shape, shape
-from kvstore.copies import DEVICE, DISK, Copy, CopyDone, Drop, TierUp
+from kvstore.copies import DISK, Copy, CopyDone, Drop, TierUp
 
 VOCABULARY_SIZE = 2**16
 """Token ids of simulated prompts and answers are below it."""
@@ -189,21 +189,6 @@ def _output(job: Job) -> list[int]:
     return [*known, *made_up, EOS]
 
 
-@dataclass(slots=True)
-class Device:
-    """One replica's, in virtual time."""
-
-    free: float = 0.0  # when all that it was told is done
-    under_way: deque[Shape] = field(default_factory=deque)
-    last_step_done: int = 0
-    ended: Shape = field(default_factory=Shape)  # what that step was, …
-    ended_at: float = -1.0  # … and when
-    finished: int = 0  # choices that ended with the event at hand
-    copies: int = 0  # from and to it, begun with that event
-    copied_blocks: int = 0
-    held_copies: list[Copy] = field(default_factory=list)  # these wait for a step to end
-
-
 class Simulation:
     """One run of a workload. `tick_seconds`: how often the state is noted; `until`: when time is up.
 
@@ -318,7 +303,10 @@ class Simulation:
         told = self.fleet.handle(event, self._now)
         if self._recorder:
             self._recorder(self._now, event, told)
-        self._count(told)
+        for replica, _ in told:
+            self._devices[replica].begin_count()
+        for replica, instructions in told:
+            self._devices[replica].count(instructions)
         # News for clients are not looked at: tokens follow from the step that drew them, and texts are empty.
         notes = [
             note
@@ -327,20 +315,6 @@ class Simulation:
             if type(each) is not Emit and (note := self._carry_out(each, replica))
         ]
         self._log.update(f"{self._now!r} {name} {' '.join(notes)}\n".encode())
-
-    def _count(self, told: list[Told]) -> None:
-        """Of what an event leads to, what keeps a next step waiting."""
-        for replica, _ in told:
-            device = self._devices[replica]
-            device.finished = device.copies = device.copied_blocks = 0
-        for replica, instructions in told:
-            device = self._devices[replica]
-            for each in instructions:
-                if type(each) is Report:
-                    device.finished += 1
-                elif type(each) is Copy and DEVICE in (each.source, each.target):
-                    device.copies += 1
-                    device.copied_blocks += len(each.sources)
 
     def _carry_out(self, instruction: Instruction, replica: int) -> str:
         """Does it, and says what it was, for the log."""
@@ -384,12 +358,8 @@ class Simulation:
 
     def _run(self, plan: Plan, replica: int) -> str:
         step, device = shape(plan), self._devices[replica]
-        seconds, between = self._step_seconds(step), self._profile.between
-        if device.ended_at == self._now:
-            pause = between.after(device.ended, device.finished, len(plan.placements))
-        else:
-            pause = between.idle
-        pause += between.copying(device.copies, device.copied_blocks * self._profile.block_bytes)
+        seconds = self._step_seconds(step)
+        pause = device.pause(self._now, len(plan.placements), self._profile)
         end = device.free = max(self._now + pause, device.free) + seconds
         device.under_way.append(step)
         tokens = self._runner.draw(replica, plan)

@@ -76,6 +76,10 @@ class Situation(NamedTuple):
             return 0.0
         return self.steps.beside_seconds(-(-size // self.copy_bytes), size)
 
+    def copying_price(self, blocks: int) -> float:
+        """That, weighted by all who run."""
+        return self.beside_seconds(blocks) * self.running_weight
+
     @property
     def token_seconds(self) -> float:
         """From joining to a token: of the step joined, and of the one that was made before if it runs only then."""
@@ -225,7 +229,14 @@ class Stake(NamedTuple):
 
 
 def way_back(stake: Stake, weight: float, situation: Situation, enabled: Sequence[str]) -> Way:
-    """The cheapest. The price of one that loads has the saving in it; who is computed again is not saved."""
+    """The cheapest. The price of one that loads has the saving in it; who is computed again is not saved.
+
+    Where all of it is loaded by the next step, nothing is gained by a split: it is not looked at.
+    """
+    if RELOAD in enabled and SPLIT in enabled:
+        loading = loading_seconds(stake.standing, 0, situation)
+        if situation.joins(loading) == situation.joins(0.0):
+            enabled = [name for name in enabled if name != SPLIT]
     saving = _price(stake.saving_seconds, situation.beside_seconds(stake.unsaved_blocks), weight, situation)
     found = ways(stake.standing, weight, situation, enabled)
     saved = (way if way.name == RECOMPUTE else way._replace(price=way.price + saving) for way in found)

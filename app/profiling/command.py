@@ -96,5 +96,6 @@ def _step(profile: Profile) -> str:
         f"{step.decode_position * 1e6:.4f} per 1,000 positions it reads; {step.prefill_row * 1e3:.4f} a prefill row, "
         f"{step.prefill_pair * 1e9:.4f} per million pairs. Between steps, ms: by rows {rows}; "
         f"{between.finished * 1e3:.3f} for each that ended, {between.admitted * 1e3:.3f} for each admitted, "
+        f"{between.copy * 1e3:.3f} for each copy and {between.copied_byte * 1e9:.3f} per million bytes of it, "
         f"{between.prefill * 1e3:.3f} after a prefill; from idle {between.idle * 1e3:.3f}"
     )

@@ -37,6 +37,8 @@ class Gap:
     finished: int  # choices that ended with it
     admitted: int  # choices of which the next step is the first
     seconds: float
+    copies: int = 0  # from and to the device, begun with the next step
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,16 @@ def fit_between(gaps: Sequence[Gap], idle_seconds: float) -> Between:
                 gap.finished,
                 gap.admitted,
                 float(gap.step.prefill_rows > 0),
+                gap.copies,
+                gap.copied_bytes,
             ]
             for gap in gaps
         ]
     )
     found = unbiased(rows, np.array([gap.seconds for gap in gaps]), np.ones(len(gaps)))
     curve, found = _curve(knots, float(found[0]), found[1:])
-    finished, admitted, prefill = map(float, found)
-    return Between(curve, finished, admitted, prefill, idle_seconds)
+    finished, admitted, prefill, copy, copied_byte = map(float, found)
+    return Between(curve, finished, admitted, copy, copied_byte, prefill, idle_seconds)
 
 
 def _reached(knots: Sequence[int], most: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from engine.fleet import Told
 from engine.plan import Launched, Plan, Runner, Sampling, StepResult
 from engine.request import Request, Stopping
 from engine.step_time import shape
+from kvstore.copies import DEVICE, Copy
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 SECONDS = 4.0
@@ -90,7 +91,8 @@ class Watch:
 
     def __init__(self, runner: WatchedRunner) -> None:
         self._runner = runner
-        self._after: dict[int, tuple[int, int | None]] = {}  # by step: choices it ended, the step told then
+        # by step: choices it ended, the step told then, copies and blocks of copies begun then
+        self._after: dict[int, tuple[int, int | None, int, int]] = {}
         self._from_idle: dict[int, float] = {}  # when the request came that led to this step
 
     def record(self, now: float, event: Event, told: list[Told]) -> None:
@@ -100,11 +102,13 @@ class Watch:
             run = next((each.plan.step for each in instructions if isinstance(each, Run)), None)
             if isinstance(event, StepDone) and event.replica == 0:
                 finished = sum(isinstance(each, Report) for each in instructions)
-                self._after[event.result.step] = finished, run
+                copies = [i for i in instructions if isinstance(i, Copy) and DEVICE in (i.source, i.target)]
+                blocks = sum(len(copy.sources) for copy in copies)
+                self._after[event.result.step] = finished, run, len(copies), blocks
             elif isinstance(event, Arrived) and run is not None:
                 self._from_idle[run] = now
 
-    def take(self, seen: Seen) -> None:
+    def take(self, seen: Seen, block_bytes: int) -> None:
         """Adds what was noted since. Call it while the engine is idle."""
         launches = {each.plan.step: each for each in self._runner.ran}
         shapes = {step: shape(each.plan) for step, each in launches.items()}
@@ -113,12 +117,13 @@ class Watch:
             seen.steps.append(Sample(kind, shapes[step], each.ended - each.begun))
             if step in self._from_idle:
                 seen.idle.append(each.begun - self._from_idle[step])
-        for step, (finished, following) in self._after.items():
+        for step, (finished, following, copies, blocks) in self._after.items():
             if following is not None:
                 after = launches[following]
                 gap = after.begun - launches[step].ended
                 if gap < PAUSE_SECONDS:
-                    seen.gaps.append(Gap(shapes[step], finished, len(after.plan.placements), gap))
+                    placed, size = len(after.plan.placements), blocks * block_bytes
+                    seen.gaps.append(Gap(shapes[step], finished, placed, gap, copies, size))
         for noted in (self._runner.ran, self._after, self._from_idle):
             noted.clear()
 
@@ -144,7 +149,7 @@ async def _serve(parts: Parts, watch: Watch, note: Note) -> Seen:
     seen = Seen()
     clients = Clients(engine, parts.model.token_ids)
     await clients.ask(CLIENTS[0], SECONDS / 4)
-    watch.take(Seen())  # the first ones only warm up
+    watch.take(Seen(), engine.block_bytes)  # the first ones only warm up
     for count in CLIENTS:
         if count > parts.core.config.scheduler.max_sequences:
             break
@@ -152,7 +157,7 @@ async def _serve(parts: Parts, watch: Watch, note: Note) -> Seen:
         gc.freeze()  # as a server's: what has been noted so far is not looked through again
         note(f"a live engine: {count} clients")
         await clients.ask(count, SECONDS)
-        watch.take(seen)
+        watch.take(seen, engine.block_bytes)
     gc.unfreeze()
     return seen
 

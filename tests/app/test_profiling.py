@@ -79,15 +79,20 @@ def test_live_steps_outweigh_those_measured_alone() -> None:
 
 
 def test_what_passes_between_steps_is_found_by_its_causes() -> None:
-    truth = Between(((1, 1e-4), (2, 2e-4), (4, 3e-4)), 5e-5, 7e-5, 2e-4, 1e-3)
+    truth = Between(((1, 1e-4), (2, 2e-4), (4, 3e-4)), 5e-5, 7e-5, 3e-4, 4e-10, 2e-4, 1e-3)
     gaps = []
     for rows, prefill, finished, admitted in product((1, 2, 3, 4), (0, 1), (0, 1), (0, 2)):
         step = Shape(rows, rows, rows - prefill, 0, prefill)
-        gaps.append(Gap(step, finished, admitted, truth.after(step, finished, admitted)))
+        for copies, size in ((0, 0), (1, 10**5), (2, 10**6)):
+            seconds = truth.after(step, finished, admitted) + truth.copying(copies, size)
+            gaps.append(Gap(step, finished, admitted, seconds, copies, size))
     found = fit_between(gaps, 1e-3)
     assert found.idle == 1e-3
     for gap in gaps:
-        assert found.after(gap.step, gap.finished, gap.admitted) == pytest.approx(gap.seconds, rel=1e-3)
+        fitted = found.after(gap.step, gap.finished, gap.admitted) + found.copying(
+            gap.copies, gap.copied_bytes
+        )
+        assert fitted == pytest.approx(gap.seconds, rel=1e-3)
 
 
 def tables(directory: Path) -> Path:
