@@ -39,8 +39,6 @@ class Device:
     def pause(self, now: float, admitted: int, profile: Profile) -> float:
         """Until a step is launched that is told with the event at hand, and is the first of so many choices."""
         between = profile.between
-        if self.ended_at == now:
-            pause = between.after(self.ended, self.finished, admitted)
-        else:
-            pause = between.idle
+        ended = self.ended_at == now
+        pause = between.after(self.ended, self.finished, admitted) if ended else between.idle
         return pause + between.copying(self.copies, self.copied_blocks * profile.block_bytes)
