@@ -22,7 +22,7 @@ def cell(tmp_path: Path) -> Cell:
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
     workload = Workload(trace, requests=24, block=16, answers_over=4, cap=96, context=640)
     systems = {name: SYSTEMS[name] for name in ("ours", "vllm", "fcfs_reload")}
-    return Cell(workload, str(PROFILES / "epyc2-tales.json"), 1.0, (1.0, 0.4), 0, systems, 16, Objectives())
+    return Cell(workload, str(PROFILES / "epyc2-tales.json"), 2.0, (1.0, 0.4), 0, systems, 16, Objectives())
 
 
 def test_a_cell_has_a_row_for_each_system_and_share(cell: Cell) -> None:
