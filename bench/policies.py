@@ -409,7 +409,9 @@ def arguments(description: str | None, *, requests: int, answers_over: int) -> a
 
 def main() -> int:
     parser = arguments(__doc__, requests=200, answers_over=4)
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="NAME, or NAME=key:value,…")
+    parser.add_argument(
+        "--systems", nargs="+", type=named, default=list(SYSTEMS.items()), help="NAME, or NAME=key:value,…"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="each system is played so often, by turns")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second, instead of --load")
     parser.add_argument("--blocks", type=int, default=0, help="KV blocks, instead of --share")
@@ -424,7 +426,7 @@ def main() -> int:
     if options.report:
         return report(options.rows)
     load = found_load(run_of(options, "ours", options.rate), options.load, options.share, options.blocks)
-    return cell(load, dict(map(named, options.systems)), options.rounds, options.rows)
+    return cell(load, dict(options.systems), options.rounds, options.rows)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def main() -> int:
 
 
 def cells_of(options: argparse.Namespace) -> list[Cell]:
-    systems = dict(map(named, options.systems))
+    systems = dict(options.systems)
     workloads = [
         Workload(trace, options.requests, options.block, options.answers_over, options.cap, options.context)
         for trace in options.trace
@@ -279,7 +279,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--systems",
         nargs="+",
-        default=list(SYSTEMS),
+        type=named,
+        default=list(SYSTEMS.items()),
         help="names, or NAME=key:value,key:value over the defaults",
     )
     parser.add_argument(

@@ -1,5 +1,6 @@
 """Systems that are compared: keys of [policies], ours and what others do, on the same engine. Live and simulated."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 
 UNFORESEEING = {"admission.risk": "1.0", "admission.wait_steps": "0", "promotion.service_tokens": "0"}
@@ -15,11 +16,11 @@ SYSTEMS: Mapping[str, Mapping[str, str]] = {
 
 
 def named(text: str) -> tuple[str, dict[str, str]]:
-    """A system of the command line: NAME, or NAME=key:value,key:value over the defaults. Raises ValueError."""
+    """A system of the command line: NAME, or NAME=key:value,key:value over the defaults. Raises ArgumentTypeError."""
     name, _, told = text.partition("=")
     if not told:
         if name not in SYSTEMS:
-            raise ValueError(f"there is no system {name!r}: {', '.join(SYSTEMS)}, or NAME=key:value,…")
+            raise ArgumentTypeError(f"there is no system {name!r}: {', '.join(SYSTEMS)}, or NAME=key:value,…")
         return name, dict(SYSTEMS[name])
     pairs = [each.partition(":") for each in told.split(",")]
     return name, {key: value for key, _, value in pairs}
