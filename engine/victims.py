@@ -102,11 +102,13 @@ class Victims:
         if isinstance(self.policies.order, Patient):
             return [], False
         displaces = self.policies.order.displaces
-        urgency = (waiter.class_rank, waiter.priority)
+        rank, priority = waiter.class_rank, waiter.priority
         found = [
             s
             for s in running
-            if urgency < (s.class_rank, s.priority) and not s.promoted and displaces(waiter, s)
+            if (s.class_rank > rank or (s.class_rank == rank and s.priority > priority))
+            and not s.promoted
+            and displaces(waiter, s)
         ]
         if found or not self._peer_may:
             return found, False
