@@ -1,6 +1,7 @@
 """The simulated comparison: every system serves the same requests, short of blocks; rows to a table and a chart."""
 
 import io
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,5 +76,5 @@ def test_a_report_has_all_rows_and_a_chart(cell: Cell, tmp_path: Path) -> None:
 def test_a_system_is_a_name_or_keys_over_the_defaults() -> None:
     assert named("vllm") == ("vllm", SYSTEMS["vllm"])
     assert named("mine=order:sjf,admission.risk:0.5") == ("mine", {"order": "sjf", "admission.risk": "0.5"})
-    with pytest.raises(ValueError, match="no system 'mine'"):
+    with pytest.raises(ArgumentTypeError, match="no system 'mine'"):
         named("mine")
