@@ -32,9 +32,7 @@ class Return:
     target: int  # positions that it must have again
     seconds: float
     alternative_seconds: float | None  # of the best way not taken, as predicted when the way was chosen
-    loading_seconds: float = (
-        0.0  # of these, until what is loaded is there: it does not run before the step after
-    )
+    loading_seconds: float = 0.0  # of these, until what is loaded is there; it runs in the next step
     rest_seconds: float = 0.0  # and to compute what no tier has
 
 

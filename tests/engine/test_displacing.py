@@ -4,7 +4,8 @@ import pytest
 
 from engine.policy_set import PolicyConfig
 from kvstore.below import ResidencyConfig
-from policies.cost import StepSample
+from kvstore.copies import DEVICE, HOST
+from policies.cost import CopySample, StepSample
 from policies.decisions import Kind
 from tests.engine.driving import UNFORESEEN, Driver, core_config, request
 
@@ -17,17 +18,26 @@ def served(
     resume: str = "reload",
     order: str = "hybrid",
     displacement: float = 2.0,
+    *,
+    shorts: int = 1,
+    copy_seconds: float = 0.0,
 ) -> Driver:
-    """One place: a long answer has it when a short one comes."""
+    """One place: a long answer has it when short ones come, together. Copies are believed to take so long."""
     parameters = {**UNFORESEEN, "hybrid": {"displacement": displacement, "ageing": 0.0}}
     policies = PolicyConfig(
         order=order, resume=resume, victim="cheapest_resume", prediction="max_tokens", parameters=parameters
     )
-    driver = Driver(core_config(max_sequences=1, policies=policies, residency=residency), calibration=STEPS)
+    copies = [CopySample(HOST, DEVICE, size, copy_seconds, 0.0) for size in (4_000, 40_000)] * 8
+    driver = Driver(
+        core_config(max_sequences=1, policies=policies, residency=residency),
+        calibration=(*STEPS, *(copies if copy_seconds else ())),
+    )
     driver.arrive(request("long", range(20), 60))
     for _ in range(8):
         driver.step()
-    driver.arrive(request("short", range(50, 56), 3))
+    driver.arrive(
+        request("short", range(50, 56), 3), *(request(f"{n}", range(6), 3) for n in range(1, shorts))
+    )
     driver.finish()
     driver.core.check()
     return driver
@@ -68,6 +78,12 @@ def test_it_waits_where_the_long_one_would_be_computed_again(
 
 def test_it_waits_where_nobody_is_to_be_displaced() -> None:
     assert first(served(ROOM, displacement=0.0)) == "long"
+
+
+@pytest.mark.parametrize(("shorts", "waits"), [(1, True), (8, False)])
+def test_what_is_too_dear_for_one_that_waits_may_be_worth_it_for_several(shorts: int, waits: bool) -> None:
+    """A step is a second here: the answer that runs ends in a minute."""
+    assert (first(served(ROOM, shorts=shorts, copy_seconds=60.0)) == "long") == waits
 
 
 def test_the_answers_are_the_same_tokens() -> None:
