@@ -26,6 +26,9 @@ from kvstore.tier import Tier, TierUnusable
 HOST_SHARE = 0.5
 """Of the memory free when the pool has been taken, that the host tier may have at most."""
 
+SMALL_SHARE = 0.5
+"""Of the devices' KV: a host tier with less than that is told of. Preempted sequences soon find no room there."""
+
 log = get_logger(__name__)
 
 
@@ -53,6 +56,7 @@ def make_tiers(
     memories: dict[str, Tier] = {DEVICE: device}
     if host := _host(config, device.block_bytes, pinned=loaded.model.device.type == "cuda"):
         memories[HOST] = host
+        tell_if_small(host, devices)
     fallible, fingerprint = {}, ""
     if config.kvstore.disk.bytes:
         fingerprint = _fingerprint(weights_hash(directory, loaded=files), loaded, config.engine.block_size)
@@ -97,6 +101,17 @@ def _host(config: Config, block_bytes: int, *, pinned: bool) -> Tier | None:
     if tier.notice:
         log.warning("tier_notice", tier=HOST, notice=tier.notice)
     return tier
+
+
+def tell_if_small(host: Tier, devices: Sequence[Tier]) -> None:
+    """Of a host tier that is short beside the devices: one line in the log."""
+    has, kv = host.stats().capacity_bytes, sum(device.stats().capacity_bytes for device in devices)
+    if has < SMALL_SHARE * kv:
+        reason = (
+            f"the host tier has room for {has:,} bytes of KV, the device for {kv:,}: preempted requests that find no "
+            "room there are computed again. Raise kvstore.host.bytes where there is memory"
+        )
+        log.warning("host_tier_small", reason=reason)
 
 
 def _open_disk(config: Config, block_bytes: int, fingerprint: str) -> Opened:
